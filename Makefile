@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# make quickstart: demo data, both training stages on the CPU, pictures and figures (under 10 minutes on 2 cores)
+# make test:       linters, types and tests
+#
+# On Linux PyPI's torch brings several GB of CUDA libraries. A machine without GPU can do without them:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
+
+PYTHON ?= python3
+SHELL := /bin/sh
+BIN := .venv/bin
+# The scripts of .venv (accelerate's, ffmpeg, ninja) are found by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+RUN := outputs/quickstart
+
+.PHONY: quickstart test
+.DELETE_ON_ERROR:
+
+quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
+	$(BIN)/accelerate launch train.py --config quickstart.yaml
+	@echo
+	@echo "Done. Look at:"
+	@echo "  $(RUN)/pictures/       truth, autoencoder, decoded render, latents, depth"
+	@echo "  $(RUN)/orbits/         a video around each object"
+	@echo "  $(RUN)/metrics.json    the figures at the end"
+	@echo "  $(RUN)/metrics.jsonl   the figures on the way"
+
+test: .venv/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy igae
+	$(BIN)/python -m pytest -q
+
+data/demo/demo.json: | .venv/quickstart.stamp
+	$(BIN)/python data_tools/make_demo.py --output data/demo
+
+data/demo-shards/manifest.json: data/demo/demo.json | .venv/quickstart.stamp
+	rm -rf $(@D)
+	$(BIN)/python data_tools/pack_shards.py --scenes data/demo/train/objaverse --subset square64 \
+		--images data/demo/train/imagenet/square64 --output $(@D)
+	@touch $@
+
+.venv/quickstart.stamp: .venv/made.stamp setup.cfg constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,tracking]'
+	@touch $@
+
+.venv/dev.stamp: .venv/made.stamp setup.cfg constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); use: make PYTHON=/path/to/python3 ..."; exit 1; }
+	$(PYTHON) -m venv .venv || { \
+		rm -rf .venv; echo "error: $(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of one forward and backward pass of the renderer.
+
+    python benchmarks/renderer.py --views 32 128 --json renderer.json
+
+On a GPU: median milliseconds between CUDA events, and the peak of the memory that a pass allocates beyond its inputs.
+On a CPU: median wall-clock milliseconds, and the forward pass's share of them.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igae.rendering import DecodingMLP, RenderOptions, render
+
+
+def orbit(views: int, distance: float, device: str) -> tuple[Tensor, Tensor]:
+    """Seeded cameras on a sphere that look at the origin: poses [views, 4, 4] and intrinsics [views, 3, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    position = F.normalize(torch.randn(views, 3, generator=generator), dim=-1) * distance
+    z = F.normalize(-position, dim=-1)
+    x = F.normalize(torch.linalg.cross(z, torch.tensor([0.0, 0.0, 1.0]).expand_as(z)), dim=-1)
+    pose = torch.eye(4).repeat(views, 1, 1)
+    pose[:, :3] = torch.stack((x, torch.linalg.cross(z, x), z, position), -1)
+    intrinsics = torch.tensor([[1.09375, 0, 0.5], [0, 1.09375, 0.5], [0, 0, 1]]).repeat(views, 1, 1)
+    return pose.to(device), intrinsics.to(device)
+
+
+def milliseconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def measure(args: argparse.Namespace, views: int, size: int, coarse: int, fine: int) -> dict[str, Any]:
+    device = args.device
+    generator = torch.Generator().manual_seed(0)
+    scenes = min(views, args.scenes or views)
+    planes = torch.randn(scenes, 3, args.resolution, args.resolution, args.features, generator=generator)
+    planes = planes.to(device).requires_grad_()
+    mlp = DecodingMLP(args.features, args.colours, generator=generator).to(device)
+    pose, intrinsics = orbit(views, 1.3, device)
+    background = torch.full((args.colours,), 0.5, device=device)
+    scene = torch.arange(views, device=device) % scenes
+    options = RenderOptions(coarse_samples=coarse, fine_samples=fine, axes=args.axes)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            out = render(
+                planes, mlp, pose, intrinsics, (size, size), options,
+                background=background, scene=scene, seed=seed, backend=args.backend,
+            )  # fmt: skip
+        return out.features.square().mean()
+
+    def both() -> None:
+        planes.grad = None
+        forward().backward()
+
+    for _ in range(args.warmup):
+        both()
+    row: dict[str, Any] = {"views": views, "size": size, "coarse": coarse, "fine": fine, "scenes": scenes}
+    if device == "cuda":
+        planes.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        both()
+        row["peak_MB"] = round((torch.cuda.max_memory_allocated() - held) / 1e6, 1)
+    with torch.no_grad():
+        row["forward_ms"] = round(statistics.median(milliseconds(forward, device) for _ in range(args.repeats)), 3)
+    row["both_ms"] = round(statistics.median(milliseconds(both, device) for _ in range(args.repeats)), 3)
+    row["forward_share"] = round(row["forward_ms"] / row["both_ms"], 3)
+    row["rays_per_s"] = round(views * size * size / row["both_ms"] * 1e3)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--views", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--size", type=int, nargs="+", default=[16], help="height and width in pixels")
+    parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
+    parser.add_argument("--features", type=int, default=32, help="features of a point in the planes")
+    parser.add_argument("--colours", type=int, default=16, help="channels of the image")
+    parser.add_argument("--resolution", type=int, default=64, help="side of a plane")
+    parser.add_argument("--scenes", type=int, help="distinct scenes among the views; default: one a view")
+    parser.add_argument("--axes", choices=["true", "eg3d"], default="true")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, median of {args.repeats}")
+    rows: list[dict[str, Any]] = []
+    for views, size in itertools.product(args.views, args.size):
+        row = measure(args, views, size, *args.samples)
+        if not rows:
+            print("  ".join(f"{key:>13}" for key in row))
+        print("  ".join(f"{value:>13}" for value in row.values()), flush=True)
+        rows.append(row)
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key != "json"}
+        args.json.write_text(json.dumps({"device": name, "settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

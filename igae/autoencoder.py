@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image autoencoders of diffusers, and the normalised latents that scenes are rendered in."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from igae.config import Section
+
+# atanh is infinite at 1: normalised latents are clamped to 1 - MARGIN before they are mapped back.
+MARGIN = 1e-3
+# Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
+AUTO_SPREAD = 0.1
+
+
+class AutoencoderConfig(Section):
+    path: str | None = None
+    """Hub id or folder of a diffusers autoencoder; `demo` is the small one that igae ships; `identity` makes RGB scenes
+    (images are their own latents)."""
+    subfolder: str | None = None
+    """Folder of the autoencoder inside `path` (`vae` for whole pipelines)."""
+    create: dict[str, Any] | None = None
+    """Instead of `path`: the configuration of a diffusers autoencoder to train from scratch (`_class_name` names its
+    class, AutoencoderKL by default)."""
+    latents: Literal["sample", "mean"] = "sample"
+    """What training uses of the posterior; evaluation always uses its mean."""
+    scale: float | Literal["auto"] = 0.02
+    """s of the normalised latents tanh(s z). `auto` fits it once to the latents of the training views."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderConfig":
+        if (self.path is None) == (self.create is None):
+            raise ValueError("give either path or create, not both and not none")
+        if isinstance(self.scale, float) and not self.scale > 0:
+            raise ValueError("scale must be positive")
+        return self
+
+
+class Posterior(NamedTuple):
+    """mean [B, c, h, w]; logvar of the same shape, or None for an autoencoder without a distribution."""
+
+    mean: Tensor
+    logvar: Tensor | None
+
+    def sample(self) -> Tensor:
+        if self.logvar is None:
+            return self.mean
+        return self.mean + torch.exp(0.5 * self.logvar) * torch.randn_like(self.mean)
+
+
+class Autoencoder(nn.Module):
+    """A diffusers autoencoder and the normaliser of its latents, n(z) = tanh(s z).
+
+    Args:
+        net: the diffusers model, or None for the identity (latents are the images, n(z) = z).
+        scale: s, or None where it is still to be fitted with :meth:`fit_scale`.
+    """
+
+    net: Any  # diffusers' classes share encode and decode by convention only
+
+    def __init__(self, net: nn.Module | None, scale: float | None) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("scale", torch.tensor(float("nan") if scale is None else scale))
+        self.scale: Tensor
+
+    @property
+    def is_identity(self) -> bool:
+        return self.net is None
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """Encode images [B, 3, H, W] in [-1, 1]."""
+        if self.net is None:
+            return Posterior(images, None)
+        encoded = self.net.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            # The moments in fp32 also under autocast: exp(logvar) overflows half formats.
+            mean, logvar = encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
+            return Posterior(mean, logvar)
+        return Posterior(encoded.latents.float(), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about [-1, 1], of latents [B, c, h, w]."""
+        if self.net is None:
+            return latents
+        images: Tensor = self.net.decode(latents).sample
+        return images.float()
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """n(z) = tanh(s z), in (-1, 1)."""
+        return latents if self.net is None else torch.tanh(self.scale * latents)
+
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`, of values clamped to [-1 + MARGIN, 1 - MARGIN]."""
+        if self.net is None:
+            return normalised
+        return torch.atanh(normalised.clamp(-1.0 + MARGIN, 1.0 - MARGIN)) / self.scale
+
+    @property
+    def scale_is_fitted(self) -> bool:
+        return bool(torch.isfinite(self.scale))
+
+    def fit_scale(self, latents: Tensor) -> None:
+        """Set s such that scale * latents [B, c, h, w] have the standard deviation AUTO_SPREAD around zero."""
+        self.scale.fill_(AUTO_SPREAD / float(latents.float().square().mean().sqrt()))
+
+    def parts(self) -> dict[Literal["encoder", "decoder"], list[tuple[str, nn.Parameter]]]:
+        """Named trainable parameters by the way that they work in; every parameter is in exactly one of the two."""
+        groups: dict[Literal["encoder", "decoder"], list[tuple[str, nn.Parameter]]] = {"encoder": [], "decoder": []}
+        for name, parameter in self.named_parameters():
+            part = name.removeprefix("net.").split(".")[0]
+            groups["encoder" if part in ("encoder", "quant_conv") else "decoder"].append((name, parameter))
+        return groups
+
+
+def load_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencoder:
+    """The autoencoder that a config names, in fp32 on the CPU.
+
+    Args:
+        seed: of the weights where one is created.
+
+    Raises:
+        ValueError: nothing usable is at ``config.path``; the sentence says where it was looked for.
+    """
+    scale = None if config.scale == "auto" else config.scale
+    torch.manual_seed(seed)
+    if config.path == "identity":
+        return Autoencoder(None, 1.0)
+    net = _create(config.create) if config.create is not None else _from_pretrained(config.path or "", config.subfolder)
+    if not (hasattr(net, "encode") and hasattr(net, "decode")):
+        raise ValueError(f"autoencoder: {type(net).__name__} is not an image autoencoder (it has no encode and decode)")
+    return Autoencoder(net, scale)
+
+
+def _create(settings: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+
+    settings = dict(settings)
+    name = settings.pop("_class_name", "AutoencoderKL")
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        raise ValueError(f"autoencoder.create: diffusers has no class {name}")
+    try:
+        net: nn.Module = cls(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"autoencoder.create: {name} refuses these settings ({error})") from error
+    return net
+
+
+def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
+    from diffusers import AutoModel
+
+    source = str(files("igae") / "assets/demo-autoencoder") if path == "demo" else path
+    try:
+        net: nn.Module = AutoModel.from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
+    except (OSError, ValueError, AttributeError) as error:
+        place = "folder" if Path(source).exists() else "folder or readable hub repository"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason})") from error
+    return net

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: complete, of files that anyone can read, and never half written.
+
+A checkpoint is a folder ``step-00000123`` of
+
+* ``shared.safetensors``: weights and buffers of the shared module;
+* ``optimizer.safetensors``: moments of its optimizer;
+* ``scenes-00000.safetensors``: planes of a rank's scenes, their moments, and the scenes' global ids;
+* ``config.yaml``: the resolved configuration;
+* ``state.json``: where the run stands. It is written last, so a folder with it is complete.
+
+All of it is written to a staging folder first, which is then renamed.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: ``step`` steps of ``stage`` are done, ``total`` of all stages together."""
+
+    stage: str
+    step: int
+    total: int
+    finished: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    data: str = ""
+    """Digest of the manifest's shards."""
+    streams: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Name of each stream -> its state."""
+    format: int = FORMAT
+
+
+@dataclass
+class Checkpoint:
+    progress: Progress
+    shared: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    scenes: dict[str, Tensor]
+    config: str
+
+
+def folder_of(root: Path, total: int) -> Path:
+    """The folder of the checkpoint at a step of the whole run."""
+    return root / f"step-{total:08d}"
+
+
+def list_complete(root: Path) -> list[Path]:
+    """Complete checkpoints in a folder, oldest first."""
+    return sorted(path.parent for path in root.glob(f"step-*/{STATE}"))
+
+
+def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint below ``root`` and remove all but the newest ``keep``.
+
+    Raises:
+        ValueError: it can't be written (disk full, no permission); checkpoints that were there before are untouched.
+    """
+    final = folder_of(root, checkpoint.progress.total)
+    staging = root / f".staging-{final.name}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for name, tensors in (
+            ("shared", checkpoint.shared),
+            ("optimizer", checkpoint.optimizer),
+            ("scenes-00000", checkpoint.scenes),
+        ):
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                staging / f"{name}.safetensors",
+            )
+        (staging / "config.yaml").write_text(checkpoint.config)
+        (staging / STATE).write_text(json.dumps(asdict(checkpoint.progress), indent=1))
+        for path in staging.iterdir():
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise ValueError(f"the checkpoint {final} can't be written: {error}; earlier ones are untouched") from error
+    for old in list_complete(root)[:-keep]:
+        (old / STATE).unlink()  # first, so that a half removed folder does not count as complete
+        shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
+    """
+    if not (folder / STATE).is_file():
+        raise ValueError(f"{folder} is no complete checkpoint: it has no {STATE}")
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder}: checkpoint format {state.get('format')} is not {FORMAT}, which this version reads")
+    tensors = {}
+    for name in ("shared", "optimizer", "scenes-00000"):
+        path = folder / f"{name}.safetensors"
+        try:
+            tensors[name] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} can't be read ({error}): remove {folder} to go on from the one before") from error
+    return Checkpoint(
+        Progress(**state),
+        tensors["shared"],
+        tensors["optimizer"],
+        tensors["scenes-00000"],
+        (folder / "config.yaml").read_text(),
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of all training views, encoded once: what the warm-up trains on, because its autoencoder is frozen."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igae.data.streams import StreamState, ViewBatch
+from igae.distributed import derive_seed
+
+
+@dataclass
+class LatentBatch:
+    """latents [B, c, h, w], cam2world [B, 4, 4] and intrinsics [B, 3, 3] on the cache's device; scene [B] (global
+    ids) on the CPU."""
+
+    latents: Tensor
+    scene: Tensor
+    cam2world: Tensor
+    intrinsics: Tensor
+
+
+class LatentCache:
+    """Latents and cameras of V views, on one device.
+
+    Args:
+        views: batches that together hold every view once, in an order that is the same in each run.
+        encode: images uint8 [B, 3, H, W] (on ``device``) and the batch's number -> latents [B, c, h, w].
+    """
+
+    def __init__(
+        self, views: Iterable[ViewBatch], encode: Callable[[Tensor, int], Tensor], device: torch.device
+    ) -> None:
+        latents, scenes, cam2world, intrinsics = [], [], [], []
+        for number, batch in enumerate(views):
+            latents.append(encode(batch.images.to(device, non_blocking=True), number))
+            scenes.append(batch.scene)
+            cam2world.append(batch.cam2world)
+            intrinsics.append(batch.intrinsics)
+        self.latents = torch.cat(latents)
+        self.scene = torch.cat(scenes)
+        self.cam2world = torch.cat(cam2world).to(device)
+        self.intrinsics = torch.cat(intrinsics).to(device)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+class LatentLoader(Iterator[LatentBatch]):
+    """Endless batches of full size from a cache, each epoch in an order given by (seed, epoch).
+
+    ``state`` is where the next batch starts; a loader made with it goes on exactly there.
+    """
+
+    def __init__(self, cache: LatentCache, batch_size: int, seed: int, state: StreamState | None = None) -> None:
+        self.cache, self.batch_size, self.seed = cache, batch_size, seed
+        self.state = state or StreamState()
+        self._order = self._permutation(self.state.epoch)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "latents", epoch))
+        return torch.randperm(len(self.cache), generator=generator)
+
+    def __next__(self) -> LatentBatch:
+        epoch, position, parts, missing = self.state.epoch, self.state.position, [], self.batch_size
+        while missing > 0:
+            if position == len(self.cache):
+                epoch, position = epoch + 1, 0
+                self._order = self._permutation(epoch)
+            part = self._order[position : position + missing]
+            parts.append(part)
+            position, missing = position + len(part), missing - len(part)
+        self.state = StreamState(epoch, position)
+        view = torch.cat(parts)
+        index = view.to(self.cache.latents.device)
+        return LatentBatch(
+            self.cache.latents[index],
+            self.cache.scene[view],
+            self.cache.cam2world[index],
+            self.cache.intrinsics[index],
+        )
+
+    def close(self) -> None:
+        """Nothing is held open."""

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import fsspec
+from pydantic import TypeAdapter, ValidationError
+
+FORMAT = 1
+NAME = "manifest.json"
+ShardKind = Literal["scenes", "heldout", "images"]
+SHARD_NAME = re.compile(r"(scenes|heldout|images)-\d{5,}\.tar")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A packed scene.
+
+    Attributes:
+        id: position in the manifest.
+        name: folder of the scene in its data set, unique.
+        category: most specific category that lists the scene.
+        views: number of training views.
+        heldout: number of held-out views; they are in no training shard.
+    """
+
+    id: int
+    name: str
+    category: str
+    views: int
+    heldout: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of samples: its size in bytes, its checksum, and how many samples of which scene it holds."""
+
+    name: str
+    kind: ShardKind
+    bytes: int
+    sha256: str
+    samples: int
+    scenes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CameraSummary:
+    """Distances of all cameras (training and held-out) from the origin, and their mean normalised focal length."""
+
+    min_distance: float
+    mean_distance: float
+    max_distance: float
+    mean_focal: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        format: version of the layout.
+        image_size: (height, width) of every view and photograph, in pixels.
+        seed: seed of the order of the views in the shards.
+        dataset: name that stands for all scenes in `select`.
+        shards: all tar files next to the manifest.
+        scenes: all scenes; a scene's `id` is its place here.
+        images: number of photographs.
+        cameras: None where there are no scenes.
+    """
+
+    format: int
+    image_size: tuple[int, int]
+    seed: int
+    dataset: str
+    shards: list[Shard]
+    scenes: list[Scene]
+    images: int
+    cameras: CameraSummary | None
+
+    @classmethod
+    def load(cls, root: str) -> "Manifest":
+        """Reads the manifest in the folder `root`, a local path or any fsspec URL.
+
+        Raises:
+            ValueError: there is none, it is damaged, or another version of the format.
+        """
+        fs, path = fsspec.core.url_to_fs(join(root, NAME))
+        try:
+            text = fs.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"no {NAME} in {root}: pack the data first with data_tools/pack_shards.py") from error
+        try:
+            version = _VERSION.validate_json(text)["format"]
+            if version != FORMAT:
+                raise ValueError(
+                    f"{join(root, NAME)} has format {version}, this version reads {FORMAT}: pack the data again"
+                )
+            manifest = _MANIFEST.validate_json(text)
+            manifest._check()
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            what = f"{key}: {first['msg']}" if key else first["msg"]
+            raise ValueError(f"{join(root, NAME)} is damaged ({what}): pack the data again") from error
+        except KeyError as error:
+            raise ValueError(f"{join(root, NAME)} names no format: it is no manifest of packed data") from error
+        except _Inconsistent as error:
+            raise ValueError(f"{join(root, NAME)} is damaged ({error}): pack the data again") from error
+        return manifest
+
+    def to_json(self) -> bytes:
+        """The text of `manifest.json`; the same manifest always gives the same bytes."""
+        return _MANIFEST.dump_json(self, indent=1) + b"\n"
+
+    def select(self, categories: Mapping[str, tuple[int, int]] | None = None) -> list[Scene]:
+        """The scenes of some categories, each once, in the order of the manifest.
+
+        Args:
+            categories: category -> [start, stop) among its scenes, counted in the order of the manifest; the name of
+                the data set stands for all scenes. A range that goes beyond the end takes what is there. None: all.
+
+        Raises:
+            ValueError: unknown category.
+        """
+        if categories is None:
+            return list(self.scenes)
+        known = {self.dataset: self.scenes}
+        for scene in self.scenes:
+            if scene.category != self.dataset:
+                known.setdefault(scene.category, []).append(scene)
+        chosen: set[int] = set()
+        for category, (start, stop) in categories.items():
+            if category not in known:
+                raise unknown_category(category, known)
+            if not 0 <= start <= stop:
+                raise ValueError(f"range [{start}, {stop}] of category {category!r}: it takes 0 <= start <= stop")
+            chosen.update(scene.id for scene in known[category][start:stop])
+        return [scene for scene in self.scenes if scene.id in chosen]
+
+    def _check(self) -> None:
+        if [scene.id for scene in self.scenes] != list(range(len(self.scenes))):
+            raise _Inconsistent("the scenes' ids do not count from 0")
+        counts: dict[str, dict[str, int]] = {"scenes": {}, "heldout": {}, "images": {}}
+        for shard in self.shards:
+            # The name becomes a path: nothing but our own names may come out of a file that anybody can write.
+            if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.kind}-"):
+                raise _Inconsistent(f"shard name {shard.name!r}")
+            if shard.kind != "images" and sum(shard.scenes.values()) != shard.samples:
+                raise _Inconsistent(f"the counts of shard {shard.name}")
+            for name, number in shard.scenes.items():
+                counts[shard.kind][name] = counts[shard.kind].get(name, 0) + number
+        if counts["scenes"] != {scene.name: scene.views for scene in self.scenes}:
+            raise _Inconsistent("the shards' training views are not those of the scenes")
+        if counts["heldout"] != {scene.name: scene.heldout for scene in self.scenes if scene.heldout}:
+            raise _Inconsistent("the shards' held-out views are not those of the scenes")
+
+
+class _Inconsistent(Exception):
+    pass
+
+
+_MANIFEST = TypeAdapter(Manifest)
+_VERSION = TypeAdapter(dict[str, object])
+
+
+def join(root: str, *parts: str) -> str:
+    """Joins a path or URL and names below it."""
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def unknown_category(category: str, known: Mapping[str, object]) -> ValueError:
+    """The error for a category that is not among the known ones, with the nearest of them."""
+    near = difflib.get_close_matches(category, list(known), n=1, cutoff=0.0)
+    return ValueError(f"unknown category {category!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

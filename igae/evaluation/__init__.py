@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is measured with and what one looks at."""

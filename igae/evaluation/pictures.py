@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and videos out of tensors. Pictures are uint8 arrays [H, W, 3], several of them [N, H, W, 3]."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Picture = NDArray[np.uint8]
+
+CELL = 128  # narrower cells of a grid are enlarged, so that their labels can be read
+GAP = 4  # pixels around the cells of a grid
+VIDEO = 256  # smaller videos are enlarged: players show them blurred otherwise
+
+
+def to_uint8(image: Tensor) -> Picture:
+    """[3, H, W] in [-1, 1] (clamped) -> [H, W, 3]."""
+    return _quantise((image.detach().float() + 1) / 2).permute(1, 2, 0).cpu().numpy()
+
+
+def latent_to_rgb(latents: Tensor, size: tuple[int, int], statistics: tuple[Tensor, Tensor] | None = None) -> Picture:
+    """The first three channels of latents [N, c, h, w] as colours [N, *size, 3], enlarged without smoothing.
+
+    A channel's mean - 2 std becomes 0 and its mean + 2 std becomes 255. Mean and standard deviation ([3] each) are of
+    all latents of the call unless given: latents which are to be compared belong into one call. Fewer than three
+    channels are repeated.
+
+    Args:
+        size: (height, width).
+    """
+    channels = latents.shape[1]
+    colours = latents.detach().float()[:, [i % channels for i in range(3)]]
+    if statistics is None:
+        statistics = colours.mean((0, 2, 3)), colours.std((0, 2, 3), correction=0)
+    mean, std = (value.to(colours)[:, None, None] for value in statistics)
+    return _enlarge(0.5 + (colours - mean) / (4 * std.clamp_min(1e-12)), size)
+
+
+def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Picture:
+    """Depth [N, h, w] as colours [N, *size, 3] on white, near light and far dark, enlarged without smoothing.
+
+    The range of colours is that of the depths where the opacity ([N, h, w] in [0, 1]) exceeds 1/2, of all N together.
+
+    Args:
+        size: (height, width).
+    """
+    depth, opacity = depth.detach().float(), opacity.detach().float().clamp(0, 1)
+    solid = depth[opacity > 0.5]
+    near, far = (solid.min(), solid.max()) if solid.numel() else (depth.min(), depth.max())
+    lightness = 0.9 - 0.8 * ((depth - near) / (far - near).clamp_min(1e-12)).clamp(0, 1)
+    return _enlarge(1 + opacity[:, None] * (_cubehelix(lightness) - 1), size)
+
+
+def _cubehelix(lightness: Tensor) -> Tensor:
+    """Colours [N, 3, h, w] of lightness [N, h, w] in [0, 1]; their perceived brightness grows evenly with it.
+
+    D. A. Green, "A colour scheme for the display of astronomical intensity images", 2011, equation 2 with its default
+    start 0.5, rotations -1.5 and hue 1.
+    """
+    angle = 2 * math.pi * (0.5 / 3 + 1 - 1.5 * lightness)
+    amplitude = lightness * (1 - lightness) / 2
+    weights = lightness.new_tensor([[-0.14861, 1.78277], [-0.29227, -0.90649], [1.97294, 0.0]])
+    wave = torch.stack([angle.cos(), angle.sin()], dim=1)
+    return lightness[:, None] + amplitude[:, None] * torch.einsum("kj,njhw->nkhw", weights, wave)
+
+
+def grid(rows: Sequence[Sequence[Picture]], labels: Sequence[str]) -> Picture:
+    """Pictures in rows under the labels of their columns, on white.
+
+    All pictures have one size [h, w] and are enlarged k = ceil(128 / w) times, with gaps of 4 pixels between and around
+    them; the labels are above the first row.
+    """
+    pictures = np.stack([np.stack(row) for row in rows])
+    n, m, h, w, _ = pictures.shape
+    assert pictures.dtype == np.uint8 and len(labels) == m, f"{len(labels)} labels for {m} columns"
+    k = math.ceil(CELL / w)
+    h, w = k * h, k * w
+    cells = pictures.repeat(k, axis=2).repeat(k, axis=3)
+    font = _font(labels, w)
+    top = math.ceil(max(font.getbbox(label)[3] for label in labels)) + GAP
+    canvas = np.full((top + GAP + n * (h + GAP), GAP + m * (w + GAP), 3), 255, dtype=np.uint8)
+    for i in range(n):
+        for j in range(m):
+            y, x = top + GAP + i * (h + GAP), GAP + j * (w + GAP)
+            canvas[y : y + h, x : x + w] = cells[i, j]
+    sheet = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(sheet)
+    for j, label in enumerate(labels):
+        draw.text((GAP + j * (w + GAP) + w / 2, GAP), label, fill=(0, 0, 0), font=font, anchor="ma")
+    return np.asarray(sheet)
+
+
+def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font in the largest size, 14 at most, in which every label is at most `width` pixels long."""
+    for size in range(14, 6, -1):
+        font = ImageFont.load_default(size)
+        if all(font.getlength(label) <= width for label in labels):
+            break
+    return font
+
+
+def save_png(path: Path, picture: Picture) -> None:
+    """Write a picture; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture).save(staging, format="PNG")
+    os.replace(staging, path)
+
+
+def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
+    """Write frames [T, H, W, 3] as mp4 (H.264, 4:2:0: every player shows it); the file is there whole or not at all.
+
+    Frames with a side below 256 pixels are enlarged by a whole factor; an odd side has its last pixels repeated.
+    """
+    assert frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3] == 3 and len(frames), frames.shape
+    k = math.ceil(VIDEO / min(frames.shape[1:3]))
+    frames = frames.repeat(k, axis=1).repeat(k, axis=2)
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.stem}.tmp.mp4")
+    size = (frames.shape[2], frames.shape[1])
+    # quality 8 of 10; faststart puts the index first, so that a browser plays the file while it loads
+    writer = imageio_ffmpeg.write_frames(
+        str(staging),
+        size,
+        fps=fps,
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        quality=8,
+        macro_block_size=2,
+        output_params=["-movflags", "+faststart"],
+        ffmpeg_log_level="error",
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+    os.replace(staging, path)
+
+
+def _quantise(values: Tensor) -> Tensor:
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _enlarge(colours: Tensor, size: tuple[int, int]) -> Picture:
+    """[N, 3, h, w] in [0, 1] -> [N, *size, 3]."""
+    return F.interpolate(_quantise(colours), size=size, mode="nearest").permute(0, 2, 3, 1).cpu().numpy()

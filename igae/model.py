@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module that is trained: autoencoder and decoding MLP; views and plane rows in, losses out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from igae.autoencoder import Autoencoder
+from igae.config import Section
+from igae.losses import LPIPS, kl_divergence, total_variation
+from igae.rendering import DecodingMLP, RenderOptions, render
+
+
+class LossWeights(Section):
+    """Weights of the loss terms; a term of weight 0 is not computed."""
+
+    latent: float = Field(default=1.0, ge=0)
+    """mse of rendered and encoded normalised latents."""
+    rgb: float = Field(default=0.0, ge=0)
+    """mse of decoded renders and views."""
+    ae: float = Field(default=0.0, ge=0)
+    """mse of autoencoded views and views."""
+    photo_ae: float = Field(default=0.0, ge=0)
+    """mse of autoencoded photographs and photographs."""
+    photo_lpips: float = Field(default=0.0, ge=0)
+    """LPIPS of autoencoded photographs and photographs."""
+    photo_kl: float = Field(default=0.0, ge=0)
+    """KL divergence of the photographs' posterior to N(0, 1)."""
+    photo_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the photographs' latents."""
+    planes_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the planes in the batch."""
+    depth_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the rendered depth."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether scene views are needed as images: latents alone don't do."""
+        return self.rgb > 0 or self.ae > 0
+
+
+@dataclass
+class Views:
+    """Views of scenes: cam2world [B, 4, 4], intrinsics [B, 3, 3], index [B] of each view's scene among the plane rows,
+    and either images uint8 [B, 3, H, W] or latents [B, c, h, w] that were encoded before."""
+
+    index: Tensor
+    cam2world: Tensor
+    intrinsics: Tensor
+    images: Tensor | None = None
+    latents: Tensor | None = None
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 images as floats in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+class IGAE(nn.Module):
+    """Autoencoder and decoding MLP with the way from plane rows to losses.
+
+    Args:
+        image_size: (H, W) of the views.
+        background: RGB colour in [0, 1] that fills the views where no object is.
+        perceptual: the LPIPS network where a weight asks for it; it is not part of the state.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        mlp_generator: torch.Generator,
+        features: int,
+        options: RenderOptions,
+        image_size: tuple[int, int],
+        background: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        perceptual: LPIPS | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.options = autoencoder, options
+        colour = torch.tensor(background).view(1, 3, 1, 1)
+        self.register_buffer("plain", (2.0 * colour - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
+        with torch.no_grad():
+            _, channels, height, width = autoencoder.posterior(self.plain).mean.shape
+        self.latent_shape = (channels, height, width)
+        self.mlp = DecodingMLP(features, channels, generator=mlp_generator)
+        self.register_buffer("background", torch.zeros(height, width, channels))
+        self.plain: Tensor
+        self.background: Tensor
+        # In a tuple, so that it is no submodule: neither trained, nor saved, nor sharded.
+        self._perceptual = (perceptual,)
+
+    @torch.no_grad()
+    def refresh_background(self) -> None:
+        """Take the field's background [h, w, c] in [0, 1] from the autoencoder as it is now."""
+        latents = self.autoencoder.normalise(self.autoencoder.posterior(self.plain).mean)
+        self.background.copy_((0.5 * (latents[0] + 1.0)).permute(1, 2, 0))
+
+    def render(self, rows: Tensor, views: Views, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
+
+        Args:
+            rows: planes [S, 3, R, R, C].
+            seed: of the sample positions; None for the fixed ones of evaluation.
+        """
+        # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
+        with torch.autocast(rows.device.type, enabled=False):
+            rendered = render(
+                rows,
+                self.mlp,
+                views.cam2world,
+                views.intrinsics,
+                self.latent_shape[1:],
+                self.options,
+                background=self.background,
+                scene=views.index,
+                seed=seed,
+            )
+        return rendered.features.permute(0, 3, 1, 2), rendered.depth, rendered.opacity
+
+    def forward(
+        self,
+        rows: Tensor | None,
+        views: Views | None,
+        photos: Tensor | None,
+        weights: LossWeights,
+        sample: bool,
+        seed: int,
+    ) -> dict[str, Tensor]:
+        """Losses of one step, unweighted by name, and their weighted sum as ``total``.
+
+        Args:
+            rows: planes [S, 3, R, R, C] that ``views.index`` points into.
+            photos: natural images, uint8 [P, 3, H, W].
+            sample: draw latents from the posterior (else its mean).
+            seed: of the renderer's samples.
+        """
+        images = to_signed(views.images) if views is not None and views.images is not None else None
+        natural = to_signed(photos) if photos is not None else None
+        latents, natural_latents, losses = None, None, {}
+        if images is not None or natural is not None:
+            # One batch through the encoder, and one through the decoder below: launches cost more than pixels.
+            count = 0 if images is None else len(images)
+            posterior = self.autoencoder.posterior(torch.cat([x for x in (images, natural) if x is not None]))
+            drawn = posterior.sample() if sample else posterior.mean
+            latents = drawn[:count] if images is not None else None
+            if natural is not None:
+                natural_latents = drawn[count:]
+                if weights.photo_kl > 0 and posterior.logvar is not None:
+                    losses["photo_kl"] = kl_divergence(posterior.mean[count:], posterior.logvar[count:])
+                if weights.photo_tv > 0:
+                    losses["photo_tv"] = total_variation(natural_latents, (-2, -1))
+
+        decode: dict[str, tuple[Tensor, Tensor]] = {}  # name of the loss: latents, the images that they should give
+        if views is not None:
+            assert rows is not None
+            latents = views.latents if latents is None else latents
+            assert latents is not None
+            rendered, depth, _ = self.render(rows, views, seed)
+            losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
+            if weights.planes_tv > 0:
+                losses["planes_tv"] = total_variation(rows, (2, 3))
+            if weights.depth_tv > 0:
+                losses["depth_tv"] = total_variation(depth, (-2, -1))
+            if images is not None and weights.rgb > 0:
+                decode["rgb"] = (self.autoencoder.denormalise(rendered), images)
+            if images is not None and weights.ae > 0:
+                decode["ae"] = (latents, images)
+        if natural is not None and natural_latents is not None and weights.photo_ae + weights.photo_lpips > 0:
+            decode["photo_ae"] = (natural_latents, natural)
+        if decode:
+            decoded = self.autoencoder.decode(torch.cat([z for z, _ in decode.values()]))
+            pictures = torch.split(decoded, [len(z) for z, _ in decode.values()])
+            for (name, (_, target)), picture in zip(decode.items(), pictures, strict=True):
+                losses[name] = F.mse_loss(picture, target)
+                if name == "photo_ae" and weights.photo_lpips > 0:
+                    assert self._perceptual[0] is not None
+                    losses["photo_lpips"] = self._perceptual[0](picture, target)
+        total = torch.zeros((), device=self.background.device)
+        for name, loss in losses.items():
+            total = total + getattr(weights, name) * loss
+        return {**losses, "total": total}

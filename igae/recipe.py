@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from igae.autoencoder import AutoencoderConfig
+from igae.config import Section
+from igae.evaluation.config import EvaluationConfig
+from igae.model import LossWeights
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
+from igae.tracking import TrackingConfig
+
+StageName = Literal["warmup", "joint"]
+
+
+class DataConfig(Section):
+    root: str
+    """Folder or fsspec URL of shards that data_tools/pack_shards.py wrote."""
+    categories: dict[str, tuple[int, int]] | None = None
+    """Scenes to train, as ranges [start, stop) of categories, e.g. {objaverse: [0, 500]}; all if left out."""
+    background: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """RGB colour in [0, 1] behind the objects; images with an alpha channel are composited over it."""
+    workers: int = Field(default=2, ge=0)
+    """Processes that decode images; 0 decodes in the training process."""
+    shuffle: int = Field(default=2000, ge=0)
+    """Images in the shuffle buffer."""
+
+
+class LearningRates(Section):
+    """Adam's learning rates; a part with rate 0 is frozen."""
+
+    encoder: float = Field(default=0.0, ge=0)
+    decoder: float = Field(default=0.0, ge=0)
+    mlp: float = Field(default=0.0, ge=0)
+    planes: float = Field(default=0.0, ge=0)
+
+
+class StageConfig(Section):
+    epochs: float = Field(ge=0)
+    """Passes over the scene views (over the photographs where batch_size is 0); 0 leaves the stage out."""
+    batch_size: int = Field(ge=0)
+    """Scene views a rank and step."""
+    photos: int = Field(default=0, ge=0)
+    """Natural images a rank and step."""
+    learning_rates: LearningRates
+    schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
+    """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
+    decay: float = Field(default=0.988032, gt=0, le=1)
+    milestones: list[int] = []
+    mlp_epochs: float | None = None
+    """The decoding MLP is frozen after so many epochs; never if left out."""
+    alternate: bool = False
+    """Scene views and photographs in turns, a step each, instead of together."""
+    weights: LossWeights
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        rates, weights = self.learning_rates, self.weights
+        if self.epochs > 0 and self.batch_size + self.photos == 0:
+            raise ValueError("batch_size and photos are both 0: there is nothing to train on")
+        if self.alternate and not (self.batch_size and self.photos):
+            raise ValueError("alternate needs batch_size and photos above 0")
+        if self.alternate and rates.encoder + rates.decoder == 0:
+            raise ValueError("alternate needs a learning rate for encoder or decoder: photographs train nothing else")
+        if self.milestones and self.schedule != "multistep":
+            raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
+        if not self.batch_size and weights.needs_images and weights.photo_ae == 0:
+            raise ValueError("batch_size is 0, so only losses of photographs (photo_*) can have a weight")
+        photo_losses = weights.photo_ae + weights.photo_lpips + weights.photo_kl + weights.photo_tv
+        if self.photos and photo_losses == 0:
+            raise ValueError("photos are loaded but no loss of photographs (photo_*) has a weight")
+        if self.photos == 0 and photo_losses > 0:
+            raise ValueError("a loss of photographs (photo_*) has a weight but photos is 0")
+        if self.epochs > 0 and rates.encoder + rates.decoder + rates.mlp + rates.planes == 0:
+            raise ValueError("all learning_rates are 0: nothing would be trained")
+        return self
+
+    @property
+    def uses_cached_latents(self) -> bool:
+        """Whether latents of all views are constants of this stage, so that no image is needed in its steps."""
+        return self.batch_size > 0 and self.learning_rates.encoder == 0 and not self.weights.needs_images
+
+    def rate_factor(self, step: int, steps_per_epoch: int, steps: int) -> float:
+        """What the learning rates are multiplied with at a step (counted from 0) of ``steps``."""
+        epoch = step // steps_per_epoch
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        if self.schedule == "multistep":
+            epoch = sum(milestone <= epoch for milestone in self.milestones)
+        return float(self.decay**epoch)
+
+
+class TrainConfig(Section):
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder; weights, renderer and losses are fp32 in both."""
+    warmup: StageConfig
+    joint: StageConfig
+    plane_optimizer: Literal["exact", "lazy"] = "exact"
+    """`exact`: planes move as under a dense Adam, also between visits; `lazy`: only when visited."""
+    max_skipped: int = Field(default=20, ge=1)
+    """The run stops after so many steps in a row whose loss or gradient was not finite."""
+    lpips_weights: str | None = None
+    """File with VGG16's weights for LPIPS; fetched into torch's hub cache if left out."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the end of a stage makes one as well."""
+    keep: int = Field(default=3, ge=2)
+    """How many are kept; at least 2, so that a broken newest one costs little."""
+
+
+class Recipe(Section):
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; everything it writes is in `outputs`/NAME."""
+    outputs: str = "outputs"
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    autoencoder: AutoencoderConfig
+    planes: PlanesConfig = PlanesConfig()
+    render: RenderOptions = RenderOptions()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        if self.autoencoder.path == "identity":
+            for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
+                if stage.epochs and (stage.weights.needs_images or stage.photos):
+                    raise ValueError(
+                        f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
+                        "(set the weights rgb and ae, and photos, to 0)"
+                    )
+        return self

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volume rendering of tri-planes. This package imports nothing else of igae."""
+
+from igae.rendering.api import render
+from igae.rendering.mlp import DecodingMLP
+from igae.rendering.options import Rendered, RenderOptions
+
+__all__ = ["DecodingMLP", "RenderOptions", "Rendered", "render"]

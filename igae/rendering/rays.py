@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rays through the pixels of pinhole cameras, and where they cross the box."""
+
+import torch
+from torch import Tensor
+
+NEAREST = 1e-3
+"""Rays start at least this fraction of the box from their camera, which may stand in the box: 1/0 is no disparity."""
+
+
+def pixel_rays(cam2world: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rays through the pixel centres: origins and unit directions [B * h * w, 3] in world space, row by row.
+
+    `cam2world` [B, 4, 4] maps OpenCV camera space (x right, y down, z forward) to the world; `intrinsics` [B, 3, 3]
+    maps it to the image, whose width and height are 1.
+    """
+    height, width = size
+    v = (torch.arange(height, device=cam2world.device).to(cam2world.dtype)[:, None] + 0.5) / height
+    u = (torch.arange(width, device=cam2world.device).to(cam2world.dtype) + 0.5) / width
+    (fx, skew, cx), (fy, cy) = intrinsics[:, 0, :, None, None].unbind(1), intrinsics[:, 1, 1:, None, None].unbind(1)
+    y = (v - cy) / fy
+    x = (u - cx - skew * y) / fx
+    # Written out instead of a matrix product, which autocast or TF32 would round.
+    columns = cam2world[:, None, None, :3, :].unbind(-1)
+    direction = columns[0] * x[..., None] + columns[1] * y[..., None] + columns[2]
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    return columns[3].expand_as(direction).reshape(-1, 3), direction.reshape(-1, 3)
+
+
+def box_range(origins: Tensor, directions: Tensor, box: float) -> tuple[Tensor, Tensor]:
+    """Distances [rays] at which rays enter and leave the cube [-box/2, box/2]^3 (slab method), both >= NEAREST * box.
+
+    A ray that misses the cube, or whose origin has passed it, gets near = far = the distance at which it is closest to
+    the centre: samples without extent, hence no opacity.
+    """
+    tiny = torch.finfo(directions.dtype).tiny ** 0.5
+    safe = torch.where(directions.abs() < tiny, torch.full_like(directions, tiny), directions)
+    first, second = (-box / 2 - origins) / safe, (box / 2 - origins) / safe
+    near = torch.minimum(first, second).amax(-1).clamp(min=NEAREST * box)
+    far = torch.maximum(first, second).amin(-1)
+    closest = -(origins * directions).sum(-1).clamp(max=-NEAREST * box)
+    hit = near < far
+    return torch.where(hit, near, closest), torch.where(hit, far, closest)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run records: metrics.jsonl always, TensorBoard and wandb by name."""
+
+import importlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from igae.config import Section
+
+Image = NDArray[np.uint8]
+
+
+class TrackingConfig(Section):
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where scalars, pictures and videos go besides metrics.jsonl; needs `pip install 'igae[tracking]'`."""
+    project: str = "igae"
+    """wandb's project."""
+    entity: str | None = None
+    """wandb's user or team; null is the default of the account."""
+    every: int = Field(default=10, ge=1)
+    """Steps between two records of the training scalars."""
+
+
+class _Backend(Protocol):
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None: ...
+    def images(self, step: int, images: Mapping[str, Image]) -> None: ...
+    def video(self, step: int, paths: Mapping[str, Path]) -> None: ...
+    def config(self, values: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Records of one run, in RUN/metrics.jsonl and in the trackers of the configuration.
+
+    A line of metrics.jsonl is `{"step", "stage", "time", **values}`: steps count over all stages, time is in seconds
+    since 1970, and what is not finite is null. Records of a later step than the one that a run resumes at are dropped,
+    because the run makes them again.
+
+    Args:
+        run: the folder of the run; made if missing.
+        step: the step that the run is at (0 for a new one).
+        enabled: false on all ranks but one; every method does nothing then.
+
+    Raises:
+        ValueError: a tracker's package is missing, or wandb has no account.
+    """
+
+    def __init__(self, run: Path, settings: TrackingConfig, step: int = 0, *, enabled: bool = True) -> None:
+        self._backends: list[_Backend] = []
+        if not enabled:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        modules = {name: _require(name) for name in settings.trackers}
+        self._backends.append(_JsonLines(run / "metrics.jsonl", step))
+        if "tensorboard" in modules:
+            self._backends.append(_TensorBoard(modules["tensorboard"], run / "tensorboard", step))
+        if "wandb" in modules:
+            self._backends.append(_Wandb(modules["wandb"], run, settings))
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        for backend in self._backends:
+            backend.scalars(step, stage, values)
+
+    def images(self, step: int, images: Mapping[str, Image]) -> None:
+        """Pictures by name: uint8 [H, W, 3]."""
+        for backend in self._backends:
+            backend.images(step, images)
+
+    def video(self, step: int, paths: Mapping[str, Path]) -> None:
+        """mp4 files by name. TensorBoard shows no mp4: there the text is the path of the file."""
+        for backend in self._backends:
+            backend.video(step, paths)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """The resolved configuration as plain data (maps, lists, scalars)."""
+        for backend in self._backends:
+            backend.config(values)
+
+    def close(self) -> None:
+        for backend in self._backends:
+            backend.close()
+        self._backends = []
+
+
+class _JsonLines:
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        if path.exists():
+            self._drop_after(step)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def _drop_after(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
+                continue
+        staging = self._path.with_name(self._path.name + ".tmp")
+        staging.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(staging, self._path)
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        record: dict[str, Any] = {"step": step, "stage": stage, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            assert name not in record, f"{name} is a field of every record"
+            number = value if isinstance(value, int) else float(value)
+            record[name] = number if math.isfinite(number) else None
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def images(self, step: int, images: Mapping[str, Image]) -> None:
+        pass
+
+    def video(self, step: int, paths: Mapping[str, Path]) -> None:
+        pass
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, module: ModuleType, folder: Path, step: int) -> None:
+        # purge_step hides the records of a former start from this step on
+        self._writer = module.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def images(self, step: int, images: Mapping[str, Image]) -> None:
+        for name, image in images.items():
+            self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def video(self, step: int, paths: Mapping[str, Path]) -> None:
+        for name, path in paths.items():
+            self._writer.add_text(name, str(path), step)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        text = json.dumps(values, indent=2, default=str)
+        self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))  # a block of code
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, module: ModuleType, run: Path, settings: TrackingConfig) -> None:
+        self._wandb: Any = module
+        saved = run / "wandb-id.txt"
+        identity = saved.read_text(encoding="utf-8").strip() if saved.exists() else secrets.token_hex(4)
+        place = {"project": settings.project, "entity": settings.entity, "name": run.name, "dir": str(run)}
+        try:
+            self._run = self._wandb.init(**place, id=identity, resume="allow")
+        except self._wandb.Error as error:
+            raise ValueError(
+                f"tracking.trackers: wandb cannot start ({error}): run `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+        saved.write_text(identity + "\n", encoding="utf-8")
+        # wandb drops what comes with a smaller step than before, which a resumed run does: the step is a plain value.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+        self._run.log({**{f"{stage}/{name}": value for name, value in values.items()}, "step": step})
+
+    def images(self, step: int, images: Mapping[str, Image]) -> None:
+        self._run.log({**{name: self._wandb.Image(image) for name, image in images.items()}, "step": step})
+
+    def video(self, step: int, paths: Mapping[str, Path]) -> None:
+        videos = {name: self._wandb.Video(str(path), format="mp4") for name, path in paths.items()}
+        self._run.log({**videos, "step": step})
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        self._run.config.update(dict(values), allow_val_change=True)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _require(name: str) -> ModuleType:
+    try:
+        return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except ImportError as error:
+        raise ValueError(
+            f"tracking.trackers: {name} is not installed ({error}): pip install 'igae[tracking]', or remove it there"
+        ) from None

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small training runs for tests: a few 16 x 16 scenes and a tiny autoencoder, seconds on a core."""
+
+from pathlib import Path
+
+import yaml
+from scene_files import write_data
+
+from igae.data.pack import pack
+
+RECIPE = """
+experiment: run
+data: {workers: 1, shuffle: 16}
+autoencoder:
+  create:
+    _class_name: AutoencoderKL
+    down_block_types: [DownEncoderBlock2D, DownEncoderBlock2D]
+    up_block_types: [UpDecoderBlock2D, UpDecoderBlock2D]
+    block_out_channels: [8, 8]
+    layers_per_block: 1
+    latent_channels: 4
+    norm_num_groups: 4
+  scale: auto
+planes: {resolution: 8, features: 8}
+render: {coarse_samples: 6, fine_samples: 6}
+train:
+  warmup:
+    epochs: 4
+    batch_size: 4
+    learning_rates: {planes: 1.0e-2, mlp: 1.0e-2}
+    weights: {latent: 1, planes_tv: 1.0e-4}
+  joint:
+    epochs: 4
+    batch_size: 4
+    photos: 2
+    learning_rates: {encoder: 1.0e-4, decoder: 1.0e-4, planes: 1.0e-2, mlp: 1.0e-3}
+    weights: {latent: 1, rgb: 1, ae: 0.1, photo_ae: 0.1, photo_tv: 1.0e-5, photo_kl: 1.0e-6, planes_tv: 1.0e-4}
+checkpoint: {every: 4}
+evaluation: {views: 1, pictures: 0, orbits: 0, photos: 4}
+tracking: {every: 3}
+"""
+
+
+def packed_data(folder: Path) -> str:
+    """Pack four scenes (35 training and 3 held-out views) and 11 photographs; returns the shards' folder."""
+    source = write_data(folder / "source", images=11)
+    pack(str(folder / "shards"), scenes=str(source / "scenes"), subset="square16", images=str(source / "photos"))
+    return str(folder / "shards")
+
+
+def recipe_file(folder: Path, shards: str) -> Path:
+    """The recipe of small runs, on these shards and with its outputs in the folder."""
+    recipe = yaml.safe_load(RECIPE)
+    recipe["data"]["root"] = shards
+    recipe["outputs"] = str(folder / "outputs")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes small raw data sets for the tests of packing and streaming."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from igae.cameras import opengl_to_opencv, orbit
+
+
+def picture(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    """An image of noise, different for each seed."""
+    channels = {"L": (), "RGB": (3,), "RGBA": (4,)}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, *channels), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+def write_scene(folder: Path, views: int = 12, seed: int = 0, size: int = 16, opengl: bool = False) -> dict[str, Any]:
+    """Writes a scene of `views` noise images on an orbit; returns its transforms."""
+    poses = orbit(views, 1.3, 0.3).double()
+    (folder / "images").mkdir(parents=True)
+    frames = []
+    for index in range(views):
+        name = f"images/{index:03d}"
+        (folder / f"{name}.png").write_bytes(picture(1000 * seed + index, size))
+        pose = opengl_to_opencv(poses[index]) if opengl else poses[index]
+        frames.append({"file_path": name if opengl else f"{name}.png", "transform_matrix": pose.tolist()})
+    shared = {"fl_x": 70.0 * size / 64, "fl_y": 70.0 * size / 64, "cx": size / 2, "cy": size / 2, "w": size, "h": size}
+    if opengl:
+        shared = {"camera_angle_x": 2 * float(np.arctan(size / 2 / shared["fl_x"]))}
+    transforms = {**shared, "frames": frames}
+    (folder / ("transforms.json" if opengl else "transforms_opencv.json")).write_text(json.dumps(transforms))
+    return transforms
+
+
+def write_data(root: Path, views: tuple[int, ...] = (12, 5, 1, 20), images: int = 0) -> Path:
+    """Scenes `scene_0`, ... in `root/scenes/square16` with a dataset map, and photographs in `root/photos`."""
+    names = [f"scene_{i}" for i in range(len(views))]
+    for index, number in enumerate(views):
+        write_scene(root / "scenes" / "square16" / names[index], number, seed=index)
+    (root / "scenes" / "dataset_map.json").write_text(json.dumps({"toys": names, "cars": names[1:3]}))
+    for index in range(images):
+        folder = root / "photos" / f"class_{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.jpg").write_bytes(picture(50000 + index, kind="JPEG"))
+    return root

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are killed at random moments end as if nothing had happened."""
+
+import hashlib
+import multiprocessing
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import runs
+from safetensors.torch import load_file
+
+import train
+from igae import checkpoint
+
+KILLS = 20
+
+
+def _train(recipe: str, arguments: list[str], log: str) -> None:
+    import os
+    import sys
+
+    import torch
+
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.exit(train.main(["--config", recipe, *arguments]))
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    # Real processes, forked from one that has the imports behind it: a launch costs a fraction of a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["igae.trainer", "igae.data.streams"])
+    return context
+
+
+def _digests(run: Path) -> dict[str, str]:
+    """Digest of every tensor of the newest checkpoint."""
+    newest = checkpoint.list_complete(run / "checkpoints")[-1]
+    return {
+        f"{newest.name}/{file.name}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for file in sorted(newest.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
+    recipe = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
+
+    def start(name: str) -> multiprocessing.context.ForkServerProcess:
+        process = processes.Process(target=_train, args=(recipe, [f"experiment={name}"], str(tmp_path / f"{name}.log")))
+        process.start()
+        return process
+
+    began = time.monotonic()
+    whole = start("whole")
+    whole.join(300)
+    duration = time.monotonic() - began
+    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
+    expected = _digests(tmp_path / "outputs" / "whole")
+    assert len(expected) > 100
+
+    rng, kills, finished = random.Random(0), 0, 0
+    resumed_in = set()
+    while kills < KILLS or finished == 0:
+        process = start("killed")
+        if kills < KILLS:
+            process.join(rng.uniform(0, duration))
+            if process.exitcode is None:
+                process.kill()
+                kills += 1
+                complete = checkpoint.list_complete(tmp_path / "outputs" / "killed" / "checkpoints")
+                resumed_in |= {path.name for path in complete[-1:]}
+        process.join(300)
+        if process.exitcode == 0:
+            assert _digests(tmp_path / "outputs" / "killed") == expected
+            finished += 1
+            if kills < KILLS:
+                shutil.rmtree(tmp_path / "outputs" / "killed")
+        else:
+            assert process.exitcode == -9, (tmp_path / "killed.log").read_text()
+    # The kills were spread over the run, not all before its first checkpoint.
+    assert len(resumed_in) >= 3, resumed_in

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training as a user runs it: small, but with every part real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+import train
+from igae import checkpoint, config
+from igae.recipe import Recipe
+from igae.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return runs.packed_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, shards: str) -> str:
+    return str(runs.recipe_file(tmp_path, shards))
+
+
+def _run(recipe_file: str, *arguments: str) -> int:
+    return train.main(["--config", recipe_file, *arguments])
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.name}/{name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def _newest(recipe_file: str, name: str) -> Path:
+    return checkpoint.list_complete(Path(recipe_file).parent / "outputs" / name / "checkpoints")[-1]
+
+
+def test_every_trainable_parameter_moves_in_each_stage(recipe_file: str) -> None:
+    recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=0.2", "train.joint.epochs=0.2"])
+    trainer = Trainer(recipe)
+    model, bank = trainer.model, trainer.bank
+    names = {name for name, _ in model.named_parameters()}
+    assert any("quant_conv" in name for name in names) and any("post_quant_conv" in name for name in names)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    planes = bank.planes.clone()
+    trainer.run("warmup")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in names if name.startswith("mlp.")}
+    # One step of four views touches at least one scene, and exactly the touched scenes move.
+    assert (bank.planes != planes).flatten(1).any(1).sum() >= 1
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    planes = bank.planes.clone()
+    trainer.run("joint")
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == set()
+    assert (bank.planes != planes).flatten(1).any(1).sum() >= 1
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_five_and_five_steps_equal_ten(recipe_file: str, mode: str) -> None:
+    options = [
+        f"train.plane_optimizer={mode}",
+        "train.warmup.epochs=1.25",
+        "train.joint.epochs=1.25",
+        "checkpoint.every=5",
+    ]
+    recipe = config.load(Recipe, recipe_file, [*options, "experiment=ten"])
+    trainer = Trainer(recipe)
+    trainer.run()
+    assert trainer.progress.total == 20
+
+    # The same, stopped by SIGTERM's handler after every fifth step, each part in a trainer of its own.
+    recipe = config.load(Recipe, recipe_file, [*options, "experiment=parts", "evaluation.every=2"])
+    for total in (5, 10, 15, 20):
+        part = Trainer(recipe)
+        _stop_after(part, total)
+        part.run()
+        assert part.progress.total == total
+    ten, parts = _tensors(_newest(recipe_file, "ten")), _tensors(_newest(recipe_file, "parts"))
+    assert ten.keys() == parts.keys()
+    different = [name for name in ten if not torch.equal(ten[name], parts[name])]
+    assert different == []
+
+
+def _stop_after(trainer: Trainer, total: int) -> None:
+    """Send this process a SIGTERM in the middle of step number ``total``."""
+    forward = trainer.model.forward
+
+    def stopping(*arguments: object) -> object:
+        if trainer.progress.total == total - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    trainer.model.forward = stopping  # type: ignore[method-assign, assignment]
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path: Path, recipe_file: str) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--config", recipe_file, "train.warmup.epochs=2000"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "SIGTERM" in errors
+    state = json.loads((_newest(recipe_file, "run") / "state.json").read_text())
+    assert state["stage"] == "warmup" and not state["finished"] and state["step"] > 0
+
+
+def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["train.warmup.epochs=0.5", "train.joint.epochs=0.5"]
+    assert _run(recipe_file, "--stage", "joint", "experiment=steps", *short) == 2
+    assert "no finished warm-up" in capsys.readouterr().err
+    assert _run(recipe_file, "--stage", "warmup", "experiment=steps", *short) == 0
+    first = _newest(recipe_file, "steps")
+    assert _run(recipe_file, "--stage", "warmup", "experiment=steps", *short) == 0  # nothing left to do
+    assert _newest(recipe_file, "steps") == first
+    assert _run(recipe_file, "--stage", "joint", "experiment=steps", *short) == 0
+    assert _run(recipe_file, "experiment=once", *short) == 0
+    steps, once = _tensors(_newest(recipe_file, "steps")), _tensors(_newest(recipe_file, "once"))
+    assert [name for name in once if not torch.equal(once[name], steps[name])] == []
+
+
+def test_training_learns_and_reports(recipe_file: str) -> None:
+    arguments = ["train.warmup.epochs=12", "evaluation.pictures=2", "evaluation.orbits=1", "evaluation.orbit_frames=4"]
+    assert _run(recipe_file, *arguments) == 0
+    run = Path(recipe_file).parent / "outputs" / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    latent = [r["loss/latent"] for r in records if r["stage"] == "warmup" and "loss/latent" in r]
+    assert sum(latent[-5:]) < 0.9 * sum(latent[:5])
+    joint = [r["loss/total"] for r in records if r["stage"] == "joint" and "loss/total" in r]
+    assert sum(joint[-3:]) < sum(joint[:3])
+    figures = json.loads((run / "metrics.json").read_text())["joint"]
+    for name in ("heldout/rgb_psnr", "train/rgb_psnr", "heldout/latent_psnr", "heldout/ae_psnr", "heldout/rgb_ssim"):
+        assert isinstance(figures[name], float)
+    assert {"photos/ae_psnr", "heldout/constant_psnr"} <= figures.keys()
+    assert len(list((run / "pictures").glob("*.png"))) == 2
+    assert len(list((run / "orbits" / "joint").glob("*.mp4"))) == 1
+    assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe_file, arguments)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str) -> None:
+    recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.joint.epochs=1", "train.max_skipped=3"])
+    trainer = Trainer(recipe)
+    trainer.run("warmup")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    planes = trainer.bank.planes.clone()
+    forward = trainer.model.forward
+
+    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
+        return losses | {"total": losses["total"] * float("nan")}
+
+    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        trainer.run("joint")
+    assert trainer.progress.skipped == 3
+    assert torch.equal(trainer.bank.planes, planes)
+    assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.joint.alternate=true"],
+        ["train.precision=bf16"],
+        ["train.joint.weights.depth_tv=0.01", "autoencoder.latents=mean", "autoencoder.scale=0.5"],
+        [
+            "train.joint.learning_rates={decoder: 1.0e-4}",
+            "train.joint.schedule=multistep",
+            "train.joint.milestones=[1]",
+        ],
+        ["render.axes=eg3d", "render.reduce=product", "render.near=0.7", "render.far=1.9", "data.workers=0"],
+        [
+            "autoencoder={create: {_class_name: AutoencoderTiny, encoder_block_out_channels: [8, 8], "
+            "decoder_block_out_channels: [8, 8], num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}, scale: auto}"
+        ],
+        ["autoencoder={path: identity}", "train.joint.epochs=0"],
+        ["train.warmup.epochs=0", "train.joint.batch_size=0", "train.joint.weights={latent: 0, photo_ae: 1}"],
+    ],
+    ids=["alternate", "bf16", "depth", "decoder-only", "render", "tiny", "rgb", "photos-only"],
+)
+def test_options_train(recipe_file: str, overrides: list[str]) -> None:
+    short = [f"train.{s}.epochs=0.5" for s in ("warmup", "joint") if not any(f"{s}.epochs" in o for o in overrides)]
+    recipe = config.load(Recipe, recipe_file, [*short, *overrides])
+    trainer = Trainer(recipe)
+    before = trainer.bank.planes.clone()
+    figures = trainer.run()
+    assert figures and all(value == value for value in figures.values())
+    assert trainer.progress.finished and trainer.progress.skipped == 0
+    assert torch.equal(before, trainer.bank.planes) == ("train.joint.batch_size=0" in overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train.joint.batchsize=3"], "did you mean train.joint.batch_size"),
+        (["data.root=/nowhere"], "pack the data first"),
+        (["autoencoder={path: /nowhere/vae}"], "autoencoder.path: /nowhere/vae"),
+        (["train.joint.photos=0"], "photos is 0"),
+        (["data.categories={bus: [0, 3]}"], "bus"),
+        (["train.joint.weights.photo_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
+        (["--resume", "/nowhere/step-00000001"], "no complete checkpoint"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    recipe_file: str, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    assert _run(recipe_file, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and sentence in lines[-1]
+
+
+def test_another_configuration_does_not_go_on_from_a_checkpoint(
+    recipe_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["train.warmup.epochs=0.2", "train.joint.epochs=0"]
+    assert _run(recipe_file, *short) == 0
+    for change in ("planes.resolution=10", "data.categories={cars: [0, 2]}", "render.axes=true"):
+        code = _run(recipe_file, *short, change)
+        assert code == (0 if "axes" in change else 2)
+    assert "use a new experiment=NAME" in capsys.readouterr().err
+    assert _run(recipe_file, *short, "--resume", "never") == 2
