@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--colours", type=int, default=16, help="channels of the image")
     parser.add_argument("--resolution", type=int, default=64, help="side of a plane")
     parser.add_argument("--scenes", type=int, help="distinct scenes among the views; default: one a view")
-    parser.add_argument("--axes", choices=["true", "eg3d"], default="true")
+    parser.add_argument("--axes", choices=["orthogonal", "eg3d"], default="orthogonal")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image autoencoders of diffusers, and the normalised latents that scenes are rendered in."""
 
+import math
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -36,8 +37,8 @@ class AutoencoderConfig(Section):
     def _check(self) -> "AutoencoderConfig":
         if (self.path is None) == (self.create is None):
             raise ValueError("give either path or create, not both and not none")
-        if isinstance(self.scale, float) and not self.scale > 0:
-            raise ValueError("scale must be positive")
+        if isinstance(self.scale, float) and not 0 < self.scale < math.inf:
+            raise ValueError("scale must be positive and finite, or auto")
         return self
 
 
@@ -101,6 +102,11 @@ class Autoencoder(nn.Module):
             return normalised
         return torch.atanh(normalised.clamp(-1.0 + MARGIN, 1.0 - MARGIN)) / self.scale
 
+    def save(self, folder: Path) -> None:
+        """Write the autoencoder in diffusers' format, for ``autoencoder.path`` or ``from_pretrained``."""
+        if self.net is not None:
+            self.net.save_pretrained(folder)
+
     @property
     def scale_is_fitted(self) -> bool:
         return bool(torch.isfinite(self.scale))
@@ -147,19 +153,26 @@ def _create(settings: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"autoencoder.create: diffusers has no class {name}")
     try:
         net: nn.Module = cls(**settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"autoencoder.create: {name} refuses these settings ({error})") from error
+    except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"autoencoder.create: {name} refuses these settings ({reason})") from error
     return net
 
 
 def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
-    from diffusers import AutoModel
+    import diffusers
 
     source = str(files("igae") / "assets/demo-autoencoder") if path == "demo" else path
     try:
-        net: nn.Module = AutoModel.from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
-    except (OSError, ValueError, AttributeError) as error:
+        name = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
+        net: nn.Module
+        net, info = getattr(diffusers, name).from_pretrained(
+            source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         place = "folder" if Path(source).exists() else "folder or readable hub repository"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason})") from error
+    if info["missing_keys"]:
+        raise ValueError(f"autoencoder.path: the weights in {path} lack {', '.join(sorted(info['missing_keys'])[:3])}")
     return net

@@ -88,16 +88,20 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for path in staging.iterdir():
             _sync(path)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(staging, final)
         _sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise ValueError(f"the checkpoint {final} can't be written: {error}; earlier ones are untouched") from error
     for old in list_complete(root)[:-keep]:
-        (old / STATE).unlink()  # first, so that a half removed folder does not count as complete
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    (folder / STATE).unlink(missing_ok=True)  # first, so that a half removed folder does not count as complete
+    shutil.rmtree(folder)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -108,23 +112,21 @@ def load(folder: Path) -> Checkpoint:
     """
     if not (folder / STATE).is_file():
         raise ValueError(f"{folder} is no complete checkpoint: it has no {STATE}")
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{folder}: checkpoint format {state.get('format')} is not {FORMAT}, which this version reads")
-    tensors = {}
-    for name in ("shared", "optimizer", "scenes-00000"):
-        path = folder / f"{name}.safetensors"
-        try:
+    path = folder / STATE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        if state.get("format") != FORMAT:
+            raise ValueError(f"its format is {state.get('format')}, and this version reads {FORMAT}")
+        progress = Progress(**state)
+        tensors = {}
+        for name in ("shared", "optimizer", "scenes-00000"):
+            path = folder / f"{name}.safetensors"
             tensors[name] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} can't be read ({error}): remove {folder} to go on from the one before") from error
-    return Checkpoint(
-        Progress(**state),
-        tensors["shared"],
-        tensors["optimizer"],
-        tensors["scenes-00000"],
-        (folder / "config.yaml").read_text(),
-    )
+        path = folder / "config.yaml"
+        config = path.read_text()
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read ({error}): remove {folder} to go on from the one before") from error
+    return Checkpoint(progress, tensors["shared"], tensors["optimizer"], tensors["scenes-00000"], config)
 
 
 def _sync(path: Path) -> None:

@@ -85,7 +85,7 @@ class LPIPS(nn.Module):
                 names.append(f"features.{index}")
                 index, channels = index + 2, entry
         self.stages.append(nn.Sequential(*modules))
-        self._load_vgg(self._read_vgg(weights), names)
+        self._load_vgg(self._read_vgg(weights), names, str(weights or VGG16_URL))
         heads = torch.load(
             str(files("torchmetrics") / "functional/image/lpips_models/vgg.pth"), map_location="cpu", weights_only=True
         )
@@ -109,20 +109,22 @@ class LPIPS(nn.Module):
         else:
             if not Path(weights).is_file():
                 raise ValueError(f"train.lpips_weights: there is no file {weights}")
-            state = torch.load(str(weights), map_location="cpu", weights_only=True)
-        return dict(state)
+            try:
+                state = torch.load(str(weights), map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever unpickling meets in a file that is something else
+                raise ValueError(f"train.lpips_weights: {weights} can't be read ({type(error).__name__})") from error
+        return state if isinstance(state, dict) else {}
 
-    def _load_vgg(self, state: dict[str, Tensor], names: list[str]) -> None:
+    def _load_vgg(self, state: dict[str, Tensor], names: list[str], source: str) -> None:
         convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         for name, convolution in zip(names, convolutions, strict=True):
-            weight = state.get(f"{name}.weight")
-            if weight is None or weight.shape != convolution.weight.shape:
-                raise ValueError(
-                    f"train.lpips_weights: not the weights of a VGG16 ({name}.weight is missing or misshaped)"
-                )
-            convolution.weight.data.copy_(weight)
-            assert convolution.bias is not None
-            convolution.bias.data.copy_(state[f"{name}.bias"])
+            for part, own in convolution.named_parameters():
+                given = state.get(f"{name}.{part}")
+                if not isinstance(given, Tensor) or given.shape != own.shape:
+                    raise ValueError(
+                        f"train.lpips_weights: {source} is no VGG16 ({name}.{part} is missing or misshaped)"
+                    )
+                own.data.copy_(given)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean distance (a scalar) of images [B, 3, H, W] in [-1, 1]; H and W at least 16."""

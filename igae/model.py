@@ -153,13 +153,14 @@ class IGAE(nn.Module):
                 if weights.photo_tv > 0:
                     losses["photo_tv"] = total_variation(natural_latents, (-2, -1))
 
-        decode: dict[str, tuple[Tensor, Tensor]] = {}  # name of the loss: latents, the images that they should give
+        decode: dict[str, tuple[Tensor, Tensor]] = {}  # what is decoded: latents, the images that they should give
         if views is not None:
             assert rows is not None
             latents = views.latents if latents is None else latents
             assert latents is not None
             rendered, depth, _ = self.render(rows, views, seed)
-            losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
+            if weights.latent > 0:
+                losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
             if weights.planes_tv > 0:
                 losses["planes_tv"] = total_variation(rows, (2, 3))
             if weights.depth_tv > 0:
@@ -169,13 +170,17 @@ class IGAE(nn.Module):
             if images is not None and weights.ae > 0:
                 decode["ae"] = (latents, images)
         if natural is not None and natural_latents is not None and weights.photo_ae + weights.photo_lpips > 0:
-            decode["photo_ae"] = (natural_latents, natural)
+            decode["photo"] = (natural_latents, natural)
         if decode:
             decoded = self.autoencoder.decode(torch.cat([z for z, _ in decode.values()]))
             pictures = torch.split(decoded, [len(z) for z, _ in decode.values()])
             for (name, (_, target)), picture in zip(decode.items(), pictures, strict=True):
-                losses[name] = F.mse_loss(picture, target)
-                if name == "photo_ae" and weights.photo_lpips > 0:
+                if name != "photo":
+                    losses[name] = F.mse_loss(picture, target)
+                    continue
+                if weights.photo_ae > 0:
+                    losses["photo_ae"] = F.mse_loss(picture, target)
+                if weights.photo_lpips > 0:
                     assert self._perceptual[0] is not None
                     losses["photo_lpips"] = self._perceptual[0](picture, target)
         total = torch.zeros((), device=self.background.device)

@@ -68,8 +68,13 @@ class StageConfig(Section):
             raise ValueError("alternate needs a learning rate for encoder or decoder: photographs train nothing else")
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
-        if not self.batch_size and weights.needs_images and weights.photo_ae == 0:
-            raise ValueError("batch_size is 0, so only losses of photographs (photo_*) can have a weight")
+        views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv
+        if self.epochs > 0 and not self.batch_size and views > 0:
+            raise ValueError(
+                "batch_size is 0, so only losses of photographs (photo_*) can have a weight, not even latent"
+            )
+        if self.batch_size and views == 0:
+            raise ValueError("views are loaded (batch_size) but no loss of views has a weight")
         photo_losses = weights.photo_ae + weights.photo_lpips + weights.photo_kl + weights.photo_tv
         if self.photos and photo_losses == 0:
             raise ValueError("photos are loaded but no loss of photographs (photo_*) has a weight")

@@ -84,9 +84,17 @@ class Trainer:
         self._stop_signal: int | None = None
 
     def _find(self, resume: str) -> Path | None:
-        if resume not in ("auto", "never"):
-            return Path(resume)
         complete = checkpoint.list_complete(self.folder / "checkpoints")
+        if resume not in ("auto", "never"):
+            path = Path(resume)
+            if not complete or complete[-1].resolve() == path.resolve():
+                return path
+            if path.resolve().parent == complete[-1].resolve().parent:
+                raise ValueError(
+                    f"--resume {path}: {self.folder} has gone on to {complete[-1].name}: branch off into another run, "
+                    "experiment=NAME, or remove the later checkpoints"
+                )
+            log.info("%s was begun from %s and has checkpoints of its own", self.folder, path)
         if complete and resume == "never":
             raise ValueError(
                 f"{self.folder} already has checkpoints: choose another name with experiment=NAME, or remove the folder"
@@ -188,6 +196,8 @@ class Trainer:
             self._save(stage)
         finally:
             stage.close()
+        if name == "joint":
+            self.model.autoencoder.save(self.folder / "autoencoder")
         figures = self._evaluate(evaluator, name, last=True)
         self._write_metrics(name, figures)
         return figures
@@ -257,7 +267,7 @@ class Trainer:
         self.model.eval()
         figures = evaluator.measure(self.model, self.bank)
         self.tracker.scalars(step, stage, {f"eval/{name}": value for name, value in figures.items()})
-        if evaluator.config.pictures:
+        if evaluator.config.pictures and (evaluator.splits or evaluator.photos is not None):
             grid = evaluator.grid(self.model, self.bank)
             pictures.save_png(self.folder / "pictures" / f"{stage}-{step:08d}.png", grid)
             self.tracker.images(step, {"views": grid})

@@ -6,7 +6,23 @@ from pathlib import Path
 import yaml
 from scene_files import write_data
 
+from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.pack import pack
+
+KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+TINY = {
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_encoder_blocks": [1, 1],
+    "num_decoder_blocks": [1, 1],
+}
 
 RECIPE = """
 experiment: run
@@ -56,3 +72,9 @@ def recipe_file(folder: Path, shards: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def create_autoencoder(name: str, seed: int = 0, **settings: object) -> Autoencoder:
+    """A tiny AutoencoderKL or AutoencoderTiny with random weights; latents have half the images' resolution."""
+    created = {"_class_name": name, **(KL if name == "AutoencoderKL" else TINY)}
+    return load_autoencoder(AutoencoderConfig(create=created, **settings), seed)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def field(
 ) -> tuple[float, Array]:
     """Raw density and colour at a point, for planes [3, R, R, C]."""
     x, y, z = 2 * point / box
-    third = (y, z) if axes == "true" else (z, x)
+    third = (y, z) if axes == "orthogonal" else (z, x)
     reads = [bilinear(plane, *uv) for plane, uv in zip(planes, ((x, y), (x, z), third), strict=True)]
     features = reads[0] + reads[1] + reads[2] if reduce == "sum" else reads[0] * reads[1] * reads[2]
     hidden = np.array([softplus(a) for a in mlp["w1"] @ features + mlp["b1"]])

@@ -16,6 +16,7 @@ import train
 from igae import checkpoint
 
 KILLS = 20
+SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2", "checkpoint.every=3"]
 
 
 def _train(recipe: str, arguments: list[str], log: str) -> None:
@@ -53,7 +54,9 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.c
     recipe = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
 
     def start(name: str) -> multiprocessing.context.ForkServerProcess:
-        process = processes.Process(target=_train, args=(recipe, [f"experiment={name}"], str(tmp_path / f"{name}.log")))
+        process = processes.Process(
+            target=_train, args=(recipe, [f"experiment={name}", *SHORT], str(tmp_path / f"{name}.log"))
+        )
         process.start()
         return process
 

@@ -68,10 +68,10 @@ def coordinates(resolution: int, box: float) -> Tensor:
 # --- the field ---
 
 
-@pytest.mark.parametrize("axes", ["true", "eg3d"])
+@pytest.mark.parametrize("axes", ["orthogonal", "eg3d"])
 def test_linear_field_is_read_exactly(axes: Any) -> None:
     resolution, box = 8, 1.5
-    pairs = {"true": "xy xz yz", "eg3d": "xy xz zx"}[axes].split()
+    pairs = {"orthogonal": "xy xz yz", "eg3d": "xy xz zx"}[axes].split()
     slope = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.5, 0.25]], dtype=F64)
     c = coordinates(resolution, box)
     planes = torch.stack([a * c[None, :] + b * c[:, None] for a, b in slope])[None, ..., None]
@@ -83,7 +83,7 @@ def test_linear_field_is_read_exactly(axes: Any) -> None:
     torch.testing.assert_close(read[..., 0], expected, rtol=0, atol=1e-13)  # measured: 1.3e-15
 
 
-@pytest.mark.parametrize("axes", ["true", "eg3d"])
+@pytest.mark.parametrize("axes", ["orthogonal", "eg3d"])
 @pytest.mark.parametrize("reduce", ["sum", "product"])
 def test_field_equals_a_loop_over_points_and_grid_sample(axes: Any, reduce: Any) -> None:
     g = torch.Generator().manual_seed(1)
@@ -94,7 +94,7 @@ def test_field_equals_a_loop_over_points_and_grid_sample(axes: Any, reduce: Any)
     read = plane_features(planes, scene, points, RenderOptions(axes=axes, reduce=reduce, box=2.0))
     for n, k in itertools.product(range(9), range(6)):
         x, y, z = points[n, k].tolist()
-        third = (y, z) if axes == "true" else (z, x)
+        third = (y, z) if axes == "orthogonal" else (z, x)
         taps = [
             slow_renderer.bilinear(plane.numpy(), *uv)
             for plane, uv in zip(planes[scene[n]], ((x, y), (x, z), third), strict=True)
@@ -320,7 +320,7 @@ def test_image_equals_the_slow_renderer(options: dict[str, Any], seeded: bool) -
     g = torch.Generator().manual_seed(6)
     options = {
         "near": "auto", "far": "auto", "box": 1.3, "coarse_samples": 9, "fine_samples": 7,
-        "spacing": "depth", "axes": "true", "reduce": "sum",
+        "spacing": "depth", "axes": "orthogonal", "reduce": "sum",
     } | options  # fmt: skip
     planes = torch.randn(2, 3, 6, 6, 4, dtype=F64, generator=g) * 2
     mlp = DecodingMLP(4, 3, hidden=8, generator=g).to(F64)

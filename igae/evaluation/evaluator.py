@@ -43,7 +43,9 @@ class Evaluator:
         self.splits: dict[str, ViewBatch] = {}
         means: dict[int, tuple[Tensor, int]] = {}
         splits: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
-        for split in splits if scenes else ():
+        for split in splits:
+            if not any(scene.heldout if split == "heldout" else scene.views for scene in self.scenes):
+                continue
             chosen: dict[int, list[ViewBatch]] = {scene.id: [] for scene in self.scenes}
             loader = view_loader(
                 root,
@@ -93,12 +95,12 @@ class Evaluator:
             for chunk in _chunks(views):
                 truth = to_signed(chunk.images.to(self.device))
                 latents, rendered, _, _ = self._latents(model, bank, chunk, truth)
-                note(f"{split}/latent_psnr", psnr(rendered, latents))
+                note(f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalise(latents)))
                 decoded = _decode(model, model.autoencoder.denormalise(rendered))
                 note(f"{split}/rgb_psnr", psnr(decoded, truth))
                 note(f"{split}/rgb_ssim", _ssim(decoded, truth))
                 if not model.autoencoder.is_identity:
-                    again = _decode(model, model.autoencoder.denormalise(latents))
+                    again = _decode(model, latents)
                     note(f"{split}/ae_psnr", psnr(again, truth))
                     note(f"{split}/ae_ssim", _ssim(again, truth))
                 if split == "heldout":
@@ -115,8 +117,8 @@ class Evaluator:
     def _latents(
         self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Encoded and rendered normalised latents, depth, opacity."""
-        latents = model.autoencoder.normalise(model.autoencoder.posterior(truth).mean)
+        """Encoded latents, rendered normalised latents, depth, opacity."""
+        latents = model.autoencoder.posterior(truth).mean
         rendered, depth, opacity = _render(model, bank, chunk.scene, chunk.cam2world, chunk.intrinsics, self.device)
         return latents, rendered, depth, opacity
 
@@ -138,8 +140,8 @@ class Evaluator:
         latents, rendered, depth, opacity = self._latents(model, bank, chunk, truth)
         size = (truth.shape[2], truth.shape[3])
         decoded = _decode(model, model.autoencoder.denormalise(rendered))
-        again = _decode(model, model.autoencoder.denormalise(latents))
-        both = pictures.latent_to_rgb(torch.cat([latents, rendered]), size)
+        again = _decode(model, latents)
+        both = pictures.latent_to_rgb(torch.cat([model.autoencoder.normalise(latents), rendered]), size)
         depths = pictures.depth_to_rgb(depth, opacity, size)
         rows = [
             [*(pictures.to_uint8(x[i]) for x in (truth, again, decoded)), both[i], both[len(shown) + i], depths[i]]

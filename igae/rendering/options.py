@@ -27,7 +27,7 @@ class RenderOptions:
     """Further samples on each ray, placed by importance; may be 0."""
     spacing: Literal["depth", "disparity"] = "depth"
     """Coarse samples are uniform in distance, or in its inverse."""
-    axes: Literal["true", "eg3d"] = "true"
+    axes: Literal["orthogonal", "eg3d"] = "orthogonal"
     """Axes of the three planes: (x,y) (x,z) (y,z), or (x,y) (x,z) (z,x) as in the published weights."""
     reduce: Literal["sum", "product"] = "sum"
     """How the features of the three planes become one."""
@@ -37,7 +37,7 @@ class RenderOptions:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("spacing", self.spacing, ("depth", "disparity")),
-            ("axes", self.axes, ("true", "eg3d")),
+            ("axes", self.axes, ("orthogonal", "eg3d")),
             ("reduce", self.reduce, ("sum", "product")),
         ):
             if value not in known:

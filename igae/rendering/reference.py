@@ -16,7 +16,7 @@ from igae.rendering.options import Rendered, RenderOptions
 from igae.rendering.rays import box_range, pixel_rays
 from igae.rendering.rng import COARSE, FINE, uniform
 
-PLANE_AXES = {"true": ((0, 1), (0, 2), (1, 2)), "eg3d": ((0, 1), (0, 2), (2, 0))}
+PLANE_AXES = {"orthogonal": ((0, 1), (0, 2), (1, 2)), "eg3d": ((0, 1), (0, 2), (2, 0))}
 
 LEAK = 1e-10
 """Added to the transmittance of every interval."""

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: which views it takes, its figures against independent ones, and that it leaves no trace."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from runs import create_autoencoder as create
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.data.manifest import Manifest
+from igae.data.pack import pack
+from igae.evaluation.config import EvaluationConfig
+from igae.evaluation.evaluator import Evaluator
+from igae.model import IGAE, Views
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig, SceneBank
+
+WHITE = (1.0, 1.0, 1.0)
+CPU = torch.device("cpu")
+# Views of the scenes that tests/runs.py packs: 12, 5, 1 and 20; the first tenth of each is held out.
+HELDOUT = [(0, 0), (1, 0), (3, 0), (3, 1)]
+Pixels = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    runs.packed_data(folder)
+    return folder
+
+
+def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
+    root = str(data / "shards")
+    manifest = Manifest.load(root)
+    settings = EvaluationConfig(**{"pictures": 3, "orbits": 1, "orbit_frames": 3, **values})
+    return Evaluator(settings, root, manifest, manifest.select(None), WHITE, workers, CPU)
+
+
+def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneBank]:
+    options = RenderOptions(coarse_samples=5, fine_samples=5)
+    autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
+    model = IGAE(autoencoder, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    model.refresh_background()
+    return model, SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), range(4), 0, CPU)
+
+
+def raw(data: Path, scene: int, view: int) -> Pixels:
+    """A view as it was before packing, [H, W, 3] in [-1, 1]."""
+    path = data / "source" / "scenes" / "square16" / f"scene_{scene}" / "images" / f"{view:03d}.png"
+    return np.asarray(Image.open(path)).astype(np.float64) / 127.5 - 1
+
+
+def pixels(image: Tensor) -> Pixels:
+    return image.detach().permute(1, 2, 0).double().numpy()
+
+
+def decibels(found: Pixels, truth: Pixels) -> float:
+    return float(10 * np.log10(4 / np.mean((found - truth) ** 2)))
+
+
+def similarity(found: Pixels, truth: Pixels) -> float:
+    """SSIM of Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5. scikit-image leaves out the windows that
+    cross the border; mirroring the border first makes it a mean over all pixels."""
+    x, y = (np.pad(image, ((5, 5), (5, 5), (0, 0)), mode="reflect") for image in (found, truth))
+    return float(
+        structural_similarity(
+            x, y, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+    )
+
+
+def chosen(evaluator: Evaluator, split: str) -> list[tuple[int, int]]:
+    views = evaluator.splits[split]
+    return list(zip(views.scene.tolist(), views.view.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_held_out_views_are_exactly_those(data: Path, workers: int) -> None:
+    found = evaluator(data, workers, views=4, scenes=None)
+    assert sorted(chosen(found, "heldout")) == HELDOUT
+    train = chosen(found, "train")
+    assert len(set(train)) == len(train) == 4 + 4 + 1 + 4 and not set(train) & set(HELDOUT)
+    for split in ("heldout", "train"):
+        for image, (scene, view) in zip(found.splits[split].images, chosen(found, split), strict=True):
+            np.testing.assert_allclose(pixels(image.float() / 127.5 - 1), raw(data, scene, view), atol=1e-6)
+    again = evaluator(data, 2 - workers, views=4, scenes=None)
+    assert chosen(again, "train") == train
+
+
+def test_number_of_scenes_views_and_photographs(data: Path) -> None:
+    found = evaluator(data, views=1, scenes=2, photos=5)
+    assert [scene.id for scene in found.scenes] == [0, 2]  # spread evenly
+    assert chosen(found, "heldout") == [(0, 0)] and len(chosen(found, "train")) == 2
+    assert found.photos is not None and found.photos.shape == (5, 3, 16, 16)
+    found = evaluator(data, scenes=100, photos=100)
+    assert len(found.scenes) == 4 and found.photos is not None and len(found.photos) == 11
+    assert evaluator(data, photos=0).photos is None
+
+
+@torch.no_grad()
+def test_figures_are_those_of_other_implementations(data: Path) -> None:
+    model, bank = build()
+    found = evaluator(data, views=3, photos=6)
+    figures = found.measure(model, bank)
+    net = model.autoencoder.net
+    expected: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        expected.setdefault(name, []).append(value)
+
+    for split, views in found.splits.items():
+        for i, (scene, view) in enumerate(chosen(found, split)):
+            truth = raw(data, scene, view)
+            image = torch.from_numpy(truth).permute(2, 0, 1)[None].float()
+            normalised = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
+            shown = Views(torch.tensor([0]), views.cam2world[i : i + 1], views.intrinsics[i : i + 1])
+            rendered = model.render(bank.planes[scene : scene + 1], shown, None)[0]
+            note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalised[0])))
+            decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2).sample
+            again = net.decode(torch.atanh(normalised) / 0.2).sample
+            for name, picture in (("rgb", decoded), ("ae", again)):
+                clamped = pixels(picture[0]).clip(-1, 1)
+                note(f"{split}/{name}_psnr", decibels(clamped, truth))
+                note(f"{split}/{name}_ssim", similarity(clamped, truth))
+            if split == "heldout":
+                others = [v for v in range((12, 5, 1, 20)[scene]) if (scene, v) not in HELDOUT]
+                note("heldout/constant_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
+    assert found.photos is not None
+    for photo in found.photos:
+        image = photo.float()[None] / 127.5 - 1
+        clamped = pixels(net.decode(net.encode(image).latent_dist.mean).sample[0]).clip(-1, 1)
+        note("photos/ae_psnr", decibels(clamped, pixels(image[0])))
+        note("photos/ae_ssim", similarity(clamped, pixels(image[0])))
+    assert figures.keys() == expected.keys()
+    for name, values in expected.items():
+        assert figures[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
+    assert all(6 < figures[f"{split}/{name}_psnr"] < 30 for split in ("heldout", "train") for name in ("rgb", "ae"))
+
+
+@torch.no_grad()
+def test_autoencoded_views_do_not_pass_the_normaliser(data: Path) -> None:
+    """Its clamp would change latents far out, which training decodes as they are."""
+    model, bank = build(create("AutoencoderKL", scale=50.0))
+    found = evaluator(data, views=1)
+    views = found.splits["heldout"]
+    truth = views.images.float() / 127.5 - 1
+    net = model.autoencoder.net
+    expected = [
+        decibels(pixels(again).clip(-1, 1), pixels(image))
+        for again, image in zip(net.decode(net.encode(truth).latent_dist.mean).sample, truth, strict=True)
+    ]
+    assert found.measure(model, bank)["heldout/ae_psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+@torch.no_grad()
+def test_identity_scenes_have_no_autoencoder_figures(data: Path) -> None:
+    model, bank = build(load_autoencoder(AutoencoderConfig(path="identity")))
+    figures = evaluator(data, views=2).measure(model, bank)
+    assert figures.keys() == {
+        *(f"{split}/{name}" for split in ("heldout", "train") for name in ("latent_psnr", "rgb_psnr", "rgb_ssim")),
+        "heldout/constant_psnr",
+    }
+    # Latents are the images; only decoded ones are clamped, and colours may overshoot by 0.002.
+    assert figures["heldout/rgb_psnr"] == pytest.approx(figures["heldout/latent_psnr"], abs=0.05)
+
+
+def trace(model: IGAE, bank: SceneBank) -> list[bytes]:
+    tensors = [*model.state_dict().values(), bank.planes, torch.get_rng_state()]
+    grads = [torch.tensor(float(p.grad is not None)) for p in model.parameters()]
+    return [t.numpy().tobytes() for t in [*tensors, *grads]]
+
+
+def test_evaluation_is_deterministic_and_leaves_no_trace(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model, bank = build()
+    before = trace(model, bank)
+    first = evaluator(data, workers=1)
+    figures, picture = first.measure(model, bank), first.grid(model, bank)
+    videos = first.orbits(model, bank, tmp_path)
+    assert trace(model, bank) == before
+    assert list(videos) == ["scene_0"] and all(path.stat().st_size > 0 for path in videos.values())
+    torch.manual_seed(6)
+    second = evaluator(data)
+    assert second.measure(model, bank) == figures == first.measure(model, bank)
+    assert np.array_equal(second.grid(model, bank), picture) and picture.dtype == np.uint8
+
+
+def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
+    model, bank = build()
+    found = evaluator(data, views=1)
+    before = found.measure(model, bank)
+    bank.planes[3] += 1.0
+    after = found.measure(model, bank)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"{s}/{n}" for s in ("heldout", "train") for n in ("latent_psnr", "rgb_psnr", "rgb_ssim")}
+
+
+def test_a_single_image_has_figures(data: Path) -> None:
+    model, bank = build()
+    figures = evaluator(data, views=1, scenes=1, photos=1).measure(model, bank)
+    assert {"heldout/rgb_ssim", "photos/ae_ssim"} <= figures.keys()
+
+
+def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source" / "scenes"
+    shutil.copytree(data / "source/scenes/square16/scene_2", source / "square16/scene_2")
+    pack(str(tmp_path / "shards"), scenes=str(source), subset="square16")
+    model, bank = build()
+    found = evaluator(tmp_path)
+    assert set(found.splits) == {"train"}
+    figures = found.measure(model, bank)
+    assert {name.split("/")[0] for name in figures} == {"train"}
+    assert found.grid(model, bank).ndim == 3
+
+
+def test_photographs_alone(data: Path, tmp_path: Path) -> None:
+    pack(str(tmp_path / "shards"), images=str(data / "source/photos"))
+    model, bank = build()
+    found = evaluator(tmp_path, photos=4)
+    assert found.measure(model, bank).keys() == {"photos/ae_psnr", "photos/ae_ssim"}
+    assert found.grid(model, bank).ndim == 3 and found.orbits(model, bank, tmp_path) == {}
