@@ -2,7 +2,10 @@
 """Train an IG-AE: ``accelerate launch train.py --config igae.yaml data.root=SHARDS [key=value ...]``."""
 
 import argparse
+import ctypes
 import logging
+import os
+import signal
 import sys
 
 
@@ -19,20 +22,33 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("igae").setLevel(logging.INFO)
 
-    from igae import config
-    from igae.recipe import Recipe
-    from igae.trainer import Trainer, TrainingError
-
+    _end_with_the_launcher()
     try:
-        recipe = config.load(Recipe, arguments.config, arguments.overrides)
-        Trainer(recipe, arguments.resume).run(arguments.stage)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
+        import torch
+
+        from igae import config
+        from igae.recipe import Recipe
+        from igae.trainer import Trainer, TrainingError
+
+        try:
+            recipe = config.load(Recipe, arguments.config, arguments.overrides)
+            Trainer(recipe, arguments.resume).run(arguments.stage)
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _end_with_the_launcher() -> None:
+    """Get a SIGTERM, which saves and ends, when `accelerate launch` dies: it passes no signal on."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 if __name__ == "__main__":

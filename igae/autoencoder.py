@@ -170,7 +170,7 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
             source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, AttributeError, KeyError) as error:
-        place = "folder" if Path(source).exists() else "folder or readable hub repository"
+        place = "folder" if Path(source).exists() else "folder, and no hub repository that can be reached and read,"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason})") from error
     if info["missing_keys"]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: complete, of files that anyone can read, and never half written.
 
-A checkpoint is a folder ``step-00000123`` of
+A checkpoint is a folder ``step-00000123`` (``step-00000123-end`` at the end of a stage) of
 
 * ``shared.safetensors``: weights and buffers of the shared module;
 * ``optimizer.safetensors``: moments of its optimizer;
@@ -53,9 +53,10 @@ class Checkpoint:
     config: str
 
 
-def folder_of(root: Path, total: int) -> Path:
-    """The folder of the checkpoint at a step of the whole run."""
-    return root / f"step-{total:08d}"
+def folder_of(root: Path, total: int, finished: bool = False) -> Path:
+    """The folder of the checkpoint at a step of the whole run. The end of a stage has one of its own, so that none is
+    ever written over."""
+    return root / f"step-{total:08d}{'-end' if finished else ''}"
 
 
 def list_complete(root: Path) -> list[Path]:
@@ -69,7 +70,9 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         ValueError: it can't be written (disk full, no permission); checkpoints that were there before are untouched.
     """
-    final = folder_of(root, checkpoint.progress.total)
+    final = folder_of(root, checkpoint.progress.total, checkpoint.progress.finished)
+    if (final / STATE).exists():
+        return final
     staging = root / f".staging-{final.name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -85,16 +88,16 @@ def save(root: Path, checkpoint: Checkpoint, keep: int) -> Path:
             )
         (staging / "config.yaml").write_text(checkpoint.config)
         (staging / STATE).write_text(json.dumps(asdict(checkpoint.progress), indent=1))
-        for path in staging.iterdir():
+        for path in (*staging.iterdir(), staging):
             _sync(path)
-        if final.exists():
-            _remove(final)
+        shutil.rmtree(final, ignore_errors=True)  # what an interrupted removal left
         os.replace(staging, final)
         _sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise ValueError(f"the checkpoint {final} can't be written: {error}; earlier ones are untouched") from error
-    for old in list_complete(root)[:-keep]:
+    others = [folder for folder in list_complete(root) if folder != final]
+    for old in others[: -(keep - 1)]:
         _remove(old)
     return final
 

@@ -26,10 +26,13 @@ class Engine:
         if self._accelerator.num_processes != world:
             raise ValueError(
                 f"the launcher started {world} processes but Accelerate sees {self._accelerator.num_processes}: launch "
-                "with `accelerate launch --multi_gpu` or torchrun"
+                "with `accelerate launch --config_file launch/one_process.yaml`"
             )
         if world > 1:
-            raise ValueError(f"igae trains on one process so far, and {world} were launched: use --num_processes 1")
+            raise ValueError(
+                f"igae trains on one process so far, and {world} were launched: launch with "
+                "`accelerate launch --config_file launch/one_process.yaml`"
+            )
         if torch.cuda.is_available():
             torch.set_float32_matmul_precision("high")
 
@@ -50,7 +53,8 @@ class Engine:
         trained = {id(p) for _, parameters in groups for p in parameters}
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self.module = module
+        # Accelerate wraps forward in place: undo it, or the wraps of all stages would pile up.
+        self.module = self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         self._accelerator.free_memory()
         self.wrapped = self._accelerator.prepare_model(module)
         self._optimizer = None

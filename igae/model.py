@@ -59,6 +59,26 @@ def to_signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
+@torch.no_grad()
+def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, int]:
+    """Shape (c, h, w) of an image's latents; ValueError where the autoencoder can't take images of this size."""
+    size = tuple(image.shape[2:])
+    try:
+        latents = autoencoder.posterior(image).mean
+        decoded = tuple(autoencoder.decode(latents).shape[2:])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the autoencoder can't encode and decode images of {size[0]} x {size[1]} ({reason})"
+        ) from error
+    if decoded != size:
+        raise ValueError(
+            f"the autoencoder makes images of {decoded[0]} x {decoded[1]} from those of {size[0]} x {size[1]}: pack "
+            "the data with --resize to a multiple of its downscale factor"
+        )
+    return latents.shape[1], latents.shape[2], latents.shape[3]
+
+
 class IGAE(nn.Module):
     """Autoencoder and decoding MLP with the way from plane rows to losses.
 
@@ -82,8 +102,7 @@ class IGAE(nn.Module):
         self.autoencoder, self.options = autoencoder, options
         colour = torch.tensor(background).view(1, 3, 1, 1)
         self.register_buffer("plain", (2.0 * colour - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
-        with torch.no_grad():
-            _, channels, height, width = autoencoder.posterior(self.plain).mean.shape
+        channels, height, width = _latent_shape(autoencoder, self.plain)
         self.latent_shape = (channels, height, width)
         self.mlp = DecodingMLP(features, channels, generator=mlp_generator)
         self.register_buffer("background", torch.zeros(height, width, channels))

@@ -4,7 +4,7 @@
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from igae.autoencoder import AutoencoderConfig
 from igae.config import Section
@@ -28,6 +28,13 @@ class DataConfig(Section):
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
     """Images in the shuffle buffer."""
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not all(0 <= channel <= 1 for channel in value):
+            raise ValueError(f"{list(value)} is no RGB colour: its channels must be in [0, 1]")
+        return value
 
 
 class LearningRates(Section):
@@ -82,6 +89,15 @@ class StageConfig(Section):
             raise ValueError("a loss of photographs (photo_*) has a weight but photos is 0")
         if self.epochs > 0 and rates.encoder + rates.decoder + rates.mlp + rates.planes == 0:
             raise ValueError("all learning_rates are 0: nothing would be trained")
+        reached = {
+            "encoder": weights.latent + weights.ae + photo_losses,
+            "decoder": weights.rgb + weights.ae + weights.photo_ae + weights.photo_lpips,
+            "mlp": weights.latent + weights.rgb + weights.depth_tv,
+            "planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
+        }
+        for part, loss in reached.items():
+            if self.epochs > 0 and getattr(rates, part) > 0 and loss == 0:
+                raise ValueError(f"learning_rates.{part} is above 0 but no loss with a weight reaches the {part}")
         return self
 
     @property
@@ -101,7 +117,7 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the autoencoder; weights, renderer and losses are fp32 in both."""
+    """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
     warmup: StageConfig
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"

@@ -2,7 +2,6 @@
 """One stage of training: its data, its optimizers, its steps."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from igae.autoencoder import Autoencoder
 from igae.data.latents import LatentBatch, LatentCache, LatentLoader
 from igae.data.manifest import Manifest, Scene
-from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
+from igae.data.streams import ImageLoader, StreamState, ViewBatch, ViewLoader, image_loader, view_loader
 from igae.distributed import derive_seed, rank
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
@@ -56,7 +55,7 @@ class Stage:
             else (manifest.images, self.config.photos)
         )
         self.steps_per_epoch = max(1, count // batch) * (2 if self.config.alternate else 1)
-        self.steps = round(self.config.epochs * self.steps_per_epoch)
+        self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         self._prepare_optimizers()
         self._open_streams(manifest, scenes, streams)
         self.data_wait = 0.0  # seconds spent waiting for data since it was last set to 0
@@ -209,18 +208,27 @@ def encode_views(
 def fit_scale(
     recipe: Recipe, autoencoder: Autoencoder, manifest: Manifest, scenes: list[Scene], device: torch.device
 ) -> None:
-    """Fit the normaliser's scale to the latents of some views of all over the data."""
-    loader: Iterator[ViewBatch] = view_loader(
-        recipe.data.root,
-        manifest,
-        scenes,
-        batch_size=ENCODE_BATCH,
-        seed=derive_seed(recipe.seed, "scale"),
-        shuffle=recipe.data.shuffle,
-        repeat=True,
-        workers=0,
-        background=recipe.data.background,
-    )
-    latents = [autoencoder.posterior(to_signed(next(loader).images.to(device))).mean for _ in range(4)]
-    loader.close()  # type: ignore[attr-defined]
-    autoencoder.fit_scale(torch.cat(latents))
+    """Fit the normaliser's scale to the latents of some views (of photographs where there are no scenes)."""
+    seed = derive_seed(recipe.seed, "scale")
+    loader: ViewLoader | ImageLoader
+    if scenes:
+        loader = view_loader(
+            recipe.data.root,
+            manifest,
+            scenes,
+            batch_size=ENCODE_BATCH,
+            seed=seed,
+            shuffle=recipe.data.shuffle,
+            workers=0,
+            background=recipe.data.background,
+        )
+    else:
+        loader = image_loader(
+            recipe.data.root, manifest, batch_size=ENCODE_BATCH, seed=seed, shuffle=recipe.data.shuffle, workers=0
+        )
+    batches: list[Tensor] = []
+    for _ in range(4):
+        batch: ViewBatch | Tensor = next(loader)  # type: ignore[assignment]
+        batches.append(batch.images if isinstance(batch, ViewBatch) else batch)
+    loader.close()
+    autoencoder.fit_scale(torch.cat([autoencoder.posterior(to_signed(x.to(device))).mean for x in batches]))

@@ -24,6 +24,7 @@ from igae.distributed import derive_seed
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator
+from igae.guards import check_changes, check_memory, lock_run
 from igae.losses import LPIPS
 from igae.model import IGAE
 from igae.recipe import Recipe, StageName
@@ -55,6 +56,10 @@ class Trainer:
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.manifest = Manifest.load(recipe.data.root)
         self.scenes = self.manifest.select(recipe.data.categories)
+        if self.manifest.scenes and not self.scenes:
+            raise ValueError(
+                f"data.categories selects none of the {len(self.manifest.scenes)} scenes at {recipe.data.root}"
+            )
         self.engine = Engine(recipe.train.precision)
         found = self._find(resume)
         needs_lpips = any(s.epochs and s.weights.photo_lpips for s in (recipe.train.warmup, recipe.train.joint))
@@ -70,7 +75,7 @@ class Trainer:
             perceptual.to(device) if perceptual is not None else None,
         ).to(device)
         needed = 4 * len(self.scenes) * 3 * recipe.planes.resolution**2 * recipe.planes.features * 3
-        _check_memory(needed, device)
+        check_memory(needed, device)
         self.bank = SceneBank(recipe.planes, [scene.id for scene in self.scenes], recipe.seed, device)
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
         self.progress = Progress(STAGES[0], 0, 0, data=digest)
@@ -107,6 +112,7 @@ class Trainer:
             raise ValueError(
                 f"{folder} was trained on other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
             )
+        check_changes(folder, loaded, self.recipe)
         ids, planes = loaded.scenes["ids"], loaded.scenes["planes"]
         if not torch.equal(ids, self.bank.scene_ids) or planes.shape != self.bank.planes.shape:
             raise ValueError(
@@ -133,18 +139,22 @@ class Trainer:
             its checkpoint.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(self.folder)
         (self.folder / "config.yaml").write_text(config.dump(self.recipe))
         self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=self.engine.is_main)
         self.tracker.config(self.recipe.model_dump(mode="json"))
         figures: dict[str, float] = {}
         try:
             with self._signals():
+                if self.progress.finished and self.progress.stage not in self._metrics():
+                    figures = self._conclude(self.progress.stage)  # a kill came between checkpoint and results
                 for name in self._stages_to_do(only):
                     figures = self._run_stage(name)
                     if self._stop_signal is not None:
                         break
         finally:
             self.tracker.close()
+            lock.close()
         return figures
 
     def _stages_to_do(self, only: StageName | None) -> list[StageName]:
@@ -179,6 +189,7 @@ class Trainer:
         if self._restored is not None:
             self.engine.load_optimizer_state(self._restored.optimizer)
             stage.plane_adam.load_state({k: v for k, v in self._restored.scenes.items() if k not in ("ids", "planes")})
+            self._restored = None  # as large as the planes and their moments
         evaluator = self._evaluator()
         try:
             self._loop(stage, evaluator)
@@ -196,18 +207,33 @@ class Trainer:
             self._save(stage)
         finally:
             stage.close()
-        if name == "joint":
+        return self._conclude(name)
+
+    def _conclude(self, stage: str) -> dict[str, float]:
+        """Results of a finished stage: autoencoder in diffusers' format, evaluation, and last of all metrics.json."""
+        if stage == "joint":
             self.model.autoencoder.save(self.folder / "autoencoder")
-        figures = self._evaluate(evaluator, name, last=True)
-        self._write_metrics(name, figures)
+        figures = self._evaluate(self._evaluator(), stage, last=True)
+        stages = self._metrics()
+        stages[stage] = {"step": self.progress.total, "skipped": self.progress.skipped, **figures}
+        path = self.folder / "metrics.json"
+        staging = path.with_suffix(".json.part")
+        staging.write_text(json.dumps(stages, indent=1) + "\n")
+        os.replace(staging, path)
         return figures
+
+    def _metrics(self) -> dict[str, dict[str, float]]:
+        """What metrics.json holds: the figures at the end of each stage."""
+        path = self.folder / "metrics.json"
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def _loop(self, stage: Stage, evaluator: Evaluator) -> None:
         recipe, progress = self.recipe, self.progress
         every, refresh = recipe.tracking.every, stage.config.learning_rates.encoder > 0
         views_a_step = stage.config.batch_size or stage.config.photos
         with _progress_bar(stage.name, progress.step, stage.steps) as bar:
-            start, stage.data_wait = time.perf_counter(), 0.0
+            self.model.train()
+            start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
             for step in range(progress.step, stage.steps):
                 if refresh and step % BACKGROUND_EVERY == 0:
                     self.model.refresh_background()
@@ -223,8 +249,8 @@ class Trainer:
                         f"the last good checkpoint is in {self.folder / 'checkpoints'}"
                     )
                 if progress.step % every == 0 or progress.step == stage.steps:
-                    seconds, count = time.perf_counter() - start, (progress.step - 1) % every + 1
-                    rate = count * views_a_step / seconds
+                    seconds = time.perf_counter() - start
+                    rate = (progress.step - first) * views_a_step / seconds
                     values = {f"loss/{key}": float(value) for key, value in losses.items()}
                     values |= {f"lr/{key}": value for key, value in stage.learning_rates(step).items()}
                     values |= {
@@ -234,7 +260,7 @@ class Trainer:
                     }
                     self.tracker.scalars(progress.total, stage.name, values)
                     bar.set_postfix_str(f"loss {values['loss/total']:.4f}, {rate:.0f} views/s", refresh=False)
-                    start, stage.data_wait = time.perf_counter(), 0.0
+                    start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
                 bar.update()
                 if self._stop_signal is not None:
                     return
@@ -286,16 +312,9 @@ class Trainer:
         log.info("%s, step %d: %s", stage, step, ", ".join(f"{k} {figures[k]:.2f}" for k in shown if k in figures))
         return figures
 
-    def _write_metrics(self, stage: str, figures: dict[str, float]) -> None:
-        """metrics.json: the figures at the end of each stage."""
-        path = self.folder / "metrics.json"
-        stages = json.loads(path.read_text()) if path.is_file() else {}
-        stages[stage] = {"step": self.progress.total, "skipped": self.progress.skipped, **figures}
-        staging = path.with_suffix(".json.part")
-        staging.write_text(json.dumps(stages, indent=1) + "\n")
-        os.replace(staging, path)
-
     def _save(self, stage: Stage) -> None:
+        if self.progress.skipped_in_a_row:
+            return  # what makes steps fail may be in the weights already: keep the checkpoints from before
         scenes = {"ids": self.bank.scene_ids, "planes": self.bank.planes, **stage.plane_adam.state()}
         state = Checkpoint(
             self.progress, self.model.state_dict(), self.engine.optimizer_state(), scenes, config.dump(self.recipe)
@@ -304,16 +323,19 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM (what Slurm and Kubernetes send before they end a job) lets the step end and saves."""
+        """SIGTERM (what Slurm and Kubernetes send before they end a job) and Ctrl-C let the step end and save; a second
+        Ctrl-C ends at once."""
 
         def stop(number: int, _: FrameType | None) -> None:
             self._stop_signal = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
@@ -336,15 +358,3 @@ def _progress_bar(name: str, start: int, total: int) -> "tqdm[None]":
         if terminal
         else "{desc}: step {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n",
     )
-
-
-def _check_memory(needed: int, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ValueError(
-            f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
-            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or train fewer scenes "
-            "(data.categories)"
-        )

@@ -3,8 +3,10 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +90,15 @@ def test_the_last_ones_are_kept_in_order(tmp_path: Path) -> None:
     assert same(load(folder_of(tmp_path, 300)), example(300))
 
 
-def test_a_checkpoint_is_written_again(tmp_path: Path) -> None:
-    save(tmp_path, example(5), keep=2)
-    other = example(5)
-    other.shared["scale"] = torch.tensor(3.0)
-    assert same(load(save(tmp_path, other, keep=2)), other)
-    assert names(tmp_path) == ["step-00000005"]
+def test_no_complete_checkpoint_is_written_over(tmp_path: Path) -> None:
+    """Of one step there is one state, and at the end of a stage another, in a folder of its own."""
+    first = save(tmp_path, example(5), keep=2)
+    assert save(tmp_path, example(5), keep=2) == first and same(load(first), example(5))
+    end = example(5)
+    end.progress.finished = True
+    assert same(load(save(tmp_path, end, keep=2)), end) and same(load(first), example(5))
+    assert names(tmp_path) == ["step-00000005", "step-00000005-end"]
+    assert list_complete(tmp_path)[-1].name == "step-00000005-end"
 
 
 def test_the_newest_is_never_removed_in_favour_of_an_abandoned_future(tmp_path: Path) -> None:
@@ -118,45 +123,44 @@ def test_folders_without_a_state_do_not_count(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill -9."""
+
+
 def test_killed_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each of the calls that a write consists of: what was there is whole, and the next write goes through."""
     save(tmp_path, example(1), keep=2)
-    real, calls = {name: getattr(checkpoint, name) for name in ("save_file", "_sync")}, 0
+    steps = [(checkpoint, "save_file"), (checkpoint, "_sync"), (os, "replace"), (os, "rename"), (Path, "write_text")]
 
-    class Killed(BaseException):
-        pass
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **keywords: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*arguments, **keywords)
 
-    for deadly in range(1, 30):
-        calls = 0
+        return call
 
-        def counted(name: str, deadly: int = deadly) -> object:
-            def call(*arguments: object, **keywords: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == deadly:
-                    raise Killed
-                return real[name](*arguments, **keywords)
-
-            return call
-
-        for name in real:
-            monkeypatch.setattr(checkpoint, name, counted(name))
-        try:
-            save(tmp_path, example(2), keep=2)
-            died = False
-        except Killed:
-            died = True
-        monkeypatch.undo()
+    for deadly in range(1, 40):
+        left = deadly
+        with monkeypatch.context() as patch:
+            for owner, name in steps:
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            try:
+                save(tmp_path, example(2), keep=2)
+            except Killed:
+                pass
         complete = list_complete(tmp_path)
         assert complete[0] == folder_of(tmp_path, 1) and same(load(complete[0]), example(1))
         for folder in complete[1:]:
             assert same(load(folder), example(2))
-        if not died:
-            break
+        if left > 0:
+            break  # it came to its end
         save(tmp_path, example(2), keep=2)
         assert names(tmp_path) == ["step-00000001", "step-00000002"]
         shutil.rmtree(folder_of(tmp_path, 2))
-    assert not died and deadly > 9  # three files of tensors, five files and a folder synced: all places were tried
+    assert left > 0 and deadly > 12  # five files written and synced, a folder moved and synced
 
 
 def test_killed_while_the_same_step_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +242,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pyt
         real(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    for total in (2, 3):  # also where one of this step is there
+    for total in (3, 4):
         calls = 0
         with pytest.raises(ValueError) as error:
             save(tmp_path, example(total), keep=2)

@@ -50,6 +50,12 @@ def _digests(run: Path) -> dict[str, str]:
     }
 
 
+def _results(run: Path) -> tuple[str, list[str]]:
+    """What a run leaves besides checkpoints."""
+    exported = hashlib.sha256((run / "autoencoder" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    return (run / "metrics.json").read_text(), [exported]
+
+
 def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.context.ForkServerContext) -> None:
     recipe = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
 
@@ -67,6 +73,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.c
     assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
     expected = _digests(tmp_path / "outputs" / "whole")
     assert len(expected) > 100
+    results = _results(tmp_path / "outputs" / "whole")
 
     rng, kills, finished = random.Random(0), 0, 0
     resumed_in = set()
@@ -82,6 +89,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.c
         process.join(300)
         if process.exitcode == 0:
             assert _digests(tmp_path / "outputs" / "killed") == expected
+            assert _results(tmp_path / "outputs" / "killed") == results
             finished += 1
             if kills < KILLS:
                 shutil.rmtree(tmp_path / "outputs" / "killed")

@@ -34,6 +34,7 @@ LAYERS = {
     "checkpoint": 4,
     "evaluation": 4,
     "recipe": 5,
+    "guards": 6,
     "stage": 6,
     "trainer": 7,
 }

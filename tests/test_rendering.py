@@ -377,3 +377,10 @@ def test_without_seed_and_noise_every_jitter_is_one_half() -> None:
 
 def test_stage_tags_are_those_of_the_definition() -> None:
     assert (rng.COARSE, rng.FINE) == (slow_renderer.COARSE_TAG, slow_renderer.FINE_TAG)
+
+
+def test_broken_planes_give_nan_and_no_wild_read() -> None:
+    mlp = DecodingMLP(4, 2, generator=torch.Generator().manual_seed(0))
+    planes = torch.full((1, 3, 8, 8, 4), float("nan"))
+    image = render(planes, mlp, along_z(), pinhole(), (4, 4), RenderOptions(), background=torch.ones(2), seed=0)
+    assert image.features.isnan().any()

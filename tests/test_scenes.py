@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent scenes: where their planes start, the optimizer of their rows, and the order of cached latents."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -168,11 +169,18 @@ def test_catching_up_at_any_time_changes_no_bit(seed: int, often: float, whole: 
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+@functools.cache
+def long_run(mode: str) -> tuple[list[tuple[Tensor, Tensor, float]], Tensor, RowAdam]:
+    moves = history(3, 1040)  # more than the rates that are allocated at first
+    parameters, adam = run(moves, mode)
+    adam.catch_up()
+    return moves, parameters, adam
+
+
 @pytest.mark.parametrize("mode", ["exact", "lazy"])
-@pytest.mark.parametrize("at", [0, 1, 11, 250, 1024, 1030])
+@pytest.mark.parametrize("at", [0, 250, 1024, 1030])
 def test_a_saved_state_changes_no_bit(mode: str, at: int) -> None:
-    moves = history(3, 1100)  # more than the rates that are allocated at first
-    plain, adam = run(moves, mode)
+    moves, plain, adam = long_run(mode)
     before, saved = run(moves[:at], mode)
     state = {name: value.clone() for name, value in saved.state().items()}
     parameters = before.clone()
@@ -181,7 +189,6 @@ def test_a_saved_state_changes_no_bit(mode: str, at: int) -> None:
     for rows, gradient, rate in moves[at:]:
         other.catch_up(rows)
         other.step(rows, gradient, rate)
-    adam.catch_up()
     other.catch_up()
     assert torch.equal(plain, parameters)
     assert [name for name, value in adam.state().items() if not torch.equal(value, other.state()[name])] == []

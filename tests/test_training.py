@@ -218,7 +218,12 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: 
             "decoder_block_out_channels: [8, 8], num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}, scale: auto}"
         ],
         ["autoencoder={path: identity}", "train.joint.epochs=0"],
-        ["train.warmup.epochs=0", "train.joint.batch_size=0", "train.joint.weights={latent: 0, photo_ae: 1}"],
+        [
+            "train.warmup.epochs=0",
+            "train.joint.batch_size=0",
+            "train.joint.weights={latent: 0, photo_ae: 1}",
+            "train.joint.learning_rates={encoder: 1.0e-4, decoder: 1.0e-4}",
+        ],
     ],
     ids=["alternate", "bf16", "depth", "decoder-only", "render", "tiny", "rgb", "photos-only"],
 )

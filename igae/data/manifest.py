@@ -88,11 +88,13 @@ class Manifest:
         Raises:
             ValueError: there is none, it is damaged, or another version of the format.
         """
-        fs, path = fsspec.core.url_to_fs(join(root, NAME))
         try:
+            fs, path = fsspec.core.url_to_fs(join(root, NAME))
             text = fs.cat_file(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"no {NAME} in {root}: pack the data first with data_tools/pack_shards.py") from error
+        except Exception as error:  # object stores have errors of their own, for credentials and for the network
+            raise ValueError(f"{join(root, NAME)} can't be read ({type(error).__name__}: {error})") from error
         try:
             version = _VERSION.validate_json(text)["format"]
             if version != FORMAT:

@@ -102,7 +102,8 @@ def plane_features(planes: Tensor, scene_of_ray: Tensor, points: Tensor, options
         fraction = pixel - first
         corner = torch.stack((first, first + 1), -1)  # [N, K, plane, axis, low | high]
         weight = torch.stack((1 - fraction, fraction), -1) * ((corner >= 0) & (corner < resolution))
-        corner = corner.clamp(0, resolution - 1).long()
+        # Clamped again as integers: positions of broken planes are NaN, which must give NaN and not a wild read.
+        corner = corner.clamp(0, resolution - 1).long().clamp_(0, resolution - 1)
         plane = scene_of_ray[:, None, None] * 3 + torch.arange(3, device=planes.device)
         row = plane[..., None] * resolution + corner[..., 1, :]
         index = row[..., :, None] * resolution + corner[..., 0, None, :]  # [N, K, plane, v, u]
