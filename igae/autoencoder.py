@@ -16,7 +16,7 @@ from igae.config import Section
 # atanh is infinite at 1: normalised latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
 # Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
-AUTO_SPREAD = 0.1
+AUTO_SPREAD = 0.3
 
 
 class AutoencoderConfig(Section):

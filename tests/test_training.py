@@ -119,34 +119,44 @@ def _stop_after(trainer: Trainer, total: int) -> None:
     trainer.model.forward = stopping  # type: ignore[method-assign, assignment]
 
 
-def test_sigterm_saves_and_exits_with_0(tmp_path: Path, recipe_file: str) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--config",
-        recipe_file,
-        "train.warmup.epochs=0",
-        "train.joint.epochs=2000",
-    ]
+def _start(tmp_path: Path, *command: str) -> "subprocess.Popen[str]":
+    """A training process of many steps, once it has made the first of them."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        command, stderr=subprocess.PIPE, start_new_session=True, text=True, cwd=tmp_path, env=environment
     )
     metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    return process
+
+
+LONG = ["train.warmup.epochs=0", "train.joint.epochs=2000"]
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path: Path, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    process = _start(tmp_path, sys.executable, str(ROOT / "train.py"), "--config", recipe_file, *LONG)
+    assert _run(recipe_file, *LONG) == 2
+    assert "another process is training" in capsys.readouterr().err
     os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: to the training process and its workers alike
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "SIGTERM" in errors
     state = json.loads((_newest(recipe_file, "run") / "state.json").read_text())
     assert state["stage"] == "joint" and not state["finished"] and state["step"] > 0
+
+
+def test_training_saves_and_ends_when_its_launcher_dies(tmp_path: Path, recipe_file: str) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    file = ["--config_file", str(ROOT / "launch" / "one_process.yaml")]
+    process = _start(tmp_path, *launcher, *file, str(ROOT / "train.py"), "--config", recipe_file, *LONG)
+    before = _newest(recipe_file, "run").name if (tmp_path / "outputs" / "run" / "checkpoints").exists() else ""
+    process.terminate()  # the launcher alone
+    _, errors = process.communicate(timeout=60)  # until the training process has closed the pipe, too
+    assert "stopped by SIGTERM" in errors
+    assert _newest(recipe_file, "run").name > before
 
 
 def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
