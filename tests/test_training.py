@@ -271,10 +271,18 @@ def test_mistakes_are_one_sentence(
 def test_another_configuration_does_not_go_on_from_a_checkpoint(
     recipe_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = ["train.warmup.epochs=0.2", "train.joint.epochs=0"]
-    assert _run(recipe_file, *short) == 0
-    for change in ("planes.resolution=10", "data.categories={cars: [0, 2]}", "render.axes=orthogonal"):
-        code = _run(recipe_file, *short, change)
-        assert code == (0 if "axes" in change else 2)
-    assert "use a new experiment=NAME" in capsys.readouterr().err
+    short = ["train.warmup.epochs=1", "train.joint.epochs=0"]
+    trainer = Trainer(config.load(Recipe, recipe_file, short))
+    _stop_after(trainer, 3)
+    trainer.run()
+    fixed = ["train.warmup.batch_size=2", "train.plane_optimizer=lazy"]
+    for change in [*fixed, "seed=5", "render.axes=eg3d", "autoencoder.scale=0.7", "planes.resolution=10"]:
+        assert _run(recipe_file, *short, change) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert change.split("=")[0] in error and "use a new experiment=NAME" in error
+    assert _run(recipe_file, *short, "data.categories={cars: [0, 2]}") == 2
+    assert "other scenes" in capsys.readouterr().err
+    # A learning rate may change, and a finished stage's batch size too.
+    assert _run(recipe_file, *short, "train.warmup.learning_rates.mlp=2.0e-3") == 0
+    assert _run(recipe_file, *short, "train.warmup.batch_size=2") == 0
     assert _run(recipe_file, *short, "--resume", "never") == 2
