@@ -362,7 +362,7 @@ def test_render_refuses(change: dict[str, Any], message: str) -> None:
         ({"box": 0.0}, "box is 0.0"),
         ({"coarse_samples": 1}, "coarse_samples is 1"),
         ({"fine_samples": -1}, "fine_samples is -1"),
-        ({"axes": "xyz"}, "axes is 'xyz'; it must be one of true, eg3d"),
+        ({"axes": "xyz"}, "axes is 'xyz'; it must be one of orthogonal, eg3d"),
         ({"reduce": "mean"}, "reduce is 'mean'"),
         ({"spacing": "log"}, "spacing is 'log'"),
     ],

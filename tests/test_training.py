@@ -14,6 +14,7 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train
@@ -152,11 +153,11 @@ def test_training_saves_and_ends_when_its_launcher_dies(tmp_path: Path, recipe_f
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     file = ["--config_file", str(ROOT / "launch" / "one_process.yaml")]
     process = _start(tmp_path, *launcher, *file, str(ROOT / "train.py"), "--config", recipe_file, *LONG)
-    before = _newest(recipe_file, "run").name if (tmp_path / "outputs" / "run" / "checkpoints").exists() else ""
+    before = checkpoint.list_complete(tmp_path / "outputs" / "run" / "checkpoints")
     process.terminate()  # the launcher alone
     _, errors = process.communicate(timeout=60)  # until the training process has closed the pipe, too
     assert "stopped by SIGTERM" in errors
-    assert _newest(recipe_file, "run").name > before
+    assert _newest(recipe_file, "run") not in before
 
 
 def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +175,8 @@ def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.C
 
 
 def test_training_learns_and_reports(recipe_file: str) -> None:
-    arguments = ["train.warmup.epochs=12", "evaluation.pictures=2", "evaluation.orbits=1", "evaluation.orbit_frames=4"]
+    arguments = ["train.warmup.epochs=12", "tracking.trackers=[tensorboard]"]
+    arguments += ["evaluation.pictures=2", "evaluation.orbits=1", "evaluation.orbit_frames=4"]
     assert _run(recipe_file, *arguments) == 0
     run = Path(recipe_file).parent / "outputs" / "run"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -189,6 +191,8 @@ def test_training_learns_and_reports(recipe_file: str) -> None:
     assert len(list((run / "pictures").glob("*.png"))) == 2
     assert len(list((run / "orbits" / "joint").glob("*.mp4"))) == 1
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe_file, arguments)
+    assert list((run / "tensorboard").rglob("events.*"))
+    AutoencoderKL.from_pretrained(run / "autoencoder")
 
 
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str) -> None:
