@@ -301,6 +301,16 @@ def test_close_ends_threads_and_workers(packed):
         next(loader)
 
 
+def test_a_process_ends_with_a_loader_left_open(packed):
+    _, root, _ = packed
+    code = (
+        "from igae.data.manifest import Manifest\nfrom igae.data.streams import view_loader\n"
+        f"m = Manifest.load({root!r}); loader = view_loader({root!r}, m, m.scenes, batch_size=4, workers=2)\n"
+        "loader.cycle = loader; next(loader)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_local_data_needs_no_s3fs(packed):
     _, root, _ = packed
     code = (

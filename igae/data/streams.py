@@ -6,6 +6,7 @@ them. So the order depends on the seed alone, not on the number of workers, and 
 exactly where a stream is.
 """
 
+import atexit
 import hashlib
 import io
 import json
@@ -13,10 +14,11 @@ import queue
 import random
 import signal
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -224,8 +226,18 @@ def _same(batch: B | ShardError) -> B | ShardError:
 
 
 def _ignore_sigterm(_: int) -> None:
-    # Schedulers send SIGTERM to every process of a job; the training process still needs its workers to end its step.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Schedulers send SIGTERM to each process of a job, but to end its step training needs its workers. Only the first is
+    # ignored: one that hangs must still end.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+_open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:  # before multiprocessing's exit, which sends workers a SIGTERM and waits for them
+    for loader in list(_open):
+        loader.close()
 
 
 class Loader(Generic[B]):
@@ -251,6 +263,7 @@ class Loader(Generic[B]):
         )
         self._iterator: Iterator[B | ShardError] | None = None
         self._closed = False
+        _open.add(self)
 
     @property
     def state(self) -> StreamState:
