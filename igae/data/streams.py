@@ -226,8 +226,8 @@ def _same(batch: B | ShardError) -> B | ShardError:
 
 
 def _ignore_sigterm(_: int) -> None:
-    # Schedulers send SIGTERM to each process of a job, but to end its step training needs its workers. Only the first is
-    # ignored: one that hangs must still end.
+    # Schedulers send SIGTERM to each process of a job, but training needs its workers to end its step. Only the first
+    # is ignored: a worker that hangs must still end.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
