@@ -33,7 +33,13 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every part of the configuration: immutable, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        ser_json_inf_nan="constants",  # pydantic would dump an infinity among untyped values as null
+    )
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -72,7 +78,7 @@ def load(cls: type[S], source: str | Path, overrides: Sequence[str] = (), search
 def dump(section: Section) -> str:
     """YAML text of the whole section, defaults included; loading it gives an equal section."""
     tree = _map_strings(section.model_dump(mode="json"), lambda text: text.replace("${", "$${"))
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 # ---- YAML: the scalars of YAML 1.2 (PyYAML's are those of 1.1, where 1e-4 is a string and `no` a boolean)
