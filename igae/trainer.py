@@ -264,7 +264,9 @@ class Trainer:
                 bar.update()
                 if self._stop_signal is not None:
                     return
-                if progress.step % recipe.checkpoint.every == 0 and progress.step < stage.steps:
+                # While steps are skipped, what makes them fail may be in the weights: keep the checkpoints from before.
+                due = progress.step % recipe.checkpoint.every == 0 and progress.step < stage.steps
+                if due and not progress.skipped_in_a_row:
                     self._save(stage)
                 if (
                     recipe.evaluation.every
@@ -313,8 +315,6 @@ class Trainer:
         return figures
 
     def _save(self, stage: Stage) -> None:
-        if self.progress.skipped_in_a_row:
-            return  # what makes steps fail may be in the weights already: keep the checkpoints from before
         scenes = {"ids": self.bank.scene_ids, "planes": self.bank.planes, **stage.plane_adam.state()}
         state = Checkpoint(
             self.progress, self.model.state_dict(), self.engine.optimizer_state(), scenes, config.dump(self.recipe)

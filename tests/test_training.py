@@ -195,24 +195,40 @@ def test_training_learns_and_reports(recipe_file: str) -> None:
     AutoencoderKL.from_pretrained(run / "autoencoder")
 
 
+def _poison_from(trainer: Trainer, total: int) -> None:
+    """Make the loss NaN from step number ``total`` (from 0) of the run on."""
+    forward = trainer.model.forward
+
+    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
+        bad = trainer.progress.total >= total
+        return losses | {"total": losses["total"] * float("nan")} if bad else losses
+
+    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+
+
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str) -> None:
     recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.joint.epochs=1", "train.max_skipped=3"])
     trainer = Trainer(recipe)
     trainer.run("warmup")
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     planes = trainer.bank.planes.clone()
-    forward = trainer.model.forward
-
-    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
-        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
-        return losses | {"total": losses["total"] * float("nan")}
-
-    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    _poison_from(trainer, 0)
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         trainer.run("joint")
     assert trainer.progress.skipped == 3
     assert torch.equal(trainer.bank.planes, planes)
     assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
+
+
+def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(recipe_file: str) -> None:
+    options = ["train.warmup.epochs=1", "train.joint.epochs=0", "checkpoint.every=1", "checkpoint.keep=9"]
+    trainer = Trainer(config.load(Recipe, recipe_file, options))
+    _poison_from(trainer, 5)
+    trainer.run()
+    names = [path.name for path in checkpoint.list_complete(trainer.folder / "checkpoints")]
+    assert names == [f"step-{total:08d}" for total in range(1, 6)] + ["step-00000008-end"]
+    assert trainer.progress.skipped == 3
 
 
 @pytest.mark.parametrize(
