@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -309,6 +310,21 @@ def test_a_process_ends_with_a_loader_left_open(packed):
         "loader.cycle = loader; next(loader)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_process_ends_with_an_error_that_nobody_catches(packed, tmp_path):
+    _, root, manifest = packed
+    broken = tmp_path / "broken"
+    shutil.copytree(root, broken)
+    first = broken / next(shard.name for shard in manifest.shards if shard.kind == "scenes")
+    first.write_bytes(first.read_bytes()[:700])
+    code = (
+        "from igae.data.manifest import Manifest\nfrom igae.data.streams import view_loader\n"
+        f"m = Manifest.load({str(broken)!r}); "
+        f"next(view_loader({str(broken)!r}, m, m.scenes, batch_size=4, workers=2, shuffle=0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1 and first.name in done.stderr.splitlines()[-1]
 
 
 def test_local_data_needs_no_s3fs(packed):

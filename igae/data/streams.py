@@ -174,12 +174,14 @@ def _rng(seed: int, epoch: int, shard: str) -> random.Random:
 class _Batches:
     """Batches of raw samples, read ahead by a thread; the batch sampler of a DataLoader.
 
-    The thread starts at the first `next`, which is after the DataLoader has forked its workers.
+    The thread starts at the first `next`, which is after the DataLoader has forked its workers. An error ends the
+    batches and is kept: raised here, it would leave a half made DataLoader, whose workers nobody could end.
     """
 
     def __init__(self, records: Iterator[Record], batch_size: int) -> None:
         self._records, self._batch_size = records, batch_size
-        self._ready: queue.Queue[list[Record] | Exception | None] = queue.Queue(READ_AHEAD)
+        self._ready: queue.Queue[list[Record] | None] = queue.Queue(READ_AHEAD)
+        self.error: Exception | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -187,8 +189,6 @@ class _Batches:
         self._thread = threading.Thread(target=self._read, name="igae-read-ahead", daemon=True)
         self._thread.start()
         while (batch := self._ready.get()) is not None:
-            if isinstance(batch, Exception):
-                raise batch
             yield batch
 
     def _read(self) -> None:
@@ -202,11 +202,11 @@ class _Batches:
                     batch = []
             if batch:
                 self._put(batch)
-            self._put(None)
         except Exception as error:
-            self._put(error)
+            self.error = error
+        self._put(None)
 
-    def _put(self, item: list[Record] | Exception | None) -> bool:
+    def _put(self, item: list[Record] | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -284,9 +284,9 @@ class Loader(Generic[B]):
         try:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
-            batch = next(self._iterator)
-            if isinstance(batch, ShardError):
-                raise batch
+            batch: B | ShardError | None = next(self._iterator, None)
+            if batch is None or isinstance(batch, ShardError):
+                raise batch or self._batches.error or StopIteration
         except BaseException:
             self.close()
             raise
