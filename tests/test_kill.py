@@ -78,9 +78,9 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.c
     whole.join(300)
     duration = time.monotonic() - began
     assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
-    expected = _digests(tmp_path / "outputs" / "whole")
-    assert len(expected) > 100
     whole_run, killed_run = tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed"
+    expected = _digests(whole_run)
+    assert len(expected) > 100
 
     rng, kills, finished = random.Random(0), 0, 0
     resumed_in = set()
@@ -91,18 +91,18 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, processes: multiprocessing.c
             if process.exitcode is None:
                 process.kill()
                 kills += 1
-                complete = checkpoint.list_complete(tmp_path / "outputs" / "killed" / "checkpoints")
+                complete = checkpoint.list_complete(killed_run / "checkpoints")
                 resumed_in |= {path.name for path in complete[-1:]}
         process.join(300)
         if process.exitcode == 0:
-            assert _digests(tmp_path / "outputs" / "killed") == expected
+            assert _digests(killed_run) == expected
             assert _exported(killed_run) == _exported(whole_run)
             # Measured: 7e-7 dB. Weights are equal to the bit, but a process that was killed between checkpoint and
             # results computes them with convolutions that have not trained before.
             assert _figures(killed_run) == pytest.approx(_figures(whole_run), abs=1e-4)
             finished += 1
             if kills < KILLS:
-                shutil.rmtree(tmp_path / "outputs" / "killed")
+                shutil.rmtree(killed_run)
         else:
             assert process.exitcode == -9, (tmp_path / "killed.log").read_text()
     # The kills were spread over the run, not all before its first checkpoint.
