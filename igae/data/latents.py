@@ -27,15 +27,13 @@ class LatentCache:
 
     Args:
         views: batches that together hold every view once, in an order that is the same in each run.
-        encode: images uint8 [B, 3, H, W] (on ``device``) and the batch's number -> latents [B, c, h, w].
+        encode: gives latents [B, c, h, w] on ``device`` of a batch of B views.
     """
 
-    def __init__(
-        self, views: Iterable[ViewBatch], encode: Callable[[Tensor, int], Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, views: Iterable[ViewBatch], encode: Callable[[ViewBatch], Tensor], device: torch.device) -> None:
         latents, scenes, cam2world, intrinsics = [], [], [], []
-        for number, batch in enumerate(views):
-            latents.append(encode(batch.images.to(device, non_blocking=True), number))
+        for batch in views:
+            latents.append(encode(batch))
             scenes.append(batch.scene)
             cam2world.append(batch.cam2world)
             intrinsics.append(batch.intrinsics)

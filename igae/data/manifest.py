@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import fsspec
 from pydantic import TypeAdapter, ValidationError
+
+from igae.data.store import Missing, StoreError, read_whole
+from igae.secrets import hide_credentials
 
 FORMAT = 1
 NAME = "manifest.json"
+LIMIT = 1 << 30
+"""Bytes that a manifest may have: that of a million scenes has about a quarter of them."""
+MAX_SIDE = 16384
+"""Pixels. Memory for a batch is allocated by what the manifest says."""
 ShardKind = Literal["scenes", "heldout", "images"]
 SHARD_NAME = re.compile(r"(scenes|heldout|images)-\d{5,}\.tar")
 
@@ -88,30 +94,29 @@ class Manifest:
         Raises:
             ValueError: there is none, it is damaged, or another version of the format.
         """
+        where = hide_credentials(join(root, NAME))
         try:
-            fs, path = fsspec.core.url_to_fs(join(root, NAME))
-            text = fs.cat_file(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"no {NAME} in {root}: pack the data first with data_tools/pack_shards.py") from error
-        except Exception as error:  # object stores have errors of their own, for credentials and for the network
-            raise ValueError(f"{join(root, NAME)} can't be read ({type(error).__name__}: {error})") from error
+            text = read_whole(join(root, NAME), where, LIMIT)
+        except Missing:
+            hidden = hide_credentials(root)
+            raise ValueError(f"no {NAME} in {hidden}: pack the data first with data_tools/pack_shards.py") from None
+        except StoreError as error:  # it has no credentials in it, its causes may
+            raise ValueError(str(error)) from None
         try:
             version = _VERSION.validate_json(text)["format"]
             if version != FORMAT:
-                raise ValueError(
-                    f"{join(root, NAME)} has format {version}, this version reads {FORMAT}: pack the data again"
-                )
+                raise ValueError(f"{where} has format {version}, this version reads {FORMAT}: pack the data again")
             manifest = _MANIFEST.validate_json(text)
             manifest._check()
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             what = f"{key}: {first['msg']}" if key else first["msg"]
-            raise ValueError(f"{join(root, NAME)} is damaged ({what}): pack the data again") from error
+            raise ValueError(f"{where} is damaged ({what}): pack the data again") from error
         except KeyError as error:
-            raise ValueError(f"{join(root, NAME)} names no format: it is no manifest of packed data") from error
+            raise ValueError(f"{where} names no format: it is no manifest of packed data") from error
         except _Inconsistent as error:
-            raise ValueError(f"{join(root, NAME)} is damaged ({error}): pack the data again") from error
+            raise ValueError(f"{where} is damaged ({error}): pack the data again") from error
         return manifest
 
     def to_json(self) -> bytes:
@@ -144,13 +149,24 @@ class Manifest:
         return [scene for scene in self.scenes if scene.id in chosen]
 
     def _check(self) -> None:
+        if not all(0 < side <= MAX_SIDE for side in self.image_size):
+            raise _Inconsistent(f"image_size {list(self.image_size)}")
         if [scene.id for scene in self.scenes] != list(range(len(self.scenes))):
             raise _Inconsistent("the scenes' ids do not count from 0")
+        for scene in self.scenes:
+            if problem := name_problem(scene.name):
+                raise _Inconsistent(f"scene {scene.name!r}: {problem}")
+        if len({scene.name for scene in self.scenes}) != len(self.scenes):
+            raise _Inconsistent("two scenes have one name")
+        if len({shard.name for shard in self.shards}) != len(self.shards):
+            raise _Inconsistent("two shards have one name")
         counts: dict[str, dict[str, int]] = {"scenes": {}, "heldout": {}, "images": {}}
         for shard in self.shards:
             # The name becomes a path: nothing but our own names may come out of a file that anybody can write.
             if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.kind}-"):
                 raise _Inconsistent(f"shard name {shard.name!r}")
+            if min([shard.bytes, shard.samples, *shard.scenes.values()]) < 1:
+                raise _Inconsistent(f"the numbers of shard {shard.name}")
             if shard.kind != "images" and sum(shard.scenes.values()) != shard.samples:
                 raise _Inconsistent(f"the counts of shard {shard.name}")
             for name, number in shard.scenes.items():
@@ -159,6 +175,8 @@ class Manifest:
             raise _Inconsistent("the shards' training views are not those of the scenes")
         if counts["heldout"] != {scene.name: scene.heldout for scene in self.scenes if scene.heldout}:
             raise _Inconsistent("the shards' held-out views are not those of the scenes")
+        if sum(shard.samples for shard in self.shards if shard.kind == "images") != self.images:
+            raise _Inconsistent("the shards' photographs are not as many as it says")
 
 
 class _Inconsistent(Exception):
@@ -170,8 +188,20 @@ _VERSION = TypeAdapter(dict[str, object])
 
 
 def join(root: str, *parts: str) -> str:
-    """Joins a path or URL and names below it."""
-    return "/".join([root.rstrip("/"), *parts])
+    """Joins a path or URL and names below it; the query of an HTTP URL stays at the end."""
+    path, mark, query = root.partition("?") if root.startswith(("http://", "https://")) else (root, "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
+
+
+def name_problem(name: str) -> str | None:
+    """Why a name cannot be the name of a scene, or None. Names become paths inside tar files."""
+    if not name or "/" in name or "\\" in name or ".." in name or name == ".":
+        return "the name is empty or has '/', '\\' or '..' in it"
+    if not name.isprintable():
+        return "the name has control characters in it"
+    if name.startswith("__") or len(name.encode()) > 128:
+        return "the name starts with '__' or is longer than 128 bytes"
+    return None
 
 
 def unknown_category(category: str, known: Mapping[str, object]) -> ValueError:

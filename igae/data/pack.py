@@ -24,6 +24,7 @@ from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest
 from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
+from igae.secrets import hide_credentials
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560
@@ -124,7 +125,8 @@ def pack(
         raise ValueError("nothing to pack: give scenes, images or both")
     fs, root = fsspec.core.url_to_fs(output)
     if fs.exists(join(root, NAME)) and not overwrite:
-        raise ValueError(f"{output} has a {NAME} already: choose another folder or overwrite it")
+        hidden = hide_credentials(output)
+        raise ValueError(f"{hidden} has a {NAME} already: choose another folder or overwrite it")
     with processes(workers) as run:
         dataset, refs, problems = sources.find_scenes(scenes, subset, categories) if scenes else ("images", [], [])
         found = run("scanning scenes", _scan, refs)
@@ -135,7 +137,7 @@ def pack(
             raise Refused(problems)
         size = (resize, resize) if resize else _common_size(scanned, images, photographs)
         if size is None:
-            raise Refused(problems or [f"no readable image in {images}"])
+            raise Refused(problems or [f"no readable image in {hide_credentials(images or '')}"])
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
         options = Options(output, staged, size, bool(resize), seed, skip_bad)
         jobs = _plan(options, scanned, images or "", photographs, shard_size)

@@ -6,19 +6,41 @@ key of a view is `<scene>/<index>`, that of a photograph `images/<number>`.
 """
 
 import hashlib
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from igae.data.manifest import Shard, ShardKind, join
+from igae.data.store import File, StoreError
+from igae.secrets import hide_credentials
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 BLOCK = 1 << 20
+IMAGE_LIMIT = 256 << 20
+CAMERA_LIMIT = 1 << 20
+"""Bytes of a member. It is read into memory as a whole."""
+KINDS = {
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.DIRTYPE: "a folder",
+    tarfile.FIFOTYPE: "a pipe",
+    tarfile.XHDTYPE: "an extended header",
+    tarfile.XGLTYPE: "an extended header",
+    tarfile.GNUTYPE_LONGNAME: "a long name",
+    tarfile.GNUTYPE_LONGLINK: "a long link",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+}
+
+Verify = Literal["off", "size", "sha256"]
+
+_verified: set[tuple[str, str, str]] = set()
+"""(root, name, checksum) of shards whose bytes have been compared in this process."""
 
 
 class ShardError(ValueError):
@@ -26,12 +48,23 @@ class ShardError(ValueError):
 
 
 class Record(NamedTuple):
-    """A sample as it is stored: `key`, bytes of the image, bytes of the camera (None for photographs), shard's name."""
+    """A sample as it is stored.
+
+    Attributes:
+        key: `<scene>/<view>` or `images/<number>`.
+        image: bytes of the image file.
+        camera: bytes of the JSON; None for photographs.
+        shard: its name.
+        image_offset: byte in the shard at which the image's member begins.
+        camera_offset: the same of the camera.
+    """
 
     key: str
     image: bytes
     camera: bytes | None
     shard: str
+    image_offset: int
+    camera_offset: int
 
 
 class ShardWriter:
@@ -87,12 +120,6 @@ class _Digest:
         self.bytes += len(data)
         return int(self.file.write(data))
 
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self.file.read(size)
-        self.hash.update(data)
-        self.bytes += len(data)
-        return data
-
 
 def split_member(name: str) -> tuple[str, str]:
     """Checks the name of a tar member and splits it: key, extension.
@@ -102,84 +129,169 @@ def split_member(name: str) -> tuple[str, str]:
     """
     stem, _, suffix = name.rpartition(".")
     folder, _, number = stem.partition("/")
-    ours = suffix in IMAGES or suffix == "json"
-    if not ours or not folder or not number.isascii() or not number.isdigit() or ".." in folder or "\\" in folder:
+    ours = (suffix in IMAGES or suffix == "json") and re.fullmatch("[0-9]{1,18}", number)
+    if not ours or not folder or ".." in folder or "\\" in folder:
         raise ShardError(f"member {name!r} is not of the kind that data_tools/pack_shards.py writes")
     return stem, suffix
 
 
-def read_records(root: str, shard: Shard, wanted: Callable[[str], bool] | None = None) -> Iterator[Record]:
+def read_records(
+    root: str,
+    shard: Shard,
+    wanted: Callable[[str], bool] | None = None,
+    part: range | None = None,
+    verify: Verify = "size",
+) -> Iterator[Record]:
     """Reads the samples of a shard in their order, without decoding.
 
     Args:
         root: folder or URL of the packed data.
         shard: its manifest entry.
         wanted: takes a scene's name; the views of other scenes are passed over.
+        part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
+        verify: what is compared with the manifest before the first sample; see `view_loader`.
 
     Raises:
-        ShardError: missing, unreadable, members or counts that are not those of the manifest.
+        ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
     """
-    seen = Counter[str]()
-
-    def take(name: str) -> bool:
-        key, suffix = split_member(name)
-        scene = key.partition("/")[0]
-        seen[scene] += suffix != "json"
-        return wanted is None or wanted(scene)
-
     try:
-        fs, path = fsspec.core.url_to_fs(join(root, shard.name))
-        # Object stores answer a request in tens of milliseconds: few large ones.
-        options = {} if isinstance(fs, LocalFileSystem) else {"block_size": 8 * BLOCK}
-        with fs.open(path, "rb", **options) as stream:
-            source = iter([{"url": shard.name, "stream": stream}])
-            for sample in group_by_keys(tar_file_expander(source, select_files=take)):
-                images = [sample[suffix] for suffix in IMAGES if suffix in sample]
-                camera = sample.get("json")
-                if len(images) != 1 or (camera is None) != (shard.kind == "images"):
-                    raise ShardError(f"sample {sample['__key__']!r} has no image or no camera")
-                yield Record(sample["__key__"], images[0], camera, shard.name)
-        found = {"images": shard.samples} if shard.kind == "images" else shard.scenes
-        if seen != found:
-            raise ShardError(f"it has {sum(seen.values())} of {shard.samples} samples, or not those of the manifest")
-    except FileNotFoundError as error:
-        raise ShardError(f"shard {shard.name} is missing in {root}") from error
-    except (ValueError, OSError, tarfile.TarError) as error:
-        # webdataset adds its stream objects to the message and to the arguments.
-        message = str(error.args[0] if error.args else type(error).__name__).partition(" @ <")[0]
-        raise ShardError(f"shard {shard.name} in {root} cannot be read: {message}") from error
+        with _open(root, shard) as file:
+            if verify != "off" and file.size != shard.bytes:
+                raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
+            key = (root, shard.name, shard.sha256)
+            if verify == "sha256" and key not in _verified:
+                if _sha256(file) != shard.sha256:
+                    raise wrong(root, shard.name, "has another sha256 than the manifest says")
+                _verified.add(key)
+                file.rewind()
+            yield from _samples(file, shard, wanted, part)
+    except StoreError as error:
+        raise ShardError(str(error)) from None
+    except _Damage as error:
+        raise wrong(root, shard.name, str(error)) from None
+
+
+def _open(root: str, shard: Shard, digest: Any = None) -> File:
+    return File(join(root, shard.name), f"shard {shard.name} in {hide_credentials(root)}", shard.bytes, digest)
+
+
+def wrong(root: str, shard: str, how: str) -> ShardError:
+    """The error for a shard that is not as it was packed, with what to do."""
+    hidden = hide_credentials(root)
+    todo = f"copy or pack it again, and check all with python data_tools/pack_shards.py --verify {hidden}"
+    return ShardError(f"shard {shard} in {hidden} {how}; {todo}")
+
+
+def _sha256(file: File) -> str:
+    digest = hashlib.sha256()
+    while data := file.read(BLOCK):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+class _Damage(Exception):
+    def __init__(self, offset: int, what: str) -> None:
+        super().__init__(f"is damaged at byte {offset}: {what}")
+
+
+class _Member(NamedTuple):
+    """A member of a tar file: byte of its header, and its name in parts."""
+
+    offset: int
+    key: str
+    suffix: str
+    size: int
+
+
+def _members(file: File) -> Iterator[_Member]:
+    """The members of a tar file that holds nothing but plain files, as the packer writes it.
+
+    After each the file is at its content; what is not read of it is passed over. tarfile itself takes a damaged header
+    for the end, unpacks compressed files, and reads extended headers of any size.
+    """
+    while True:
+        offset = file.position
+        header = file.read(tarfile.BLOCKSIZE)
+        if len(header) < tarfile.BLOCKSIZE:
+            raise _Damage(offset, "the file ends here, without the end of a tar file")
+        if header.count(0) == len(header):
+            rest = file.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE)
+            if file.position < file.size or any(rest):
+                raise _Damage(offset, "zeros in place of a header")
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError):
+            raise _Damage(offset, "the header of a member is damaged") from None
+        if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            kind = KINDS.get(info.type, f"of type {info.type!r}")
+            raise _Damage(offset, f"member {info.name!r} is {kind}, not a plain file")
+        try:
+            key, suffix = split_member(info.name)
+        except ShardError as error:
+            raise _Damage(offset, str(error)) from None
+        limit = CAMERA_LIMIT if suffix == "json" else IMAGE_LIMIT
+        start = file.position
+        if not 0 <= info.size <= limit:
+            raise _Damage(offset, f"member {info.name!r} claims {info.size} bytes, more than the {limit} it may have")
+        if info.size > file.size - start:
+            raise _Damage(offset, f"the file ends at byte {file.size}, in the middle of member {info.name!r}")
+        yield _Member(offset, key, suffix, info.size)
+        file.skip(start + info.size + -info.size % tarfile.BLOCKSIZE - file.position)
+
+
+def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, part: range | None) -> Iterator[Record]:
+    key: str | None = None
+    number = -1
+    found: dict[str, tuple[int, bytes]] = {}
+    seen = Counter[str]()
+    for member in _members(file):
+        if member.key != key:
+            if found:
+                yield _record(shard, key or "", found)
+            key, number, found = member.key, number + 1, {}
+            if part is not None and number >= part.stop:
+                return
+        scene = member.key.partition("/")[0]
+        seen[scene] += member.suffix != "json"
+        if (wanted is None or wanted(scene)) and (part is None or number in part):
+            if member.suffix in found:
+                raise _Damage(member.offset, f"member '{member.key}.{member.suffix}' is there twice")
+            found[member.suffix] = member.offset, file.read(member.size)
+    if found:
+        yield _record(shard, key or "", found)
+    if seen != _counts(shard):
+        total = sum(seen.values())
+        raise _Damage(file.size, f"it ends after {total} of {shard.samples} samples, or has not those of the manifest")
+
+
+def _record(shard: Shard, key: str, found: dict[str, tuple[int, bytes]]) -> Record:
+    images = [suffix for suffix in IMAGES if suffix in found]
+    if len(images) != 1 or ("json" in found) == (shard.kind == "images"):
+        offset = min(offset for offset, _ in found.values())
+        raise _Damage(offset, f"sample {key!r} has not one image and, if it is a view, one camera")
+    image_offset, image = found[images[0]]
+    camera_offset, camera = found.get("json", (0, None))
+    return Record(key, image, camera, shard.name, image_offset, camera_offset)
+
+
+def _counts(shard: Shard) -> dict[str, int]:
+    return {"images": shard.samples} if shard.kind == "images" else shard.scenes
 
 
 def verify_shard(root: str, shard: Shard) -> str | None:
     """Reads a whole shard and compares size, checksum and counts with the manifest; returns what is wrong, or None."""
-    where = f"shard {shard.name} in {root}"
-    images, cameras = Counter[str](), 0
+    digest = hashlib.sha256()
     try:
-        fs, path = fsspec.core.url_to_fs(join(root, shard.name))
-        with fs.open(path, "rb") as stream:
-            digest: Any = _Digest(stream)
-            problem = None
-            try:
-                with tarfile.open(fileobj=digest, mode="r|", bufsize=BLOCK) as tar:
-                    for member in tar:
-                        key, suffix = split_member(member.name)
-                        images[key.partition("/")[0]] += suffix != "json"
-                        cameras += suffix == "json"
-            except (tarfile.TarError, ShardError, OSError) as error:
-                problem = f"{where} is no readable tar file: {error}"
-            while digest.read(BLOCK):
+        with _open(root, shard, digest) as file:
+            if file.size != shard.bytes:
+                raise _Damage(min(file.size, shard.bytes), f"it has {file.size} bytes, the manifest says {shard.bytes}")
+            for _ in _samples(file, shard, None, None):
                 pass
-    except FileNotFoundError:
-        return f"{where} is missing"
-    except OSError as error:
-        return f"{where} cannot be read: {error}"
-    if digest.bytes != shard.bytes:
-        return f"{where} has {digest.bytes} bytes, the manifest says {shard.bytes}"
-    if digest.hash.hexdigest() != shard.sha256:
-        return f"{where} has another sha256 than the manifest says"
-    if problem:
-        return problem
-    counts = {"images": shard.samples} if shard.kind == "images" else shard.scenes
-    if images != counts or cameras != (0 if shard.kind == "images" else shard.samples):
-        return f"{where} has not the samples that the manifest says"
+    except StoreError as error:
+        return str(error)
+    except _Damage as error:
+        return f"shard {shard.name} in {hide_credentials(root)} {error}"
+    if digest.hexdigest() != shard.sha256:
+        return f"shard {shard.name} in {hide_credentials(root)} has another sha256 than the manifest says"
     return None

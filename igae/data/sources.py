@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from igae.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
-from igae.data.manifest import join, unknown_category
+from igae.data.manifest import join, name_problem, unknown_category
+from igae.secrets import hide_credentials
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -99,18 +100,19 @@ def find_scenes(
     dataset = path.rstrip("/").rsplit("/", 1)[-1]
     map_file = join(path, "dataset_map.json")
     if fs.exists(map_file):
-        lists = _read_map(fs.cat_file(map_file), join(root, "dataset_map.json"))
+        lists = _read_map(fs.cat_file(map_file), hide_credentials(join(root, "dataset_map.json")))
         longest = max(lists, key=lambda key: len(lists[key]))
         if set(longest_names := lists[longest]) >= {name for names in lists.values() for name in names}:
             dataset, lists = longest, {longest: longest_names, **lists}
     else:
         if not fs.isdir(fs._strip_protocol(folder)):
-            raise ValueError(f"there is no folder {folder}")
+            raise ValueError(f"there is no folder {hide_credentials(folder)}")
         entries = fs.ls(fs._strip_protocol(folder), detail=False)
         names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
         lists = {dataset: [name for name in names if _transforms_file(fs, fs._strip_protocol(join(folder, name)))]}
         if not lists[dataset]:
-            raise ValueError(f"no scenes in {folder}: no folder in it has a transforms_opencv.json or transforms.json")
+            hidden = hide_credentials(folder)
+            raise ValueError(f"no scenes in {hidden}: no folder in it has a transforms_opencv.json or transforms.json")
     # The most specific category of a scene is the shortest list that has it.
     category = {name: key for key in sorted(lists, key=lambda key: -len(lists[key])) for name in lists[key]}
     refs: dict[str, SceneRef] = {}
@@ -145,17 +147,6 @@ def _read_map(text: bytes, file: str) -> dict[str, list[str]]:
     return lists
 
 
-def name_problem(name: str) -> str | None:
-    """Why a name cannot be the name of a scene, or None. Names become paths inside tar files."""
-    if not name or "/" in name or "\\" in name or ".." in name or name == ".":
-        return "the name is empty or has '/', '\\' or '..' in it"
-    if not name.isprintable():
-        return "the name has control characters in it"
-    if name.startswith("__") or len(name.encode()) > 128:
-        return "the name starts with '__' or is longer than 128 bytes"
-    return None
-
-
 def _transforms_file(fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
     for name in ("transforms_opencv.json", "transforms.json"):
         if fs.exists(f"{folder}/{name}"):
@@ -173,13 +164,13 @@ def read_scene(ref: SceneRef) -> SourceScene:
     try:
         name = _transforms_file(fs, folder)
         if name is None:
-            raise BadInput(f"there is no transforms_opencv.json or transforms.json in {ref.folder}")
+            raise BadInput(f"there is no transforms_opencv.json or transforms.json in {hide_credentials(ref.folder)}")
         try:
             content = json.loads(fs.cat_file(f"{folder}/{name}"))
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{name} is not readable JSON: {error}") from error
         except OSError as error:
-            raise BadInput(f"{name} cannot be read: {error}") from error
+            raise BadInput(f"{name} cannot be read: {hide_credentials(str(error))}") from None
         return SourceScene(ref, _read_frames(content, name))
     except BadInput as error:
         raise BadInput(f"scene {ref.name!r}: {error}") from error
@@ -249,7 +240,7 @@ def find_images(root: str) -> dict[str, int]:
         if name.lower().endswith(SUFFIXES)
     }
     if not sizes:
-        raise ValueError(f"no PNG, JPEG or WebP images in {root}")
+        raise ValueError(f"no PNG, JPEG or WebP images in {hide_credentials(root)}")
     return sizes
 
 
@@ -283,7 +274,7 @@ def open_image(data: bytes | Exception, file: str) -> Image.Image:
     if isinstance(data, FileNotFoundError):
         raise BadInput(f"{file} is missing")
     if isinstance(data, Exception):
-        raise BadInput(f"{file} cannot be read: {data}")
+        raise BadInput(f"{file} cannot be read: {hide_credentials(str(data))}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

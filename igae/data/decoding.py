@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding of raw samples into batches. Images and JSON are all that is decoded; nothing is unpickled."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from igae.data.shards import Record, ShardError, wrong
+
+
+@dataclass
+class ViewBatch:
+    """Views of scenes.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], over the background.
+        scene: int64 [B], ids of the manifest.
+        view: int64 [B], indices in the scenes' transforms files.
+        cam2world: float32 [B, 4, 4], OpenCV.
+        intrinsics: float32 [B, 3, 3], normalised by the image size.
+    """
+
+    images: Tensor
+    scene: Tensor
+    view: Tensor
+    cam2world: Tensor
+    intrinsics: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
+        """The batch on another device."""
+        return ViewBatch(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+
+
+B = TypeVar("B", ViewBatch, Tensor)
+
+
+def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> np.ndarray:
+    """Decodes an image file to uint8 [H, W, 3]; transparent pixels show `background`, uint8 [3].
+
+    Raises:
+        Exception: it is damaged, or is not of `size` (height, width). Decoders raise errors of many kinds.
+    """
+    image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    if (image.height, image.width) != size:  # before decoding: a damaged header must not cost memory
+        raise ValueError(f"it is {image.width}x{image.height} pixels, the manifest says {size[1]}x{size[0]}")
+    if not image.has_transparency_data:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = np.asarray(image.convert("RGBA")).astype(np.uint16)
+    alpha = pixels[..., 3:]
+    # At most 255 * 255 + 127: fits 16 bits; rounds to the nearest.
+    return ((pixels[..., :3] * alpha + background.astype(np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+class Decoder(Dataset[B], Generic[B]):
+    """A data set whose indices are raw samples. What goes wrong is returned, so that the caller can raise it.
+
+    Args:
+        root: where the shards are, for messages.
+        size: (height, width) of all images.
+        background: colour in [0, 1] that transparent pixels show.
+        ids: id of each scene by name; None: samples are photographs.
+    """
+
+    def __init__(
+        self, root: str, size: tuple[int, int], background: Sequence[float], ids: dict[str, int] | None
+    ) -> None:
+        self._root, self._size, self._ids = root, size, ids
+        self._background = np.asarray([round(255 * channel) for channel in background], dtype=np.uint8)
+
+    def __getitems__(self, records: list[Record]) -> B | ShardError:
+        height, width = self._size
+        images = np.empty((len(records), 3, height, width), np.uint8)
+        cameras = np.empty((len(records), 25), np.float32)
+        for index, record in enumerate(records):
+            try:
+                images[index] = decode_image(record.image, self._size, self._background).transpose(2, 0, 1)
+            except Exception as error:
+                return self._damaged(record, "image", record.image_offset, error)
+            if record.camera is not None:
+                try:
+                    cameras[index] = _decode_camera(record.camera)
+                except Exception as error:
+                    return self._damaged(record, "camera", record.camera_offset, error)
+        if self._ids is None:
+            return torch.from_numpy(images)  # type: ignore[return-value]
+        keys = [record.key.rsplit("/", 1) for record in records]
+        return ViewBatch(  # type: ignore[return-value]
+            images=torch.from_numpy(images),
+            scene=torch.tensor([self._ids[scene] for scene, _ in keys]),
+            view=torch.tensor([int(view) for _, view in keys]),
+            cam2world=torch.from_numpy(cameras[:, :16].reshape(-1, 4, 4)),
+            intrinsics=torch.from_numpy(cameras[:, 16:].reshape(-1, 3, 3)),
+        )
+
+    def _damaged(self, record: Record, what: str, offset: int, error: Exception) -> ShardError:
+        # Pillow's message has the address of a buffer in it.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is no PNG, JPEG or WebP" if unknown else " ".join(str(error).split()) or type(error).__name__
+        how = f"is damaged at byte {offset}: the {what} of sample {record.key!r} cannot be decoded ({reason})"
+        return wrong(self._root, record.shard, how)
+
+
+def _decode_camera(data: bytes) -> np.ndarray:
+    """float64 [25]: rows of cam2world, rows of the intrinsics."""
+    camera = json.loads(data)
+    parts = [np.asarray(camera[name], np.float64).reshape(n) for name, n in (("cam2world", 16), ("intrinsics", 9))]
+    numbers = np.concatenate(parts)
+    if not np.isfinite(numbers).all():
+        raise ValueError("NaN or infinite numbers")
+    return numbers

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machinery of streams: a thread that reads raw samples in order, and workers that decode them."""
+
+import atexit
+import contextlib
+import hashlib
+import multiprocessing
+import queue
+import random
+import signal
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic
+
+import torch
+from torch.utils.data import DataLoader
+from webdataset import filters
+
+from igae.data.decoding import B, Decoder, ViewBatch
+from igae.data.manifest import Shard
+from igae.data.shards import Record, ShardError, Verify, read_records
+
+READ_AHEAD = 8
+"""Batches of raw samples that the reading thread keeps ready."""
+
+
+@dataclass
+class StreamState:
+    """Where a stream is: `position` samples of epoch `epoch` have been yielded."""
+
+    epoch: int = 0
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read, in which order.
+
+    Attributes:
+        root: folder or URL of the packed data.
+        shards: those that are read, in the order of the manifest.
+        counts: samples of each shard that are wanted, at least one.
+        scenes: names of the scenes that are wanted; None: all.
+        parts: numbers of the samples that are wanted, of those in each shard; None: all.
+        verify, seed, shuffle, repeat: as in `igae.data.streams.view_loader`.
+    """
+
+    root: str
+    shards: Sequence[Shard]
+    counts: dict[str, int]
+    scenes: frozenset[str] | None
+    parts: dict[str, range] | None
+    verify: Verify
+    seed: int
+    shuffle: int
+    repeat: bool
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts.values())
+
+    def records(self, state: StreamState) -> Iterator[Record]:
+        """Raw samples from `state` on, endless with `repeat`."""
+        skip = state.position
+        for epoch in _count_from(state.epoch) if self.repeat else [state.epoch]:
+            shards = list(self.shards)
+            if self.shuffle:
+                _rng(self.seed, epoch, "").shuffle(shards)
+            for shard in shards:
+                if skip >= self.counts[shard.name]:
+                    skip -= self.counts[shard.name]
+                    continue
+                for record in self._shard(shard, epoch):
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield record
+
+    def _shard(self, shard: Shard, epoch: int) -> Iterator[Record]:
+        wanted = None if self.scenes is None else self.scenes.__contains__
+        part = None if self.parts is None else self.parts[shard.name]
+        records = read_records(self.root, shard, wanted, part, self.verify)
+        if self.shuffle < 2:
+            return records
+        rng = _rng(self.seed, epoch, shard.name)
+        shuffled: Iterator[Record] = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(records)
+        return shuffled
+
+
+def _count_from(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+
+def _rng(seed: int, epoch: int, shard: str) -> random.Random:
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{shard}".encode()).digest()[:8], "big"))
+
+
+class _Batches:
+    """Batches of raw samples, read ahead by a thread; the batch sampler of a DataLoader.
+
+    The thread starts at the first `next`, which is after the DataLoader has forked its workers.
+
+    An error ends the batches and is kept. Raised here, it would leave a DataLoader behind that is only half made, whose
+    workers nobody can tell to end.
+
+    Attributes:
+        error: what went wrong while reading, after the batches that were given out.
+        interrupt: what was raised while this process waited for a batch.
+    """
+
+    def __init__(self, records: Iterator[Record], batch_size: int) -> None:
+        self._records, self._batch_size = records, batch_size
+        self.error: BaseException | None = None
+        self.interrupt: BaseException | None = None
+        self._ready: queue.Queue[list[Record] | None] = queue.Queue(READ_AHEAD)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        while (batch := self._wait()) is not None:
+            yield batch
+
+    def _wait(self) -> list[Record] | None:
+        try:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._read, name="igae-read-ahead", daemon=True)
+                self._thread.start()
+            return self._ready.get()
+        except BaseException as error:  # a signal
+            self.interrupt = error
+            return None
+
+    def _read(self) -> None:
+        batch: list[Record] = []
+        try:
+            for record in self._records:
+                batch.append(record)
+                if len(batch) == self._batch_size:
+                    if not self._put(batch):
+                        return
+                    batch = []
+            if batch:
+                self._put(batch)
+        except BaseException as error:  # whatever it is, who waits for a batch has to hear of it
+            self.error = error
+        self._put(None)
+
+    def _put(self, item: list[Record] | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def close(self) -> None:
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):  # the thread may wait for room
+            while True:
+                self._ready.get_nowait()
+        if self._thread is not None:
+            self._thread.join(timeout=2)  # it is a daemon: a read that hangs does not keep the process
+            self._thread = None
+
+
+def _same(batch: B | ShardError) -> B | ShardError:
+    return batch
+
+
+def _ignore_sigterm(_: int) -> None:
+    # Schedulers send SIGTERM to each process of a job, but training needs its workers to end its step. Only the first
+    # is ignored: a worker that hangs must still end.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+_open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:  # before multiprocessing's exit, which sends workers a SIGTERM and waits for them
+    for loader in list(_open):
+        loader.close()
+    # Workers of a DataLoader that a signal has kept from being made: they ignore the first SIGTERM.
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()
+
+
+class Loader(Generic[B]):
+    """An iterator over batches; `state` is where it is after the batch that was yielded last."""
+
+    def __init__(self, plan: Plan, decoder: Decoder[B], batch_size: int, workers: int, state: StreamState | None):
+        if batch_size < 1 or workers < 0 or plan.shuffle < 0:
+            raise ValueError(f"batch_size {batch_size}, workers {workers}, shuffle {plan.shuffle}: too small")
+        self._plan = plan
+        self._state = replace(state) if state else StreamState()
+        if self._state.epoch < 0 or not 0 <= self._state.position <= plan.samples:
+            raise ValueError(f"{self._state} does not fit this stream, which has {plan.samples} samples an epoch")
+        self._batches = _Batches(plan.records(replace(self._state)), batch_size)
+        self._loader: DataLoader[B] = DataLoader(
+            decoder,
+            batch_sampler=self._batches,
+            num_workers=workers,
+            collate_fn=_same,
+            worker_init_fn=_ignore_sigterm,
+            multiprocessing_context="fork" if workers else None,
+            # An own generator: a DataLoader would otherwise draw from the global one.
+            generator=torch.Generator(),
+        )
+        self._iterator: Iterator[B | ShardError] | None = None
+        self._closed = False
+        _open.add(self)
+
+    @property
+    def state(self) -> StreamState:
+        """A copy of the state; a new loader with it yields what this one would yield next."""
+        return replace(self._state)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of an epoch."""
+        return self._plan.samples
+
+    def __iter__(self) -> "Loader[B]":
+        return self
+
+    def __next__(self) -> B:
+        if self._closed:
+            raise StopIteration
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._loader)
+            batch: B | ShardError | None = next(self._iterator, None)
+            if self._batches.interrupt is not None:
+                raise self._batches.interrupt
+            if batch is None:
+                raise self._batches.error or StopIteration
+            if isinstance(batch, ShardError):
+                raise batch
+        except BaseException:
+            self.close()
+            raise
+        self._advance(len(batch.images if isinstance(batch, ViewBatch) else batch))
+        return batch
+
+    def _advance(self, number: int) -> None:
+        epochs, position = divmod(self._state.position + number, self._plan.samples)
+        if self._plan.repeat:
+            self._state = StreamState(self._state.epoch + epochs, position)
+        else:
+            self._state.position += number
+
+    def close(self) -> None:
+        """Ends the thread and the workers; the loader yields nothing more."""
+        self._closed = True
+        self._batches.close()
+        # The iterator's destructor does this too, but an exception's traceback may keep the iterator.
+        if (shutdown := getattr(self._iterator, "_shutdown_workers", None)) is not None:
+            shutdown()
+        self._iterator = None
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()

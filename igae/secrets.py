@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Credentials in URLs and texts, which must not get into messages, logs and saved settings."""
+
+import re
+
+MASK = "***"
+
+# What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs.
+_URL = re.compile(r"(?<=://)(?:(?!::[A-Za-z][A-Za-z0-9+.\-]*://)\S)+")
+_NAME = (
+    r"[\w.\-]*(?:secret|token|passw(?:or)?d|passphrase|signature|credential|authorization|(?:api|access|account)[\-_]?key)"
+    r"[\w.\-]*|\bsig"
+)
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'&,;)}\]]+)"""
+# name=value, 'name': 'value'. Not name: value, which is how sentences about such things look.
+_NAMED = re.compile(rf"""((?<![\w.\-])(?:{_NAME})(?:\s*=\s*|["']\s*[:=]\s*))({_VALUE})""", re.IGNORECASE)
+_HEADER = re.compile(r"(Authorization\s*:\s*(?:[\w\-]+\s+)?)[^\s\"']+", re.IGNORECASE)
+# user:password@host without a scheme, as clients quote what they take for the name of a bucket.
+_USER = re.compile(r"""(?<![\w/.:@])[\w.+%\-]+:[^\s/@"']+@(?=[\w\[])""")
+_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+
+
+def hide_credentials(text: str) -> str:
+    """Masks what may be a credential in a URL or in a text with URLs.
+
+    Masked are user and password (`s3://***@bucket`, `***@bucket`), all values of a query (`?X-Amz-Signature=***`),
+    values with a name such as secret, token or password (`token=***`), authorization headers and access key ids of AWS.
+    In doubt more is masked than needed. A text without any of these, and one that was masked before, comes back as it
+    is. A credential with blanks or `://` in it, which no URL can have, or one that begins with the mask, is not
+    recognised.
+    """
+    text = _URL.sub(lambda match: _hide_in_url(match[0]), text)
+    text = _USER.sub(MASK + "@", text)
+    text = _HEADER.sub(lambda match: match[1] + MASK, text)
+    text = _NAMED.sub(lambda match: match[0] if match[2].startswith(MASK) else match[1] + MASK, text)
+    return _ACCESS_KEY.sub(MASK, text)
+
+
+def _hide_in_url(rest: str) -> str:
+    """`rest` is what follows `scheme://`."""
+    head, at, tail = rest.rpartition("@")
+    if at and ":" in head:  # a password may have any character in it, "/" and "@" too
+        rest = f"{MASK}@{tail}"
+    elif at and (at_host := re.match(r"[^/?#]*@", rest)):
+        rest = f"{MASK}@{rest[at_host.end() :]}"
+    start = re.search(r"\?|#(?=.*=)", rest)
+    if start is None:
+        return rest
+    query = rest[start.end() :]
+    closing = re.search(r"""["'),:]*$""", query)  # of the sentence around the URL
+    assert closing is not None
+    parts = [part.partition("=") for part in query[: closing.start()].split("&")]
+    hidden = [name + "=" + MASK if equals else name and MASK for name, equals, _ in parts]
+    return rest[: start.end()] + "&".join(hidden) + closing[0]
