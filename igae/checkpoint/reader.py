@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, Progress, parse_state, reason, scenes_name
+from igae.data.manifest import join
+from igae.secrets import hide_credentials
+from igae.tensorfile import Stamp, TensorFile
+
+
+@dataclass
+class Loaded:
+    """A checkpoint that was read, but for the rows of its scenes."""
+
+    progress: Progress
+    config: str
+    shared: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    _folder: str = field(repr=False)
+    _files: list[TensorFile] = field(repr=False)
+    _ids_of_files: list[NDArray[np.int64]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        parts = self._ids_of_files
+        ids = np.concatenate(parts)
+        order = np.argsort(ids, kind="stable")
+        self._ids = ids[order]
+        self._file = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[order]
+        self._row = np.concatenate([np.arange(len(part)) for part in parts])[order]
+        twice = self._ids[1:][self._ids[1:] == self._ids[:-1]]
+        if len(twice):
+            raise ValueError(f"{self._folder} is damaged: scene {twice[0]} is in it twice")
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Ids of all scenes."""
+        return frozenset(self._ids.tolist())
+
+    def rows(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        """The rows of some scenes, in the order asked: name -> [len(ids), ...]. Nothing else is read.
+
+        Raises:
+            ValueError: scenes that are not there, or damaged files.
+        """
+        wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
+        missing = wanted[~np.isin(wanted, self._ids)]
+        if len(missing):
+            shown = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"{hide_credentials(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
+                "train the scenes that it has, or use a new experiment=NAME"
+            )
+        where = np.searchsorted(self._ids, wanted)
+        entries = {name: self._files[0].entries[name] for name in self._files[0].row_names()}
+        result = {n: torch.empty((len(wanted), *entry.shape[1:]), dtype=entry.dtype) for n, entry in entries.items()}
+        for number in np.unique(self._file[where]):
+            places = np.flatnonzero(self._file[where] == number)
+            rows = self._row[where[places]]
+            for name, out in result.items():
+                with _advice(self._folder):
+                    self._files[number].rows_into(name, rows, out, places)
+        return result
+
+
+def load(folder: str) -> Loaded:
+    """Read a checkpoint, but for the rows of its scenes.
+
+    Raises:
+        ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
+    """
+    try:
+        state = _read(folder, STATE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{hide_credentials(folder)} has no {STATE}: give the folder of a complete checkpoint"
+        ) from None
+    with _advice(folder):
+        progress, files = parse_state(state, join(folder, STATE))
+        try:
+            config = _read(folder, CONFIG)
+        except FileNotFoundError:
+            raise ValueError(f"{join(folder, CONFIG)} is missing") from None
+        if len(config) != files[CONFIG].bytes or zlib.crc32(config) != files[CONFIG].crc32:
+            raise ValueError(f"{join(folder, CONFIG)} is damaged: its checksum differs")
+
+        def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
+            file = TensorFile(join(folder, name), Stamp(files[name].bytes, files[name].crc32))
+            return file, file.tensors()
+
+        names = [SHARED, OPTIMIZER, *map(scenes_name, range(progress.world))]
+        with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
+            (_, shared), (_, optimizer), *scenes = pool.map(read, names)
+        for name, (file, tensors) in zip(names[2:], scenes, strict=True):
+            ids = tensors.get("ids", torch.empty(0))
+            counts = {file.entries[row].shape[0] for row in file.row_names()} | {ids.numel()}
+            good = ids.dtype == torch.int64 and ids.ndim == 1 and counts == {files[name].rows}
+            if not good or _shapes(file) != _shapes(scenes[0][0]):
+                raise ValueError(f"{file.url} is damaged: its tensors are not those of {files[name].rows} scenes")
+        scene_ids = [tensors["ids"].numpy() for _, tensors in scenes]
+        return Loaded(progress, config.decode(), shared, optimizer, folder, [file for file, _ in scenes], scene_ids)
+
+
+def _shapes(file: TensorFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name of each tensor with rows -> type and shape of a row."""
+    return {name: (file.entries[name].dtype, file.entries[name].shape[1:]) for name in file.row_names()}
+
+
+def _read(folder: str, name: str) -> bytes:
+    where = join(folder, name)
+    try:
+        fs, path = fsspec.core.url_to_fs(where)
+        fs.invalidate_cache()
+        data: bytes = fs.cat_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except Exception as error:  # object stores have errors of their own, for credentials and for the network
+        raise ValueError(f"{hide_credentials(where)} can't be read: {reason(error)}") from error
+    return data
+
+
+@contextmanager
+def _advice(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        text = f"{error}: put that right, or remove {folder} to go on from the one before"
+        raise ValueError(hide_credentials(text)) from error
