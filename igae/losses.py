@@ -25,7 +25,7 @@ def psnr(prediction: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
     return (10.0 * torch.log10(data_range**2 / mse.clamp_min(1e-30))).clamp_max(100.0)
 
 
-def total_variation(x: Tensor, dims: tuple[int, int]) -> Tensor:
+def total_variation(x: Tensor, dims: tuple[int, int], weights: Tensor | None = None) -> Tensor:
     """Mean squared difference of neighbours along two dimensions, summed over both (a scalar).
 
     It is a mean per element, so neither the batch size nor the resolution changes its scale.
@@ -33,10 +33,12 @@ def total_variation(x: Tensor, dims: tuple[int, int]) -> Tensor:
     Args:
         x: any shape in which both ``dims`` have at least two entries.
         dims: the two dimensions, e.g. (-2, -1) for [B, c, h, w], (2, 3) for planes [S, 3, R, R, C].
+        weights: [len(x)], of the entries of x in the mean; they add up to 1. None: all the same.
     """
     total = x.new_zeros(())
     for dim in dims:
-        total = total + torch.diff(x, dim=dim).square().mean()
+        squares = torch.diff(x, dim=dim).square()
+        total = total + (squares.mean() if weights is None else squares.flatten(1).mean(1) @ weights)
     return total
 
 
@@ -67,6 +69,9 @@ class LPIPS(nn.Module):
 
     shift: Tensor
     scale: Tensor
+
+    def __deepcopy__(self, _: object) -> "LPIPS":
+        return self  # it never changes: copies of a model share it
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()

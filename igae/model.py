@@ -32,7 +32,7 @@ class LossWeights(Section):
     photo_tv: float = Field(default=0.0, ge=0)
     """Total variation of the photographs' latents."""
     planes_tv: float = Field(default=0.0, ge=0)
-    """Total variation of the planes in the batch."""
+    """Total variation of the planes in the batch, each counted as often as it has views there."""
     depth_tv: float = Field(default=0.0, ge=0)
     """Total variation of the rendered depth."""
 
@@ -86,6 +86,7 @@ class IGAE(nn.Module):
         image_size: (H, W) of the views.
         background: RGB colour in [0, 1] that fills the views where no object is.
         perceptual: the LPIPS network where a weight asks for it; it is not part of the state.
+        bf16: the autoencoder's arithmetic in training is bfloat16; its weights are not.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class IGAE(nn.Module):
         image_size: tuple[int, int],
         background: tuple[float, float, float] = (1.0, 1.0, 1.0),
         perceptual: LPIPS | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.autoencoder, self.options = autoencoder, options
+        self.autoencoder, self.options, self.bf16 = autoencoder, options, bf16
         colour = torch.tensor(background).view(1, 3, 1, 1)
         self.register_buffer("plain", (2.0 * colour - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
         channels, height, width = _latent_shape(autoencoder, self.plain)
@@ -146,7 +148,8 @@ class IGAE(nn.Module):
         photos: Tensor | None,
         weights: LossWeights,
         sample: bool,
-        seed: int,
+        seed: int | None,
+        refresh: bool = False,
     ) -> dict[str, Tensor]:
         """Losses of one step, unweighted by name, and their weighted sum as ``total``.
 
@@ -155,7 +158,27 @@ class IGAE(nn.Module):
             photos: natural images, uint8 [P, 3, H, W].
             sample: draw latents from the posterior (else its mean).
             seed: of the renderer's samples.
+            refresh: call :meth:`refresh_background` first. (Inside of this call, because some strategies have the
+                weights together only while it lasts.)
         """
+        if refresh:
+            self.refresh_background()
+        with torch.autocast(self.background.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self._losses(rows, views, photos, weights, sample, seed)
+        total = torch.zeros((), device=self.background.device)
+        for name, loss in losses.items():
+            total = total + getattr(weights, name) * loss
+        return {**losses, "total": total}
+
+    def _losses(
+        self,
+        rows: Tensor | None,
+        views: Views | None,
+        photos: Tensor | None,
+        weights: LossWeights,
+        sample: bool,
+        seed: int | None,
+    ) -> dict[str, Tensor]:
         images = to_signed(views.images) if views is not None and views.images is not None else None
         natural = to_signed(photos) if photos is not None else None
         latents, natural_latents, losses = None, None, {}
@@ -181,7 +204,10 @@ class IGAE(nn.Module):
             if weights.latent > 0:
                 losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
             if weights.planes_tv > 0:
-                losses["planes_tv"] = total_variation(rows, (2, 3))
+                # Planes count by their views: so the loss is a mean over views, however these are split into batches.
+                share = torch.full((len(views.index),), 1 / len(views.index), device=rows.device)
+                shares = torch.zeros(len(rows), device=rows.device).index_add(0, views.index, share)
+                losses["planes_tv"] = total_variation(rows, (2, 3), shares)
             if weights.depth_tv > 0:
                 losses["depth_tv"] = total_variation(depth, (-2, -1))
             if images is not None and weights.rgb > 0:
@@ -202,7 +228,4 @@ class IGAE(nn.Module):
                 if weights.photo_lpips > 0:
                     assert self._perceptual[0] is not None
                     losses["photo_lpips"] = self._perceptual[0](picture, target)
-        total = torch.zeros((), device=self.background.device)
-        for name, loss in losses.items():
-            total = total + getattr(weights, name) * loss
-        return {**losses, "total": total}
+        return losses

@@ -68,6 +68,12 @@ def test_total_variation_does_not_change_with_batch_size(shape: tuple[int, ...],
         )
 
 
+def test_total_variation_with_weights_counts_entries_more_than_once() -> None:
+    x, index = double(3, 4, 3, 5, 6, 2), torch.tensor([2, 0, 2, 2, 3])
+    weights = torch.bincount(index, minlength=4).double() / len(index)
+    assert total_variation(x, (2, 3), weights).item() == pytest.approx(total_variation(x[index], (2, 3)).item(), 1e-14)
+
+
 @given(st.floats(-3, 3), st.floats(-3, 3), st.integers(2, 9), st.integers(2, 9))
 def test_total_variation_of_a_ramp(a: float, b: float, height: int, width: int) -> None:
     rows, columns = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
