@@ -7,6 +7,19 @@ import logging
 import os
 import signal
 import sys
+import traceback
+import warnings
+
+from igae.secrets import hide_credentials
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_credentials(super().format(record))
+
+
+def _say(text: str) -> None:
+    print(hide_credentials(text), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,14 +32,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", default="auto", help="auto (default), never, or the folder of a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.joint.batch_size=8")
     arguments = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("igae").setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Masked("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # What goes for all ranks is said once; warnings and errors by each.
+    logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    # torch's own modules use names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
     _end_with_the_launcher()
     try:
         import torch
 
-        from igae import config
+        from igae import config, distributed
         from igae.recipe import Recipe
         from igae.trainer import Trainer, TrainingError
 
@@ -34,10 +52,18 @@ def main(argv: list[str] | None = None) -> int:
             recipe = config.load(Recipe, arguments.config, arguments.overrides)
             Trainer(recipe, arguments.resume).run(arguments.stage)
         except (TrainingError, torch.OutOfMemoryError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            _say(f"error: {error}")
+            return 1
+        except RuntimeError as error:
+            if not distributed.is_lost_rank(error):
+                raise
+            _say(
+                f"error: rank {distributed.rank()} has lost another rank ({str(error).splitlines()[0]}): its own error "
+                "says why; start again to go on from the newest checkpoint"
+            )
             return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -52,4 +78,13 @@ def _end_with_the_launcher() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        _say(traceback.format_exc())
+        code = 1
+    if code and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # exit handlers would wait for ranks that don't answer any more
+    sys.exit(code)

@@ -48,10 +48,11 @@ class Posterior(NamedTuple):
     mean: Tensor
     logvar: Tensor | None
 
-    def sample(self) -> Tensor:
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """Latents; `noise` is N(0, 1) of the mean's shape, from torch's generator if left out."""
         if self.logvar is None:
             return self.mean
-        return self.mean + torch.exp(0.5 * self.logvar) * torch.randn_like(self.mean)
+        return self.mean + torch.exp(0.5 * self.logvar) * (torch.randn_like(self.mean) if noise is None else noise)
 
 
 class Autoencoder(nn.Module):
@@ -111,9 +112,9 @@ class Autoencoder(nn.Module):
     def scale_is_fitted(self) -> bool:
         return bool(torch.isfinite(self.scale))
 
-    def fit_scale(self, latents: Tensor) -> None:
-        """Set s such that scale * latents [B, c, h, w] have the standard deviation AUTO_SPREAD around zero."""
-        self.scale.fill_(AUTO_SPREAD / float(latents.float().square().mean().sqrt()))
+    def fit_scale(self, mean_square: float) -> None:
+        """Set s such that latents with this mean of squares have the standard deviation AUTO_SPREAD around zero."""
+        self.scale.fill_(AUTO_SPREAD / math.sqrt(mean_square))
 
     def parts(self) -> dict[Literal["encoder", "decoder"], list[tuple[str, nn.Parameter]]]:
         """Named trainable parameters by the way that they work in; every parameter is in exactly one of the two."""

@@ -1,103 +1,291 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows Accelerate: devices, precision, and the shared modules with their optimizer."""
+"""The only file that knows Accelerate and DeepSpeed: processes, devices, and the shared modules with their optimizer.
 
-from collections.abc import Sequence
+What is shared between ranks (autoencoder and decoding MLP) is trained under the strategy that the launch names:
+
+* one process, or ``MULTI_GPU``: torch's DistributedDataParallel;
+* ``FSDP`` (version 2): torch's ``fully_shard``, called here and not through Accelerate, which shards nothing on CPUs;
+* ``DEEPSPEED``: ZeRO stage 1, 2 or 3.
+
+Plane rows are an input of the wrapped module: no strategy ever sees a plane.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from igae import distributed
+from igae.strategies import DDP, FSDP, Groups, Sharded, Strategy, adam, finite
+
+LAUNCH = "launch with one of the files in launch/accelerate, e.g. `accelerate launch --config_file "
 
 
 class Engine:
-    """One training engine a process.
+    """One training engine a process; making it joins the process group.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up.
 
     Raises:
-        ValueError: the launch is one that this version can't train under.
+        ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
+        world, on_gpu = distributed.world_size(), torch.cuda.is_available()
+        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
+        _check_launch(deepspeed)
         # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
+        # DeepSpeed refuses it, and needs to be told gloo instead.
+        backend = {"backend": "gloo"} if deepspeed and not on_gpu else {}
         self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
+            cpu=not on_gpu and not deepspeed,
+            mixed_precision="no",  # the model has its own autocast, alike under every strategy
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
         )
-        world = distributed.world_size()
-        if self._accelerator.num_processes != world:
+        seen = self._accelerator.num_processes
+        if seen != world or (world > 1 and not dist.is_initialized()):
             raise ValueError(
-                f"the launcher started {world} processes but Accelerate sees {self._accelerator.num_processes}: launch "
-                "with `accelerate launch --config_file launch/one_process.yaml`"
+                f"the launcher started {world} processes but Accelerate sees {seen}: {LAUNCH}"
+                f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
-        if world > 1:
-            raise ValueError(
-                f"igae trains on one process so far, and {world} were launched: launch with "
-                "`accelerate launch --config_file launch/one_process.yaml`"
-            )
-        if torch.cuda.is_available():
+        self.device: torch.device = self._accelerator.device
+        self._strategy: Strategy = Strategy(self.device)
+        if deepspeed:
+            self._strategy = _DeepSpeed(self.device, self._accelerator)
+        elif world > 1:
+            self._strategy = (FSDP if _switch("ACCELERATE_USE_FSDP") else DDP)(self.device)
+        if on_gpu:
             torch.set_float32_matmul_precision("high")
 
     @property
-    def device(self) -> torch.device:
-        device: torch.device = self._accelerator.device
-        return device
+    def strategy(self) -> str:
+        return self._strategy.name
 
-    @property
-    def is_main(self) -> bool:
-        return bool(self._accelerator.is_main_process)
+    def agree(self, *flags: bool | Tensor) -> list[bool]:
+        """Of each flag, whether it is set on all ranks. Collective."""
+        values = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if distributed.world_size() > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return [value > 0 for value in values.tolist()]
 
-    def prepare(self, module: nn.Module, groups: Sequence[tuple[str, list[nn.Parameter]]]) -> None:
+    def prepare(self, module: nn.Module, groups: Groups, *, all_reached: bool = True) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.
 
-        Parameters that are in no group are frozen. An earlier optimizer and its moments are dropped.
+        Parameters that are in no group are frozen. An earlier optimizer and its moments are dropped. Collective.
+
+        Args:
+            all_reached: every parameter of the groups has a gradient in every step.
         """
         trained = {id(p) for _, parameters in groups for p in parameters}
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        # Accelerate wraps forward in place: undo it, or the wraps of all stages would pile up.
-        self.module = self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        self._accelerator.free_memory()
-        self.wrapped = self._accelerator.prepare_model(module)
-        self._optimizer = None
-        if groups:
-            settings = [{"params": parameters, "name": name, "lr": 0.0} for name, parameters in groups]
-            adam = torch.optim.Adam(settings, fused=self.device.type == "cuda")
-            self._optimizer = self._accelerator.prepare_optimizer(adam)
+        self._strategy.prepare(module, groups, all_reached)
 
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+    def forward(self, *arguments: Any, last: bool = True) -> Any:
+        """Call the wrapped module; ``last``: no other backward pass comes before the step."""
+        return self._strategy.forward(arguments, last)
 
-    def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.module.parameters() if p.grad is not None]
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of a loss; with ``last`` shared ones become the mean over the ranks."""
+        if loss.requires_grad:
+            self._strategy.backward(loss, last)
 
-    def step(self, learning_rates: dict[str, float]) -> None:
-        """Adam's step with a learning rate for each group, and gradients cleared."""
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rates[group["name"]]
-            self._optimizer.step()
-        self.clear_gradients()
+    def gradients_are_finite(self) -> Tensor:
+        """Of the shared gradients that this rank holds: a boolean on the device."""
+        return finite(self._strategy.gradients(), self.device)
 
-    def clear_gradients(self) -> None:
-        if self._optimizer is not None:
-            self._optimizer.zero_grad(set_to_none=True)
+    def step(self, learning_rates: dict[str, float], apply: bool = True) -> bool:
+        """Adam's step with a learning rate for each group (or nothing, without ``apply``), and gradients cleared.
+
+        Returns:
+            Whether it was applied: DeepSpeed leaves steps out whose gradients are not finite.
+        """
+        return self._strategy.step(learning_rates, apply)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The module that was prepared has the trained weights, on the device. Collective."""
+        self._strategy.gather()
+        try:
+            yield
+        finally:
+            self._strategy.release()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Adam's moments and step counts, as ``<parameter name>/<moment>``."""
-        state: dict[str, Tensor] = {}
-        if self._optimizer is not None:
-            for name, parameter in self.module.named_parameters():
-                for key, value in self._optimizer.state.get(parameter, {}).items():
-                    state[f"{name}/{key}"] = value
+        """Adam's moments and step counts, whole, as ``<parameter name>/<moment>``. Collective."""
+        return self._strategy.optimizer_state()
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`optimizer_state` gave, under any strategy and number of ranks. Collective."""
+        if state:
+            self._strategy.load_optimizer_state(state)
+
+    def finish(self) -> None:
+        """Training of the module is over: it has its weights, and the optimizer is gone. Collective."""
+        self._strategy.gather()
+        self._strategy.drop()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._strategy.drop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _check_launch(deepspeed: bool) -> None:
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("fp16", "fp8"):
+        raise ValueError(
+            f"mixed_precision {precision} of the launch is not supported: set it to no, and train.precision to bf16"
+        )
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local >= gpus:
+        raise ValueError(f"this machine has {gpus} GPUs, and more processes than that were launched on it")
+    if _switch("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(f"FSDP version 1 is not supported: set fsdp_version to 2, or {LAUNCH}fsdp2.yaml`")
+    if deepspeed:
+        missing = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"the launch asks for DeepSpeed and {missing[0]} is missing: pip install 'igae[deepspeed]'"
+            )
+
+
+class _DeepSpeed(Sharded):
+    def __init__(self, device: torch.device, accelerator: Accelerator) -> None:
+        super().__init__(device)
+        self._accelerator = accelerator
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config.get("zero_optimization", {})
+        self._stage = zero.get("stage", 0)
+        self.name = f"DeepSpeed ZeRO-{self._stage}"
+        problem = None
+        if self._stage not in (1, 2, 3):
+            problem = f"ZeRO stage {self._stage}: choose 1, 2 or 3"
+        elif config.get("fp16", {}).get("enabled") in (True, "true") or config.get("bf16", {}).get("enabled") is True:
+            problem = "fp16 or bf16: leave them out, train.precision says what the arithmetic is"
+        elif config.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
+            problem = "gradient_clipping: leave it out, gradients are not clipped"
+        elif any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")):
+            problem = "offloading: leave it out"
+        if problem is not None:
+            raise ValueError(f"the DeepSpeed configuration asks for {problem}")
+        # Batches and accumulation are the recipe's; DeepSpeed must not scale by them. Accelerate would clip at 1.0.
+        config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.0)
+        for key in [key for key, value in zero.items() if value == "auto"]:
+            del zero[key]  # DeepSpeed's own defaults: Accelerate can only derive these for language models
+
+    def shard(self) -> Any:
+        return self.trained  # together with the optimizer
+
+    def start(self, groups: Groups) -> None:
+        self.wrapped, _ = self._accelerator.prepare(self.trained, adam(groups, self.device))
+        self.optimizer = self.wrapped.optimizer
+        # What Adam makes in its first step, for all groups at once: DeepSpeed links them when the first has stepped.
+        on = self.device if self.device.type == "cuda" else torch.device("cpu")
+        for flat in self._flat():
+            self.optimizer.optimizer.state[flat] = {
+                "step": torch.zeros((), device=on),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self._stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def drop(self) -> None:
+        if self.optimizer is not None:
+            self.wrapped.destroy()
+        self._accelerator.free_memory()
+        super().drop()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self.optimizer is None:
+            loss.backward()
+            return
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(loss)
+
+    def gradients(self) -> list[Tensor]:
+        return []  # DeepSpeed looks at them itself
+
+    def step(self, learning_rates: dict[str, float], apply: bool) -> bool:
+        if self.optimizer is None:
+            return apply
+        from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rates[group["name"]]
+        if not apply:
+            # The way in which DeepSpeed discards a step on all ranks: a gradient that is not finite.
+            parameter = next(iter(self.parameters().values()))
+            if self._stage < 3:
+                safe_set_full_grad(parameter, torch.full(parameter.shape, torch.nan, device=self.device))
+            elif distributed.rank() == 0:  # the parts of others may be padding, which would keep it
+                gradient = safe_get_local_grad(parameter).clone()
+                gradient.view(-1)[0] = torch.nan
+                safe_set_local_grad(parameter, gradient)
+        self.wrapped.step()
+        return not self.optimizer.overflow
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self.parameters().values())):
+            yield
+
+    def _flat(self) -> list[Tensor]:
+        """What the inner Adam steps: this rank's parts of the groups, each in one tensor."""
+        if self._stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if self.optimizer is None:
+            return {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state, step = {}, self.optimizer.optimizer.state[self._flat()[0]]["step"]
+        for name, parameter in self.parameters().items():
+            state[f"{name}/step"] = step.clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
         return state
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`optimizer_state` gave."""
-        if self._optimizer is None:
+        if self.optimizer is None:
             return
-        adam: torch.optim.Optimizer = self._optimizer.optimizer
-        parameters = dict(self.module.named_parameters())
-        on_device = self.device.type == "cuda"  # the fused Adam keeps its step counts there too
-        for key, value in state.items():
-            name, moment = key.rsplit("/", 1)
-            stays = moment == "step" and not on_device
-            adam.state[parameters[name]][moment] = value.clone() if stays else value.to(self.device, copy=True)
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        step = next(value for key, value in state.items() if key.endswith("/step"))
+        for flat in self._flat():
+            self.optimizer.optimizer.state[flat]["step"].copy_(step)
+        for name, parameter in self.parameters().items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = state[f"{name}/{moment}"].to(self.device)
+                if self._stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                    continue
+                size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined] # the last rank's part is padded
+                padded = torch.zeros(size * distributed.world_size(), device=self.device)
+                padded[: value.numel()] = value.flatten()
+                own = padded[size * distributed.rank() : size * (distributed.rank() + 1)]
+                safe_set_local_optimizer_state(parameter, own, moment)

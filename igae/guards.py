@@ -3,6 +3,9 @@
 
 import fcntl
 import logging
+import secrets
+import socket
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,8 +13,10 @@ import torch
 import yaml
 
 from igae import config
-from igae.checkpoint import Checkpoint
+from igae.checkpoint import Loaded
+from igae.distributed import Channel, rank
 from igae.recipe import Recipe
+from igae.secrets import hide_credentials
 
 log = logging.getLogger("igae")
 
@@ -28,15 +33,41 @@ def lock_run(folder: Path) -> IO[str]:
     return lock
 
 
-def check_changes(folder: Path, loaded: Checkpoint, recipe: Recipe) -> None:
+def check_shared(folder: Path, channel: Channel) -> None:
+    """Refuse an output folder that not all ranks see: each would write into one of its own. Collective."""
+    names = channel.gather(f".seen-{secrets.token_hex(8)}" if rank() == 0 else "")
+    if len(names) == 1:
+        return
+    token = folder / names[0]
+    if rank() == 0:
+        token.touch()
+    channel.barrier()
+    deadline = time.monotonic() + 10  # network file systems show new files late
+    while not token.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [host for host in channel.gather(None if token.exists() else socket.gethostname()) if host]
+    if rank() == 0:
+        token.unlink()
+    if blind:
+        raise ValueError(
+            f"{blind[0]} does not see {folder.resolve()} of the first rank's machine: set outputs to a folder that all "
+            "machines share"
+        )
+
+
+def public_settings(recipe: Recipe) -> str:
+    """The resolved configuration as YAML, as it may be saved and shown: without credentials."""
+    return hide_credentials(config.dump(recipe))
+
+
+def check_changes(folder: str, loaded: Loaded, recipe: Recipe) -> None:
     """Refuse to go on with other values of what a run can't change; say what else has changed."""
-    before, now = _flat(yaml.safe_load(loaded.config)), _flat(yaml.safe_load(config.dump(recipe)))
+    before, now = _flat(yaml.safe_load(loaded.config)), _flat(yaml.safe_load(public_settings(recipe)))
     changed = [key for key in now if key in before and before[key] != now[key]]
     progress = loaded.progress
     fixed = ["seed", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]
     if not progress.finished:
-        stage = f"train.{progress.stage}"
-        fixed += ["train.plane_optimizer", *(f"{stage}.{key}" for key in ("batch_size", "photos", "alternate"))]
+        fixed += ["train.plane_optimizer", f"train.{progress.stage}.alternate"]
     refused = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in fixed)]
     if refused:
         key = refused[0]

@@ -28,6 +28,8 @@ class DataConfig(Section):
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
     """Images in the shuffle buffer."""
+    verify: Literal["off", "size", "sha256"] = "size"
+    """What of a shard is compared with the manifest before its first use; `sha256` reads it once more."""
 
     @field_validator("background")
     @classmethod
@@ -53,6 +55,8 @@ class StageConfig(Section):
     """Scene views a rank and step."""
     photos: int = Field(default=0, ge=0)
     """Natural images a rank and step."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches of batch_size and photos that each rank takes one after another in a step, to save memory."""
     learning_rates: LearningRates
     schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
     """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
@@ -122,6 +126,10 @@ class TrainConfig(Section):
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"
     """`exact`: planes move as under a dense Adam, also between visits; `lazy`: only when visited."""
+    scale_learning_rates: bool = False
+    """Multiply the learning rates of what the ranks share (autoencoder, MLP) by their number; those of planes never."""
+    timeout: int = Field(default=600, ge=10)
+    """Seconds after which ranks that wait for another one give up."""
     max_skipped: int = Field(default=20, ge=1)
     """The run stops after so many steps in a row whose loss or gradient was not finite."""
     lpips_weights: str | None = None
@@ -133,6 +141,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the end of a stage makes one as well."""
     keep: int = Field(default=3, ge=2)
     """How many are kept; at least 2, so that a broken newest one costs little."""
+    root: str | None = None
+    """Folder or fsspec URL of the checkpoints; `checkpoints` in the run's folder if left out."""
+    background: bool = False
+    """Write while training goes on; costs memory for a copy of the planes and their moments."""
 
 
 class Recipe(Section):

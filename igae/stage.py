@@ -2,29 +2,41 @@
 """One stage of training: its data, its optimizers, its steps."""
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from igae.autoencoder import Autoencoder
 from igae.data.latents import LatentBatch, LatentCache, LatentLoader
-from igae.data.manifest import Manifest, Scene
-from igae.data.streams import ImageLoader, StreamState, ViewBatch, ViewLoader, image_loader, view_loader
-from igae.distributed import derive_seed, rank
+from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
+from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
 from igae.scenes import RowAdam, SceneBank
+from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
 
 
+@dataclass
+class Outcome:
+    """What a step gave: this rank's losses (on the device, not read); whether they and all gradients of all ranks were
+    finite (where they were not, nothing has been changed); whether a rank was asked to stop."""
+
+    losses: dict[str, Tensor]
+    finite: bool
+    stop: bool
+
+
 class Stage:
-    """Data and optimizers of one stage; :meth:`step` makes a training step.
+    """Data and optimizers of one stage; :meth:`step` makes a training step. All ranks make the same steps.
 
     Args:
-        streams: states of the data streams to go on from, by name; empty at the start of the stage.
+        consumed: samples that this rank has taken of each stream in this stage; empty at its start.
     """
 
     def __init__(
@@ -34,30 +46,26 @@ class Stage:
         engine: Engine,
         model: IGAE,
         bank: SceneBank,
-        manifest: Manifest,
-        scenes: list[Scene],
-        streams: dict[str, dict[str, int]],
+        data: Data,
+        consumed: dict[str, int],
     ) -> None:
         self.name, self.recipe, self.engine, self.model, self.bank = name, recipe, engine, model, bank
         self.config = recipe.train.warmup if name == "warmup" else recipe.train.joint
-        if self.config.batch_size and not scenes:
+        if self.config.batch_size and not data.scenes:
             raise ValueError(
                 f"train.{name}.batch_size is {self.config.batch_size} but {recipe.data.root} holds no scenes"
             )
-        if self.config.photos and not manifest.images:
+        if self.config.photos and not data.manifest.images:
             raise ValueError(
                 f"train.{name}.photos is {self.config.photos} but {recipe.data.root} holds no photographs: pack them "
                 f"with --images, or set train.{name}.photos and the photo_* weights to 0"
             )
-        count, batch = (
-            (sum(scene.views for scene in scenes), self.config.batch_size)
-            if self.config.batch_size
-            else (manifest.images, self.config.photos)
-        )
-        self.steps_per_epoch = max(1, count // batch) * (2 if self.config.alternate else 1)
+        self.steps_per_epoch = steps_per_epoch(recipe, name, data)
         self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
+        self.consumed = {"views": 0, "photos": 0} | consumed
+        # Before the engine takes the model apart: cached latents are encoded with it.
+        self._streams = dict(self._open_streams(data))
         self._prepare_optimizers()
-        self._open_streams(manifest, scenes, streams)
         self.data_wait = 0.0  # seconds spent waiting for data since it was last set to 0
 
     def _prepare_optimizers(self) -> None:
@@ -67,46 +75,49 @@ class Stage:
             ("decoder", [p for _, p in parts["decoder"]], rates.decoder),
             ("mlp", list(self.model.mlp.parameters()), rates.mlp),
         ]
-        self.engine.prepare(self.model, [(name, params) for name, params, rate in groups if params and rate > 0])
+        chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
+        self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
         self.plane_adam = RowAdam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
 
-    def _open_streams(self, manifest: Manifest, scenes: list[Scene], streams: dict[str, dict[str, int]]) -> None:
-        data, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")
-        state = {name: StreamState(**value) for name, value in streams.items()}
-        self._streams: dict[str, Any] = {}
-        if self.config.uses_cached_latents:
-            cache = encode_views(self.recipe, self.model, manifest, scenes, self.engine.device)
-            self._streams["views"] = LatentLoader(cache, self.config.batch_size, seed, state.get("views"))
-        elif self.config.batch_size:
-            self._streams["views"] = view_loader(
-                data.root,
-                manifest,
-                scenes,
-                batch_size=self.config.batch_size,
-                seed=seed,
-                shuffle=data.shuffle,
-                workers=data.workers,
-                background=data.background,
-                state=state.get("views"),
-            )
+    def _open_streams(self, data: Data) -> Iterator[tuple[str, Any]]:
+        settings, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")
+        if self.config.batch_size:
+            state = StreamState(*divmod(self.consumed["views"], sum(scene.views for scene in data.owned)))
+            if self.config.uses_cached_latents:
+                cache = encode_views(self.recipe, self.model, data, self.engine.device)
+                yield "views", LatentLoader(cache, self.config.batch_size, seed, state)
+            else:
+                yield (
+                    "views",
+                    view_loader(
+                        settings.root,
+                        data.manifest,
+                        data.owned,
+                        batch_size=self.config.batch_size,
+                        seed=seed,
+                        shuffle=settings.shuffle,
+                        workers=settings.workers,
+                        background=settings.background,
+                        verify=settings.verify,
+                        state=state,
+                    ),
+                )
         if self.config.photos:
-            self._streams["photos"] = image_loader(
-                data.root,
-                manifest,
-                batch_size=self.config.photos,
-                seed=seed,
-                shuffle=data.shuffle,
-                repeat=True,
-                workers=min(1, data.workers),
-                state=state.get("photos"),
+            yield (
+                "photos",
+                image_loader(
+                    settings.root,
+                    data.manifest,
+                    part=data.photos,
+                    batch_size=self.config.photos,
+                    seed=seed,
+                    shuffle=settings.shuffle,
+                    repeat=True,
+                    workers=min(1, settings.workers),
+                    verify=settings.verify,
+                    state=StreamState(*divmod(self.consumed["photos"], len(data.photos))),
+                ),
             )
-
-    @property
-    def stream_states(self) -> dict[str, dict[str, int]]:
-        return {
-            name: {"epoch": stream.state.epoch, "position": stream.state.position}
-            for name, stream in self._streams.items()
-        }
 
     def close(self) -> None:
         for stream in self._streams.values():
@@ -116,55 +127,71 @@ class Stage:
         """Rates of a step by part."""
         factor = self.config.rate_factor(step, self.steps_per_epoch, self.steps)
         rates = {name: rate * factor for name, rate in self.config.learning_rates.model_dump().items()}
+        if self.recipe.train.scale_learning_rates:
+            rates = {name: rate * (1 if name == "planes" else world_size()) for name, rate in rates.items()}
         if self.config.mlp_epochs is not None and step >= self.config.mlp_epochs * self.steps_per_epoch:
             rates["mlp"] = 0.0
         return rates
 
-    def _next(self, name: str) -> Any:
+    def _take(self, name: str, wanted: bool) -> list[Any] | None:
+        """The batches of a step from a stream, if there is one and it is its turn."""
+        if name not in self._streams or not wanted:
+            return None
         start = time.perf_counter()
-        batch = next(self._streams[name])
+        batches = [next(self._streams[name]) for _ in range(self.config.accumulate)]
         self.data_wait += time.perf_counter() - start
-        return batch
+        self.consumed[name] += sum(len(batch if isinstance(batch, Tensor) else batch.scene) for batch in batches)
+        return batches
 
-    def step(self, step: int) -> tuple[dict[str, Tensor], bool]:
-        """Make step number ``step`` (from 0) of this stage.
+    def step(self, step: int, stop: bool = False, refresh: bool = False) -> Outcome:
+        """Make step number ``step`` (from 0) of this stage. Collective.
 
-        Returns:
-            The losses (on the device, not read), and whether they and all gradients were finite: where they were not,
-            nothing has been changed.
+        The loss is the mean over the batches of the step and over the ranks, and all gradients are its gradients: N
+        ranks do what one rank does with a batch N times as large.
+
+        Args:
+            stop: this rank was asked to stop after the step.
+            refresh: take the field's background from the autoencoder as it is now.
         """
-        seed = derive_seed(self.recipe.seed, self.name, step, rank())
-        torch.manual_seed(seed)
-        alternate, device = self.config.alternate, self.engine.device
-        photos: Tensor | None = None
-        if "photos" in self._streams and not (alternate and step % 2 == 0):
-            photos = self._next("photos").to(device, non_blocking=True)
-        views, rows, leaf = None, None, None
-        if "views" in self._streams and not (alternate and step % 2 == 1):
-            batch = self._next("views")
-            rows, index = self.bank.rows_of(batch.scene)
+        alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
+        photos = self._take("photos", not (alternate and step % 2 == 0))
+        batches = self._take("views", not (alternate and step % 2 == 1))
+        rows, leaf, places = None, None, None
+        if batches is not None:
+            rows, index = self.bank.rows_of(torch.cat([batch.scene for batch in batches]))
             self.plane_adam.catch_up(rows)
             leaf = self.bank.planes[rows.to(device)]
             leaf.requires_grad_(self.config.learning_rates.planes > 0)
-            views = _views_on(batch, index, device)
-        losses: dict[str, Tensor] = self.engine.wrapped(
-            leaf, views, photos, self.config.weights, self.recipe.autoencoder.latents == "sample", seed
-        )
-        self.engine.backward(losses["total"])
-        gradients = self.engine.gradients()
-        if leaf is not None and leaf.grad is not None:
-            gradients.append(leaf.grad)
-        norms = torch.stack(torch._foreach_norm(gradients))
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        if not bool((norms.sum() + losses["total"]).isfinite()):
-            self.engine.clear_gradients()
-            return losses, False
+            places = index.split([len(batch.scene) for batch in batches])
+        total: dict[str, Tensor] = {}
+        for i in range(count):
+            seed = derive_seed(self.recipe.seed, self.name, step, rank(), i)
+            torch.manual_seed(seed)
+            last = i == count - 1
+            losses: dict[str, Tensor] = self.engine.forward(
+                leaf,
+                _views_on(batches[i], places[i], device) if batches is not None and places is not None else None,
+                photos[i].to(device, non_blocking=True) if photos is not None else None,
+                self.config.weights,
+                self.recipe.autoencoder.latents == "sample",
+                seed,
+                refresh and i == 0,
+                last=last,
+            )
+            self.engine.backward(losses["total"] / count, last)
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0) + loss.detach() / count
+        gradient = leaf.grad if leaf is not None else None
+        finite = total["total"].isfinite() & self.engine.gradients_are_finite()
+        if gradient is not None:
+            finite = finite & gradient.norm().isfinite()
+        agreed, go_on = self.engine.agree(finite, not stop)
         rates = self.learning_rates(step)
-        if leaf is not None and leaf.grad is not None:
+        applied = self.engine.step(rates, agreed)
+        if applied and gradient is not None:
             assert rows is not None
-            self.plane_adam.step(rows, leaf.grad, rates["planes"])
-        self.engine.step(rates)
-        return losses, True
+            self.plane_adam.step(rows, gradient / world_size(), rates["planes"])
+        return Outcome(total, applied, not go_on)
 
 
 def _views_on(batch: ViewBatch | LatentBatch, index: Tensor, device: torch.device) -> Views:
@@ -175,60 +202,72 @@ def _views_on(batch: ViewBatch | LatentBatch, index: Tensor, device: torch.devic
     return Views(index, batch.cam2world, batch.intrinsics, images=batch.images)
 
 
-def encode_views(
-    recipe: Recipe, model: IGAE, manifest: Manifest, scenes: list[Scene], device: torch.device
-) -> LatentCache:
-    """Latents of all training views; equal in each run, so that a resumed run finds what it had."""
-    autoencoder: Autoencoder = model.autoencoder
+def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) -> LatentCache:
+    """Latents of the training views that this rank owns; those of a view are the same in each run and on any rank."""
+    sample = recipe.autoencoder.latents == "sample"
 
     @torch.no_grad()
-    def encode(images: Tensor, number: int) -> Tensor:
-        torch.manual_seed(derive_seed(recipe.seed, "encode", number))
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            posterior = autoencoder.posterior(to_signed(images))
-        return posterior.sample() if recipe.autoencoder.latents == "sample" else posterior.mean
+    def encode(batch: ViewBatch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+            posterior = model.autoencoder.posterior(to_signed(batch.images.to(device, non_blocking=True)))
+        if not sample:
+            return posterior.mean
+        noise, generator = torch.empty(posterior.mean.shape), torch.Generator()
+        for i, (scene, view) in enumerate(zip(batch.scene.tolist(), batch.view.tolist(), strict=True)):
+            generator.manual_seed(derive_seed(recipe.seed, "encode", scene, view))
+            noise[i].normal_(generator=generator)
+        return posterior.sample(noise.to(device))
 
-    loader = view_loader(
-        recipe.data.root,
-        manifest,
-        scenes,
-        batch_size=ENCODE_BATCH,
-        shuffle=0,
-        repeat=False,
-        workers=recipe.data.workers,
-        background=recipe.data.background,
-    )
-    try:
+    settings = recipe.data
+    with closing(
+        view_loader(
+            settings.root,
+            data.manifest,
+            data.owned,
+            batch_size=ENCODE_BATCH,
+            shuffle=0,
+            repeat=False,
+            workers=settings.workers,
+            background=settings.background,
+            verify=settings.verify,
+        )
+    ) as loader:
         return LatentCache(loader, encode, device)
-    finally:
-        loader.close()
 
 
 @torch.no_grad()
-def fit_scale(
-    recipe: Recipe, autoencoder: Autoencoder, manifest: Manifest, scenes: list[Scene], device: torch.device
-) -> None:
-    """Fit the normaliser's scale to the latents of some views (of photographs where there are no scenes)."""
-    seed = derive_seed(recipe.seed, "scale")
-    loader: ViewLoader | ImageLoader
-    if scenes:
+def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, channel: Channel) -> None:
+    """Fit the normaliser's scale to the latents of some views of each rank (of photographs where there are no scenes).
+    Collective."""
+    settings, seed = recipe.data, derive_seed(recipe.seed, "scale")
+    loader: Any
+    if data.owned:
         loader = view_loader(
-            recipe.data.root,
-            manifest,
-            scenes,
+            settings.root,
+            data.manifest,
+            data.owned,
             batch_size=ENCODE_BATCH,
             seed=seed,
-            shuffle=recipe.data.shuffle,
+            shuffle=settings.shuffle,
             workers=0,
-            background=recipe.data.background,
+            background=settings.background,
         )
     else:
         loader = image_loader(
-            recipe.data.root, manifest, batch_size=ENCODE_BATCH, seed=seed, shuffle=recipe.data.shuffle, workers=0
+            settings.root,
+            data.manifest,
+            part=data.photos,
+            batch_size=ENCODE_BATCH,
+            seed=seed,
+            shuffle=settings.shuffle,
+            workers=0,
         )
-    batches: list[Tensor] = []
-    for _ in range(4):
-        batch: ViewBatch | Tensor = next(loader)  # type: ignore[assignment]
-        batches.append(batch.images if isinstance(batch, ViewBatch) else batch)
-    loader.close()
-    autoencoder.fit_scale(torch.cat([autoencoder.posterior(to_signed(x.to(device))).mean for x in batches]))
+    squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
+    with closing(loader):
+        for _ in range(4):
+            batch: ViewBatch | Tensor = next(loader)
+            images = batch.images if isinstance(batch, ViewBatch) else batch
+            latents = model.autoencoder.posterior(to_signed(images.to(device))).mean.double().cpu()
+            squares += torch.tensor([float(latents.square().sum()), latents.numel()])
+    total, count = channel.sum(squares).tolist()
+    model.autoencoder.fit_scale(total / count)

@@ -9,30 +9,43 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
+import yaml
+from torch import Tensor
 from tqdm import tqdm
 
-from igae import checkpoint, config
+from igae import checkpoint
 from igae.autoencoder import load_autoencoder
-from igae.checkpoint import Checkpoint, Progress
-from igae.data.manifest import Manifest
-from igae.distributed import derive_seed
+from igae.checkpoint import Progress
+from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator
-from igae.guards import check_changes, check_memory, lock_run
+from igae.guards import check_memory, check_shared, lock_run, public_settings
 from igae.losses import LPIPS
 from igae.model import IGAE
 from igae.recipe import Recipe, StageName
+from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
+from igae.shares import log_ranks, own_data, scene_bytes
 from igae.stage import Stage, fit_scale
 from igae.tracking import Tracker
 
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
+# Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
+BACKGROUND_EVERY = 50
+SHOWN = (
+    "heldout/rgb_psnr",
+    "heldout/constant_psnr",
+    "train/rgb_psnr",
+    "heldout/latent_psnr",
+    "heldout/ae_psnr",
+    "photos/ae_psnr",
+)
 log = logging.getLogger("igae")
 
 
@@ -41,11 +54,12 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """Everything of one run. Making it reads the data's manifest, loads the autoencoder and the newest checkpoint.
+    """Everything of one run. Making it reads the data's manifest, loads the autoencoder and the newest checkpoint. All
+    ranks make one and call the same methods.
 
     Args:
         resume: ``auto`` goes on from the newest complete checkpoint of the run, if there is one; ``never`` refuses a
-            folder that has one; anything else is the path of a checkpoint to start from.
+            folder that has one; anything else is the path or URL of a checkpoint to start from.
 
     Raises:
         ValueError: the configuration, the data or the checkpoint don't fit together.
@@ -54,82 +68,39 @@ class Trainer:
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         self.recipe = recipe
         self.folder = Path(recipe.outputs) / recipe.experiment
-        self.manifest = Manifest.load(recipe.data.root)
-        self.scenes = self.manifest.select(recipe.data.categories)
-        if self.manifest.scenes and not self.scenes:
-            raise ValueError(
-                f"data.categories selects none of the {len(self.manifest.scenes)} scenes at {recipe.data.root}"
-            )
-        self.engine = Engine(recipe.train.precision)
-        found = self._find(resume)
+        self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
+        self.data = own_data(recipe)
+        self.engine = Engine(recipe.train.timeout)
+        self.channel = Channel(recipe.train.timeout)
+        device, owned = self.engine.device, self.data.owned
+        if rank() == 0:
+            log_ranks(recipe, self.data, self.engine.strategy)
+        found = find(self.checkpoints, resume, self.channel)
         needs_lpips = any(s.epochs and s.weights.photo_lpips for s in (recipe.train.warmup, recipe.train.joint))
         perceptual = LPIPS(recipe.train.lpips_weights) if needs_lpips else None
-        device = self.engine.device
         self.model = IGAE(
             load_autoencoder(recipe.autoencoder, derive_seed(recipe.seed, "autoencoder")),
             torch.Generator().manual_seed(derive_seed(recipe.seed, "mlp")),
             recipe.planes.features,
             recipe.render,
-            self.manifest.image_size,
+            self.data.manifest.image_size,
             recipe.data.background,
             perceptual.to(device) if perceptual is not None else None,
+            bf16=recipe.train.precision == "bf16",
         ).to(device)
-        needed = 4 * len(self.scenes) * 3 * recipe.planes.resolution**2 * recipe.planes.features * 3
-        check_memory(needed, device)
-        self.bank = SceneBank(recipe.planes, [scene.id for scene in self.scenes], recipe.seed, device)
-        digest = hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
-        self.progress = Progress(STAGES[0], 0, 0, data=digest)
-        self._restored: Checkpoint | None = None
+        check_memory(len(owned) * scene_bytes(recipe), device)
+        self.bank = SceneBank(recipe.planes, [scene.id for scene in owned], recipe.seed, device)
+        digest = hashlib.sha256("".join(shard.sha256 for shard in self.data.manifest.shards).encode()).hexdigest()
+        self.progress = Progress(STAGES[0], 0, 0, data=digest, world=world_size())
+        self._restored: Restored | None = None
         if found is not None:
-            self._restore(found)
-        elif not self.model.autoencoder.scale_is_fitted:
-            fit_scale(recipe, self.model.autoencoder, self.manifest, self.scenes, device)
-        if found is None:
+            self.progress, self._restored = restore(found, recipe, self.data, self.model, self.bank, digest)
+        else:
+            if not self.model.autoencoder.scale_is_fitted:
+                fit_scale(recipe, self.model, self.data, device, self.channel)
             self.model.refresh_background()
         self._stop_signal: int | None = None
-
-    def _find(self, resume: str) -> Path | None:
-        complete = checkpoint.list_complete(self.folder / "checkpoints")
-        if resume not in ("auto", "never"):
-            path = Path(resume)
-            if not complete or complete[-1].resolve() == path.resolve():
-                return path
-            if path.resolve().parent == complete[-1].resolve().parent:
-                raise ValueError(
-                    f"--resume {path}: {self.folder} has gone on to {complete[-1].name}: branch off into another run, "
-                    "experiment=NAME, or remove the later checkpoints"
-                )
-            log.info("%s was begun from %s and has checkpoints of its own", self.folder, path)
-        if complete and resume == "never":
-            raise ValueError(
-                f"{self.folder} already has checkpoints: choose another name with experiment=NAME, or remove the folder"
-            )
-        return complete[-1] if complete else None
-
-    def _restore(self, folder: Path) -> None:
-        loaded = checkpoint.load(folder)
-        if loaded.progress.data != self.progress.data:
-            raise ValueError(
-                f"{folder} was trained on other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
-            )
-        check_changes(folder, loaded, self.recipe)
-        ids, planes = loaded.scenes["ids"], loaded.scenes["planes"]
-        if not torch.equal(ids, self.bank.scene_ids) or planes.shape != self.bank.planes.shape:
-            raise ValueError(
-                f"{folder} has planes {list(planes.shape)} and this configuration has {list(self.bank.planes.shape)} "
-                "(or other scenes): data.categories and planes can't change within a run; use a new experiment=NAME"
-            )
-        try:
-            self.model.load_state_dict(loaded.shared)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(
-                f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
-                "use a new experiment=NAME"
-            ) from error
-        self.bank.planes.copy_(planes)
-        self.progress, self._restored = loaded.progress, loaded
-        log.info("going on from %s", folder)
+        self._stopped = False
 
     def run(self, only: StageName | None = None) -> dict[str, float]:
         """Run the stages that are still to do, or one of them.
@@ -138,11 +109,23 @@ class Trainer:
             The last evaluation's figures (empty if nothing was to do). A run that SIGTERM ended returns early, after
             its checkpoint.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_run(self.folder)
-        (self.folder / "config.yaml").write_text(config.dump(self.recipe))
-        self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=self.engine.is_main)
-        self.tracker.config(self.recipe.model_dump(mode="json"))
+        main = rank() == 0
+        lock, problem = None, None
+        if main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_run(self.folder)
+                (self.folder / "config.yaml").write_text(public_settings(self.recipe))
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        if problem := self.channel.gather(problem)[0]:
+            raise ValueError(problem)
+        check_shared(self.folder, self.channel)
+        self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=main)
+        self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
+        settings = self.recipe.checkpoint
+        own = Channel(self.recipe.train.timeout)
+        self.writer = checkpoint.Writer(self.checkpoints, settings.keep, own, settings.background)
         figures: dict[str, float] = {}
         try:
             with self._signals():
@@ -150,11 +133,17 @@ class Trainer:
                     figures = self._conclude(self.progress.stage)  # a kill came between checkpoint and results
                 for name in self._stages_to_do(only):
                     figures = self._run_stage(name)
-                    if self._stop_signal is not None:
+                    if self._stopped:
                         break
+                self.writer.close()
+        except TrainingError:  # on all ranks alike: what is being saved in the background still can be
+            with suppress(ValueError):
+                self.writer.close()
+            raise
         finally:
             self.tracker.close()
-            lock.close()
+            if lock is not None:
+                lock.close()
         return figures
 
     def _stages_to_do(self, only: StageName | None) -> list[StageName]:
@@ -180,101 +169,110 @@ class Trainer:
         return todo
 
     def _run_stage(self, name: StageName) -> dict[str, float]:
-        recipe, progress = self.recipe, self.progress
+        progress = self.progress
         if progress.stage != name or progress.finished:
-            progress = self.progress = Progress(name, 0, progress.total, skipped=progress.skipped, data=progress.data)
+            new = Progress(name, 0, progress.total, skipped=progress.skipped, data=progress.data, world=world_size())
+            progress = self.progress = new
             self._restored = None
         log.info("%s: reading data", name)
-        stage = Stage(name, recipe, self.engine, self.model, self.bank, self.manifest, self.scenes, progress.streams)
+        stage = Stage(name, self.recipe, self.engine, self.model, self.bank, self.data, progress.consumed)
+        progress.steps_per_epoch = stage.steps_per_epoch
         if self._restored is not None:
             self.engine.load_optimizer_state(self._restored.optimizer)
-            stage.plane_adam.load_state({k: v for k, v in self._restored.scenes.items() if k not in ("ids", "planes")})
+            stage.plane_adam.load_state(self._restored.planes)
             self._restored = None  # as large as the planes and their moments
-        evaluator = self._evaluator()
         try:
-            self._loop(stage, evaluator)
-            if self._stop_signal is not None:
+            self._loop(stage)
+            if self._stopped:
                 self._save(stage)
                 log.warning(
                     "stopped by %s after step %d; the checkpoint is written, the same command goes on from it",
-                    signal.Signals(self._stop_signal).name,
+                    signal.Signals(self._stop_signal).name if self._stop_signal is not None else "another rank",
                     progress.total,
                 )
                 return {}
             progress.finished = True
             stage.plane_adam.catch_up()
-            self.model.refresh_background()
+            with self.engine.weights():
+                self.model.refresh_background()
             self._save(stage)
+            self.engine.finish()
         finally:
             stage.close()
         return self._conclude(name)
 
     def _conclude(self, stage: str) -> dict[str, float]:
         """Results of a finished stage: autoencoder in diffusers' format, evaluation, and last of all metrics.json."""
-        if stage == "joint":
+        if stage == "joint" and rank() == 0:
             self.model.autoencoder.save(self.folder / "autoencoder")
-        figures = self._evaluate(self._evaluator(), stage, last=True)
-        stages = self._metrics()
-        stages[stage] = {"step": self.progress.total, "skipped": self.progress.skipped, **figures}
-        path = self.folder / "metrics.json"
-        staging = path.with_suffix(".json.part")
-        staging.write_text(json.dumps(stages, indent=1) + "\n")
-        os.replace(staging, path)
+        figures = self._evaluate(stage, last=True)
+        self.writer.wait()  # results are of a checkpoint that is there
+        if rank() == 0:
+            stages = self._read_metrics()
+            stages[stage] = {"step": self.progress.total, "skipped": self.progress.skipped, **figures}
+            path = self.folder / "metrics.json"
+            staging = path.with_suffix(".json.part")
+            staging.write_text(json.dumps(stages, indent=1) + "\n")
+            os.replace(staging, path)
         return figures
 
     def _metrics(self) -> dict[str, dict[str, float]]:
-        """What metrics.json holds: the figures at the end of each stage."""
+        """What metrics.json holds as the first rank sees it: the figures at the end of each stage."""
+        return self.channel.gather(self._read_metrics() if rank() == 0 else {})[0]
+
+    def _read_metrics(self) -> dict[str, dict[str, float]]:
         path = self.folder / "metrics.json"
         return dict(json.loads(path.read_text())) if path.is_file() else {}
 
-    def _loop(self, stage: Stage, evaluator: Evaluator) -> None:
+    def _loop(self, stage: Stage) -> None:
         recipe, progress = self.recipe, self.progress
-        every, refresh = recipe.tracking.every, stage.config.learning_rates.encoder > 0
-        views_a_step = stage.config.batch_size or stage.config.photos
+        refresh = stage.config.learning_rates.encoder > 0
         with _progress_bar(stage.name, progress.step, stage.steps) as bar:
             self.model.train()
             start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
             for step in range(progress.step, stage.steps):
-                if refresh and step % BACKGROUND_EVERY == 0:
-                    self.model.refresh_background()
-                losses, finite = stage.step(step)
+                asked = self._stop_signal is not None
+                outcome = stage.step(step, asked, refresh and step % BACKGROUND_EVERY == 0)
                 progress.step, progress.total = step + 1, progress.total + 1
-                progress.streams = stage.stream_states
-                progress.skipped += not finite
-                progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+                progress.consumed = dict(stage.consumed)
+                progress.skipped += not outcome.finite
+                progress.skipped_in_a_row = 0 if outcome.finite else progress.skipped_in_a_row + 1
                 if progress.skipped_in_a_row >= recipe.train.max_skipped:
                     raise TrainingError(
                         f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to "
                         f"step {progress.total}: lower train.{stage.name}.learning_rates or use train.precision=fp32; "
-                        f"the last good checkpoint is in {self.folder / 'checkpoints'}"
+                        f"the last good checkpoint is in {self.checkpoints}"
                     )
-                if progress.step % every == 0 or progress.step == stage.steps:
+                if progress.step % recipe.tracking.every == 0 or progress.step == stage.steps:
                     seconds = time.perf_counter() - start
-                    rate = (progress.step - first) * views_a_step / seconds
-                    values = {f"loss/{key}": float(value) for key, value in losses.items()}
-                    values |= {f"lr/{key}": value for key, value in stage.learning_rates(step).items()}
-                    values |= {
-                        "views_per_second": rate,
-                        "data_wait": stage.data_wait / seconds,
-                        "skipped": progress.skipped,
-                    }
-                    self.tracker.scalars(progress.total, stage.name, values)
-                    bar.set_postfix_str(f"loss {values['loss/total']:.4f}, {rate:.0f} views/s", refresh=False)
+                    note = self._report(stage, outcome.losses, progress.step - first, seconds)
+                    bar.set_postfix_str(note, refresh=False)
                     start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
                 bar.update()
-                if self._stop_signal is not None:
+                if outcome.stop:
+                    self._stopped = True
                     return
-                # While steps are skipped, what makes them fail may be in the weights: keep the checkpoints from before.
-                due = progress.step % recipe.checkpoint.every == 0 and progress.step < stage.steps
-                if due and not progress.skipped_in_a_row:
-                    self._save(stage)
-                if (
-                    recipe.evaluation.every
-                    and progress.step % recipe.evaluation.every == 0
-                    and progress.step < stage.steps
-                ):
+                if progress.step == stage.steps:
+                    return
+                # Before the checkpoint: evaluation catches the planes up, and a resumed run must find them so.
+                if recipe.evaluation.every and progress.step % recipe.evaluation.every == 0:
                     stage.plane_adam.catch_up()
-                    self._evaluate(evaluator, stage.name, last=False)
+                    self._evaluate(stage.name, last=False)
+                # While steps are skipped, what makes them fail may be in the weights: keep the checkpoints from before.
+                if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_a_row:
+                    self._save(stage)
+
+    def _report(self, stage: Stage, losses: dict[str, Tensor], steps: int, seconds: float) -> str:
+        """Write down the means over the ranks of some steps' figures; returns a note for the progress bar."""
+        values = [float(loss) for loss in losses.values()] + [stage.data_wait / seconds]
+        means = (self.channel.sum(torch.tensor(values, dtype=torch.float64)) / world_size()).tolist()
+        views = (stage.config.batch_size or stage.config.photos) * stage.config.accumulate * world_size()
+        rate = steps * views / seconds
+        figures = {f"loss/{name}": value for name, value in zip(losses, means, strict=False)}
+        figures |= {f"lr/{key}": value for key, value in stage.learning_rates(self.progress.step - 1).items()}
+        figures |= {"views_per_second": rate, "data_wait": means[-1], "skipped": self.progress.skipped}
+        self.tracker.scalars(self.progress.total, stage.name, figures)
+        return f"loss {figures['loss/total']:.4f}, {rate:.0f} views/s"
 
     def _evaluator(self) -> Evaluator:
         if not hasattr(self, "_kept_evaluator"):
@@ -282,44 +280,43 @@ class Trainer:
             self._kept_evaluator = Evaluator(
                 self.recipe.evaluation,
                 data.root,
-                self.manifest,
-                self.scenes,
+                self.data.manifest,
+                self.data.scenes,
+                frozenset(self.bank.scene_ids.tolist()),
                 data.background,
                 data.workers,
                 self.engine.device,
+                self.channel,
+                data.verify,
             )
         return self._kept_evaluator
 
-    def _evaluate(self, evaluator: Evaluator, stage: str, last: bool) -> dict[str, float]:
-        step = self.progress.total
-        self.model.eval()
-        figures = evaluator.measure(self.model, self.bank)
-        self.tracker.scalars(step, stage, {f"eval/{name}": value for name, value in figures.items()})
-        if evaluator.config.pictures and (evaluator.splits or evaluator.photos is not None):
-            grid = evaluator.grid(self.model, self.bank)
-            pictures.save_png(self.folder / "pictures" / f"{stage}-{step:08d}.png", grid)
-            self.tracker.images(step, {"views": grid})
-        if last and evaluator.config.orbits:
-            videos = evaluator.orbits(self.model, self.bank, self.folder / "orbits" / stage)
-            self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
-        self.model.train()
-        shown = (
-            "heldout/rgb_psnr",
-            "heldout/constant_psnr",
-            "train/rgb_psnr",
-            "heldout/latent_psnr",
-            "heldout/ae_psnr",
-            "photos/ae_psnr",
-        )
-        log.info("%s, step %d: %s", stage, step, ", ".join(f"{k} {figures[k]:.2f}" for k in shown if k in figures))
+    def _evaluate(self, stage: str, last: bool) -> dict[str, float]:
+        step, evaluator = self.progress.total, self._evaluator()
+        with self.engine.weights():
+            self.model.eval()
+            figures = evaluator.measure(self.model, self.bank)
+            self.tracker.scalars(step, stage, {f"eval/{name}": value for name, value in figures.items()})
+            if evaluator.config.pictures and (self.data.scenes or self.data.manifest.images):
+                grid = evaluator.grid(self.model, self.bank)
+                if grid is not None:
+                    pictures.save_png(self.folder / "pictures" / f"{stage}-{step:08d}.png", grid)
+                    self.tracker.images(step, {"views": grid})
+            if last and evaluator.config.orbits:
+                videos = evaluator.orbits(self.model, self.bank, self.folder / "orbits" / stage)
+                self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
+            self.model.train()
+        shown = [f"{key} {figures[key]:.2f}" for key in SHOWN if key in figures]
+        log.info("%s, step %d: %s", stage, step, ", ".join(shown))
         return figures
 
     def _save(self, stage: Stage) -> None:
-        scenes = {"ids": self.bank.scene_ids, "planes": self.bank.planes, **stage.plane_adam.state()}
-        state = Checkpoint(
-            self.progress, self.model.state_dict(), self.engine.optimizer_state(), scenes, config.dump(self.recipe)
-        )
-        checkpoint.save(self.folder / "checkpoints", state, self.recipe.checkpoint.keep)
+        planes = stage.plane_adam.state()
+        # Rates of the steps so far: of the whole run, not of a scene.
+        moments = self.engine.optimizer_state() | {RATES: planes.pop("learning_rates")}
+        scenes = {"ids": self.bank.scene_ids, "planes": self.bank.planes, **planes}
+        with self.engine.weights():
+            self.writer.save(self.progress, public_settings(self.recipe), self.model.state_dict(), moments, scenes)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -338,10 +335,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-# Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
-BACKGROUND_EVERY = 50
-
-
 def _progress_bar(name: str, start: int, total: int) -> "tqdm[None]":
     """A bar on a terminal, a line now and then in a log file. The time left is of the mean speed so far, evaluations
     and checkpoints included."""
@@ -349,6 +342,7 @@ def _progress_bar(name: str, start: int, total: int) -> "tqdm[None]":
     return tqdm(
         total=total,
         initial=start,
+        disable=rank() > 0,
         desc=name,
         unit="step",
         smoothing=0,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small training runs for tests: a few 16 x 16 scenes and a tiny autoencoder, seconds on a core."""
 
+import os
+import sys
 from pathlib import Path
 
 import yaml
@@ -78,3 +80,12 @@ def create_autoencoder(name: str, seed: int = 0, **settings: object) -> Autoenco
     """A tiny AutoencoderKL or AutoencoderTiny with random weights; latents have half the images' resolution."""
     created = {"_class_name": name, **(KL if name == "AutoencoderKL" else TINY)}
     return load_autoencoder(AutoencoderConfig(create=created, **settings), seed)  # type: ignore[arg-type]
+
+
+def train(recipe: str, *arguments: str) -> None:
+    """What `python train.py --config RECIPE ARGUMENTS` does; ends the process if it fails."""
+    import train
+
+    if code := train.main(["--config", recipe, *arguments]):
+        sys.stderr.flush()
+        os._exit(code)

@@ -18,6 +18,7 @@ from torch import Tensor
 from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
+from igae.distributed import Channel
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
 from igae.model import IGAE, Views
@@ -42,7 +43,9 @@ def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
     root = str(data / "shards")
     manifest = Manifest.load(root)
     settings = EvaluationConfig(**{"pictures": 3, "orbits": 1, "orbit_frames": 3, **values})
-    return Evaluator(settings, root, manifest, manifest.select(None), WHITE, workers, CPU)
+    scenes = manifest.select(None)
+    owned = {scene.id for scene in scenes}
+    return Evaluator(settings, root, manifest, scenes, owned, WHITE, workers, CPU, Channel())
 
 
 def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneBank]:

@@ -55,7 +55,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _newest(recipe_file: str, name: str) -> Path:
-    return checkpoint.list_complete(Path(recipe_file).parent / "outputs" / name / "checkpoints")[-1]
+    return Path(checkpoint.list_complete(str(Path(recipe_file).parent / "outputs" / name / "checkpoints"))[-1])
 
 
 def test_every_trainable_parameter_moves_in_each_stage(recipe_file: str) -> None:
@@ -88,14 +88,15 @@ def test_five_and_five_steps_equal_ten(recipe_file: str, mode: str) -> None:
         "train.warmup.epochs=1.25",
         "train.joint.epochs=1.25",
         "checkpoint.every=5",
+        "evaluation.every=2",  # which catches planes up: where that is done changes last bits
     ]
     recipe = config.load(Recipe, recipe_file, [*options, "experiment=ten"])
     trainer = Trainer(recipe)
     trainer.run()
     assert trainer.progress.total == 20
 
-    # The same in parts of five steps, each ended by a SIGTERM and in a trainer of its own; evaluated in between, too.
-    recipe = config.load(Recipe, recipe_file, [*options, "experiment=parts", "evaluation.every=2"])
+    # The same in parts of five steps, each ended by a SIGTERM and in a trainer of its own.
+    recipe = config.load(Recipe, recipe_file, [*options, "experiment=parts"])
     for total in (5, 10, 15, 20):
         part = Trainer(recipe)
         _stop_after(part, total)
@@ -109,11 +110,12 @@ def test_five_and_five_steps_equal_ten(recipe_file: str, mode: str) -> None:
 
 
 def _stop_after(trainer: Trainer, total: int) -> None:
-    """Send this process a SIGTERM in the middle of step number ``total``."""
+    """Send this process a SIGTERM in the middle of the step before step number ``total``: all ranks agree to stop while
+    they make a step, so it is the next one that is the last."""
     forward = trainer.model.forward
 
     def stopping(*arguments: object) -> object:
-        if trainer.progress.total == total - 1:
+        if trainer.progress.total == total - 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(*arguments)  # type: ignore[arg-type]
 
@@ -151,13 +153,13 @@ def test_sigterm_saves_and_exits_with_0(tmp_path: Path, recipe_file: str, capsys
 
 def test_training_saves_and_ends_when_its_launcher_dies(tmp_path: Path, recipe_file: str) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    file = ["--config_file", str(ROOT / "launch" / "one_process.yaml")]
+    file = ["--config_file", str(ROOT / "launch" / "accelerate" / "one_process.yaml")]
     process = _start(tmp_path, *launcher, *file, str(ROOT / "train.py"), "--config", recipe_file, *LONG)
-    before = checkpoint.list_complete(tmp_path / "outputs" / "run" / "checkpoints")
+    before = checkpoint.list_complete(str(tmp_path / "outputs" / "run" / "checkpoints"))
     process.terminate()  # the launcher alone
     _, errors = process.communicate(timeout=60)  # until the training process has closed the pipe, too
     assert "stopped by SIGTERM" in errors
-    assert _newest(recipe_file, "run") not in before
+    assert str(_newest(recipe_file, "run")) not in before
 
 
 def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +228,7 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
     trainer = Trainer(config.load(Recipe, recipe_file, options))
     _poison_from(trainer, 5)
     trainer.run()
-    names = [path.name for path in checkpoint.list_complete(trainer.folder / "checkpoints")]
+    names = [Path(path).name for path in checkpoint.list_complete(str(trainer.folder / "checkpoints"))]
     assert names == [f"step-{total:08d}" for total in range(1, 6)] + ["step-00000008-end"]
     assert trainer.progress.skipped == 3
 
@@ -277,7 +279,7 @@ def test_options_train(recipe_file: str, overrides: list[str]) -> None:
         (["train.joint.photos=0"], "photos is 0"),
         (["data.categories={bus: [0, 3]}"], "bus"),
         (["train.joint.weights.photo_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
-        (["--resume", "/nowhere/step-00000001"], "no complete checkpoint"),
+        (["--resume", "/nowhere/step-00000001"], "has no state.json"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -295,14 +297,20 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(
     trainer = Trainer(config.load(Recipe, recipe_file, short))
     _stop_after(trainer, 3)
     trainer.run()
-    fixed = ["train.warmup.batch_size=2", "train.plane_optimizer=lazy"]
-    for change in [*fixed, "seed=5", "render.axes=eg3d", "autoencoder.scale=0.7", "planes.resolution=10"]:
+    fixed = [
+        "train.plane_optimizer=lazy",
+        "seed=5",
+        "render.axes=eg3d",
+        "autoencoder.scale=0.7",
+        "planes.resolution=10",
+    ]
+    for change in fixed:
         assert _run(recipe_file, *short, change) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert change.split("=")[0] in error and "use a new experiment=NAME" in error
     assert _run(recipe_file, *short, "data.categories={cars: [0, 2]}") == 2
-    assert "other scenes" in capsys.readouterr().err
-    # A learning rate may change, and a finished stage's batch size too.
+    assert "data.categories can't change" in capsys.readouterr().err
+    # A learning rate may change, and the batch size too.
     assert _run(recipe_file, *short, "train.warmup.learning_rates.mlp=2.0e-3") == 0
     assert _run(recipe_file, *short, "train.warmup.batch_size=2") == 0
     assert _run(recipe_file, *short, "--resume", "never") == 2

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures and pictures of a model: deterministic, on views that are chosen once."""
+"""Measures and pictures of a model: deterministic, on views that are chosen once, whatever the number of ranks."""
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Literal
 
@@ -12,20 +13,35 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from igae.cameras import orbit_like
 from igae.data.manifest import Manifest, Scene
 from igae.data.streams import ViewBatch, image_loader, view_loader
+from igae.distributed import Channel, rank, world_size
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.losses import psnr
 from igae.model import IGAE, Views, to_signed
+from igae.ownership import part
 from igae.scenes import SceneBank
 
 CHUNK = 32
+SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
+KINDS = ("latent_psnr", "rgb_psnr", "rgb_ssim", "ae_psnr", "ae_ssim", "constant_psnr")
+FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "photos") for kind in KINDS]
+"""All figures that there can be, in the order in which ranks add them up."""
 
 
 class Evaluator:
-    """Chosen views, and what is measured and drawn of them.
+    """Chosen views and photographs, and what is measured and drawn of them.
 
-    It reads the held-out views and one pass of the training views of the chosen scenes when it is made, and holds
-    what it needs of them in memory.
+    The choice depends on the data alone. Each rank has the chosen scenes that it owns and its part of the photographs,
+    perhaps none: when it is made it reads their held-out views, one pass of their training views and the photographs,
+    and holds what it needs of them in memory. All ranks call the methods, in the same order.
+
+    Args:
+        root: folder or URL of the packed data.
+        scenes: the scenes of the run, on all ranks the same.
+        owned: ids of the scenes whose planes this rank has.
+        background: colour in [0, 1] behind the views.
+        workers: decoding processes.
+        verify: what of a shard is compared with the manifest.
     """
 
     def __init__(
@@ -34,29 +50,35 @@ class Evaluator:
         root: str,
         manifest: Manifest,
         scenes: list[Scene],
+        owned: Set[int],
         background: tuple[float, float, float],
         workers: int,
         device: torch.device,
+        channel: Channel,
+        verify: Literal["off", "size", "sha256"] = "size",
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.channel = config, device, channel
         self.scenes = scenes if config.scenes is None else _spread(scenes, config.scenes)
+        own = [scene for scene in self.scenes if scene.id in owned]
+        self.owned = {scene.id for scene in own}
+        self.image_size = manifest.image_size
         self.splits: dict[str, ViewBatch] = {}
         means: dict[int, tuple[Tensor, int]] = {}
-        splits: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
-        for split in splits:
-            if not any(scene.heldout if split == "heldout" else scene.views for scene in self.scenes):
+        for split in SPLITS:
+            if not any(_count(scene, split) for scene in own):
                 continue
-            chosen: dict[int, list[ViewBatch]] = {scene.id: [] for scene in self.scenes}
+            chosen: dict[int, list[ViewBatch]] = {scene.id: [] for scene in own}
             loader = view_loader(
                 root,
                 manifest,
-                self.scenes,
+                own,
                 batch_size=CHUNK,
                 split=split,
                 shuffle=0,
                 repeat=False,
                 workers=workers,
                 background=background,
+                verify=verify,
             )
             for batch in loader:
                 for i, scene in enumerate(batch.scene.tolist()):
@@ -66,30 +88,42 @@ class Evaluator:
                     if len(chosen[scene]) < config.views:
                         chosen[scene].append(_take(batch, slice(i, i + 1)))
             loader.close()
-            views = [view for scene in self.scenes for view in chosen[scene.id]]
-            if views:
-                self.splits[split] = _join(views)
+            self.splits[split] = _join([view for scene in own for view in chosen[scene.id]])
         self.mean_views = {scene: total / seen / 127.5 - 1.0 for scene, (total, seen) in means.items()}
         self.photos: Tensor | None = None
-        if config.photos and manifest.images:
+        self.photo_count = min(config.photos, manifest.images)
+        self.part = part(self.photo_count, rank(), world_size())
+        if self.part:
             photos = image_loader(
-                root, manifest, batch_size=min(config.photos, manifest.images), shuffle=0, repeat=False, workers=0
+                root,
+                manifest,
+                batch_size=len(self.part),
+                shuffle=0,
+                repeat=False,
+                workers=0,
+                part=self.part,
+                verify=verify,
             )
             self.photos = next(photos)
             photos.close()
 
     @torch.no_grad()
     def measure(self, model: IGAE, bank: SceneBank) -> dict[str, float]:
-        """Means over images of PSNR (dB) and SSIM.
+        """Means over the images of all ranks of PSNR (dB) and SSIM, on every rank.
 
         ``latent``: rendered against encoded normalised latents; ``rgb``: decoded renders against views; ``ae``:
         autoencoded views against views; ``photos/ae``; ``constant``: the mean training view of the scene, the
         best prediction that does not know the camera, against held-out views.
+
+        Args:
+            model: with all its weights, on every rank.
+            bank: planes of the scenes that this rank owns.
         """
-        sums: dict[str, list[Tensor]] = {}
+        totals = torch.zeros(2, len(FIGURES), dtype=torch.float64)  # sums, numbers of images
 
         def note(name: str, values: Tensor) -> None:
-            sums.setdefault(name, []).append(values.double().cpu())
+            totals[0, FIGURES.index(name)] += values.double().cpu().sum()
+            totals[1, FIGURES.index(name)] += len(values)
 
         for split, views in self.splits.items():
             for chunk in _chunks(views):
@@ -112,7 +146,8 @@ class Evaluator:
                 again = _decode(model, model.autoencoder.posterior(truth).mean)
                 note("photos/ae_psnr", psnr(again, truth))
                 note("photos/ae_ssim", _ssim(again, truth))
-        return {name: float(torch.cat(values).mean()) for name, values in sums.items()}
+        sums, counts = self.channel.sum(totals).tolist()
+        return {name: sums[i] / counts[i] for i, name in enumerate(FIGURES) if counts[i]}
 
     def _latents(
         self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
@@ -123,57 +158,86 @@ class Evaluator:
         return latents, rendered, depth, opacity
 
     @torch.no_grad()
-    def grid(self, model: IGAE, bank: SceneBank) -> pictures.Picture:
+    def grid(self, model: IGAE, bank: SceneBank) -> pictures.Picture | None:
         """Picture, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row: truth,
-        autoencoder, decoded render, latents encoded and rendered, depth. Without scenes: photographs, autoencoded."""
-        if not self.splits:
-            assert self.photos is not None
-            truth = to_signed(self.photos[: self.config.pictures].to(self.device))
-            again = _decode(model, model.autoencoder.posterior(truth).mean)
-            pairs = [[pictures.to_uint8(x), pictures.to_uint8(y)] for x, y in zip(truth, again, strict=True)]
-            return pictures.grid(pairs, ["truth", "autoencoder"])
-        views = self.splits.get("heldout", self.splits["train"])
-        places = {int(scene): i for i, scene in reversed(list(enumerate(views.scene)))}
-        shown = _spread([scene for scene in self.scenes if scene.id in places], self.config.pictures)
-        chunk = _take(views, torch.tensor([places[scene.id] for scene in shown]))
-        truth = to_signed(chunk.images.to(self.device))
-        latents, rendered, depth, opacity = self._latents(model, bank, chunk, truth)
-        size = (truth.shape[2], truth.shape[3])
-        decoded = _decode(model, model.autoencoder.denormalise(rendered))
-        again = _decode(model, latents)
-        both = pictures.latent_to_rgb(torch.cat([model.autoencoder.normalise(latents), rendered]), size)
-        depths = pictures.depth_to_rgb(depth, opacity, size)
-        rows = [
-            [*(pictures.to_uint8(x[i]) for x in (truth, again, decoded)), both[i], both[len(shown) + i], depths[i]]
-            for i in range(len(shown))
-        ]
+        autoencoder, decoded render, latents encoded and rendered, depth. Without scenes: photographs, autoencoded.
+
+        Returns:
+            The picture on the first rank, None on the others and where there is nothing to show.
+        """
+        split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
+        shown = _spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
+        if not shown:
+            return self._photo_grid(model)
+        # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colours. One at
+        # a time, because the last bits of a result can depend on what else is in its batch.
+        cells = torch.zeros(len(shown), 3, *self.image_size, 3, dtype=torch.uint8)
+        latents = torch.zeros(2, len(shown), *model.latent_shape)
+        depths = torch.zeros(2, len(shown), *model.latent_shape[1:])
+        for i, scene in enumerate(shown):
+            if scene.id not in self.owned:
+                continue
+            views = self.splits[split]
+            view = _take(views, (views.scene == scene.id).nonzero()[0])
+            truth = to_signed(view.images.to(self.device))
+            encoded, rendered, depth, opacity = self._latents(model, bank, view, truth)
+            decoded = _decode(model, model.autoencoder.denormalise(rendered))
+            for j, image in enumerate((truth, _decode(model, encoded), decoded)):
+                cells[i, j] = torch.from_numpy(pictures.to_uint8(image[0]))
+            latents[:, i] = torch.cat([model.autoencoder.normalise(encoded), rendered]).cpu()
+            depths[:, i] = torch.cat([depth, opacity]).cpu()
+        cells, latents, depths = (self.channel.sum(filled) for filled in (cells, latents, depths))
+        if rank() != 0:
+            return None
+        both = pictures.latent_to_rgb(latents.flatten(0, 1), self.image_size)
+        near = pictures.depth_to_rgb(depths[0], depths[1], self.image_size)
+        rows = [[*cells[i].numpy(), both[i], both[len(shown) + i], near[i]] for i in range(len(shown))]
         names = ["truth", "autoencoder", "decoded render", "latents: encoded", "latents: rendered", "depth"]
         return pictures.grid(rows, names)
 
+    def _photo_grid(self, model: IGAE) -> pictures.Picture | None:
+        count = min(self.config.pictures, self.photo_count)
+        if not count:
+            return None
+        cells = torch.zeros(count, 2, *self.image_size, 3, dtype=torch.uint8)
+        for i, place in enumerate(self.part):
+            if place < count and self.photos is not None:
+                truth = to_signed(self.photos[i : i + 1].to(self.device))
+                for j, image in enumerate((truth, _decode(model, model.autoencoder.posterior(truth).mean))):
+                    cells[place, j] = torch.from_numpy(pictures.to_uint8(image[0]))
+        cells = self.channel.sum(cells)
+        return pictures.grid([list(row.numpy()) for row in cells], ["truth", "autoencoder"]) if rank() == 0 else None
+
     @torch.no_grad()
     def orbits(self, model: IGAE, bank: SceneBank, folder: Path) -> dict[str, Path]:
-        """An mp4 for some scenes: decoded render, rendered latents and depth side by side around the object."""
+        """An mp4 for some scenes: decoded render, rendered latents and depth side by side around the object. Each rank
+        writes those of its scenes.
+
+        Returns:
+            Scene's name -> file, of all ranks, on the first rank; nothing on the others.
+        """
+        every = _join(list(self.splits.values())) if self.splits else None
+        chosen = _spread(self.scenes, self.config.orbits)
         written = {}
-        if not self.splits:
-            return {}
-        every = _join(list(self.splits.values()))
-        for scene in _spread(self.scenes, self.config.orbits):
+        for scene in chosen:
+            if every is None or scene.id not in self.owned:
+                continue
             own = (every.scene == scene.id).nonzero()[:, 0]
             cam2world = orbit_like(every.cam2world[own], self.config.orbit_frames)
             intrinsics = every.intrinsics[own[:1]].expand(len(cam2world), 3, 3)
             frames = []
             ids = torch.full((len(cam2world),), scene.id)
             rendered, depth, opacity = _render(model, bank, ids, cam2world, intrinsics, self.device)
-            size = every.images.shape[2], every.images.shape[3]
-            latents = pictures.latent_to_rgb(rendered, size)
-            depths = pictures.depth_to_rgb(depth, opacity, size)
-            for i, part in enumerate(torch.split(rendered, CHUNK)):
-                for j, image in enumerate(_decode(model, model.autoencoder.denormalise(part))):
+            latents = pictures.latent_to_rgb(rendered, self.image_size)
+            depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
+            for i, piece in enumerate(torch.split(rendered, CHUNK)):
+                for j, image in enumerate(_decode(model, model.autoencoder.denormalise(piece))):
                     k = i * CHUNK + j
                     frames.append(np.concatenate([pictures.to_uint8(image), latents[k], depths[k]], axis=1))
             written[scene.name] = folder / f"{scene.name}.mp4"
             pictures.write_video(written[scene.name], np.stack(frames))
-        return written
+        everywhere = {name: path for of_rank in self.channel.gather(written) for name, path in of_rank.items()}
+        return {scene.name: everywhere[scene.name] for scene in chosen} if rank() == 0 else {}
 
 
 def _render(
@@ -208,6 +272,10 @@ def _take(batch: ViewBatch, which: slice | Tensor) -> ViewBatch:
 def _join(batches: list[ViewBatch]) -> ViewBatch:
     names = ("images", "scene", "view", "cam2world", "intrinsics")
     return ViewBatch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))
+
+
+def _count(scene: Scene, split: Literal["heldout", "train"]) -> int:
+    return scene.heldout if split == "heldout" else scene.views
 
 
 def _chunks(views: ViewBatch) -> list[ViewBatch]:

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what ranks and scenes cost: time of a warm-up and a joint step, and peak memory of a rank.
+
+    python benchmarks/scaling.py
+    python benchmarks/scaling.py --cases joint:1:500 joint:1:8000 joint:1:3000 joint:2:6000
+
+A case is STAGE:RANKS:SCENES, with the scenes of all ranks together. One launch measures all cases in turns. Steps are
+real ones: data from shards (random latents in the warm-up), an autoencoder of Stable Diffusion's size with random
+weights, planes and their optimizer as in the middle of a long training.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import igae.stage
+from igae import config
+from igae.autoencoder import load_autoencoder
+from igae.cameras import orbit
+from igae.data.latents import LatentCache
+from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
+from igae.data.shards import ShardWriter
+from igae.data.streams import ViewBatch
+from igae.distributed import Channel, rank, world_size
+from igae.engine import Engine
+from igae.model import IGAE
+from igae.recipe import Recipe
+from igae.scenes import SceneBank
+from igae.shares import Data, own_data
+from igae.stage import Stage
+from igae.strategies import Strategy
+
+Figures = dict[str, float]
+
+ROOT = Path(__file__).resolve().parent.parent
+AUTOENCODER = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+}
+VIEWS = 2  # of a scene
+STEP = 20_000  # where in training the planes' optimizer is
+WARM = 10  # steps that are not counted
+
+
+def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) -> str:
+    """Shards of `scenes` scenes and 1,000 photographs, with few different pictures in them."""
+    root = folder / f"shards-{scenes}"
+    root.mkdir()
+    rng, poses = np.random.default_rng(0), orbit(16, 1.3, 0.4).tolist()
+    pictures = []
+    for _ in range(16):
+        out = io.BytesIO()
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(out, "PNG")
+        pictures.append(out.getvalue())
+    lens = [[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]
+    shards: list[Shard] = []
+    for start in range(0, scenes, shard_scenes):
+        name = f"scenes-{len(shards):05d}.tar"
+        writer = ShardWriter(str(root / name), name, "scenes")
+        with writer:
+            for view in range(VIEWS):
+                for scene in range(start, min(start + shard_scenes, scenes)):
+                    place = (scene * 7 + view * 5) % 16
+                    camera = json.dumps({"cam2world": poses[place], "intrinsics": lens}).encode()
+                    members = {"png": pictures[place], "json": camera}
+                    writer.add(f"scene_{scene}/{view}", members, f"scene_{scene}")
+        shards.append(writer.entry())
+    writer = ShardWriter(str(root / "images-00000.tar"), "images-00000.tar", "images")
+    with writer:
+        for i in range(1000):
+            writer.add(f"images/{i}", {"png": pictures[i % 16]})
+    listed = [Scene(i, f"scene_{i}", "toys", VIEWS, 0) for i in range(scenes)]
+    cameras = CameraSummary(1.3, 1.3, 1.3, 1.1)
+    manifest = Manifest(1, (size, size), 0, "toys", [*shards, writer.entry()], listed, 1000, cameras)
+    (root / "manifest.json").write_bytes(manifest.to_json())
+    return str(root)
+
+
+def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
+    settings = [
+        f"data.root={shards}",
+        "data.categories=null",
+        f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
+        "train.joint.weights.photo_lpips=0",  # its weights are a download
+        "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
+        *overrides,
+    ]
+    return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
+
+
+def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache:
+    """A cache as after encoding, without the time that it takes."""
+    scene = torch.tensor([scene.id for scene in data.owned]).repeat(VIEWS)
+    cameras = orbit(16, 1.3, 0.4)[torch.arange(len(scene)) % 16]
+    lens = torch.tensor([[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]).expand(len(scene), 3, 3).contiguous()
+    views = ViewBatch(torch.zeros(len(scene), 1), scene, scene, cameras, lens)
+    return LatentCache([views], lambda _: torch.randn(len(scene), *model.latent_shape, device=device), device)
+
+
+def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: int, overrides: list[str]) -> Figures:
+    """Time and memory of steps of this rank, of this process's part of the scenes."""
+    recipe, device = recipe_of(stage_name, shards, overrides), engine.device
+    data = own_data(recipe)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    # Planes of all scenes at once: one generator a scene takes long on one core.
+    small = recipe.planes.model_copy(update={"resolution": 2, "features": 1})
+    bank = SceneBank(small, [scene.id for scene in data.owned], 0, device)
+    side, features = recipe.planes.resolution, recipe.planes.features
+    bank.planes = torch.empty(len(bank), 3, side, side, features, device=device).normal_(0, 0.1)
+    igae.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
+    stage = Stage("warmup" if stage_name == "warmup" else "joint", recipe, engine, model, bank, data, {})
+    optimizer, count = stage.plane_adam, len(bank)
+    optimizer.exp_avg.normal_(0, 1e-6)
+    optimizer.exp_avg_sq.fill_(1e-10)
+    last = STEP - torch.randint(0, max(1, count // stage.config.batch_size), (count,))
+    optimizer.updated, optimizer.visited, optimizer.step_count = last.clone(), last.clone(), STEP
+    optimizer._rates = torch.full((2 * STEP,), 1e-4, dtype=torch.float64)
+    times = []
+    for step in range(steps + WARM):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        outcome = stage.step(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+        assert outcome.finite
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    stage.close()
+    engine.finish()
+    return {"ms": statistics.median(times[WARM:]), "gib": peak}
+
+
+def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: list[str]) -> None:
+    """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
+    first works and the others wait."""
+    engine, channel, world = Engine(), Channel(), world_size()
+    alone: Engine = object.__new__(Engine)
+    alone.device, alone._strategy = engine.device, Strategy(engine.device)
+    first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
+    model = IGAE(
+        load_autoencoder(first.autoencoder),
+        torch.Generator().manual_seed(0),
+        first.planes.features,
+        first.render,
+        own_data(first).manifest.image_size,
+        bf16=first.train.precision == "bf16",
+    ).to(engine.device)
+    model.refresh_background()
+    found: dict[str, list[Figures]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            stage, ranks, scenes = case.split(":")
+            figures = None
+            if int(ranks) == world or rank() == 0:
+                os.environ["WORLD_SIZE"] = ranks
+                chosen = engine if int(ranks) == world else alone
+                figures = measure(chosen, model, stage, f"{folder}/shards-{scenes}", steps, overrides)
+                os.environ["WORLD_SIZE"] = str(world)
+            every = [one for one in channel.gather(figures) if one is not None]
+            found[case].append({key: max(one[key] for one in every) for key in ("ms", "gib")})
+            if rank() == 0:
+                print(f"{case:20s} {found[case][-1]['ms']:9.2f} ms  {found[case][-1]['gib']:6.1f} GiB", flush=True)
+    if rank() == 0:
+        print("RESULT " + json.dumps(found), flush=True)
+    engine.close()
+
+
+def report(found: dict[str, list[Figures]]) -> None:
+    """The medians of the rounds, and what follows from them."""
+    time_of = {case: statistics.median(one["ms"] for one in rounds) for case, rounds in found.items()}
+    print(f"\n{'stage:ranks:scenes':22s} {'step':>10s} {'lowest':>10s} {'highest':>10s} {'peak memory':>14s}")
+    for case, rounds in found.items():
+        times = [one["ms"] for one in rounds]
+        memory = max(one["gib"] for one in rounds)
+        print(f"{case:22s} {time_of[case]:7.2f} ms {min(times):7.2f} ms {max(times):7.2f} ms {memory:10.1f} GiB")
+    for stage in ("warmup", "joint"):
+        single = {int(c.split(":")[2]): t for c, t in time_of.items() if c.startswith(f"{stage}:1:")}
+        for case, together in time_of.items():
+            name, ranks, scenes = case.split(":")
+            if name == stage and ranks != "1" and int(scenes) // int(ranks) in single:
+                share = single[int(scenes) // int(ranks)] / together
+                print(f"{stage}: {ranks} ranks keep {100 * share:.1f} % of one rank's speed with as many scenes a rank")
+        if len(single) > 1:
+            few, many = min(single), max(single)
+            print(f"{stage}: {many} scenes a rank instead of {few}: {100 * (single[many] / single[few] - 1):+.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", metavar="STAGE:RANKS:SCENES", help="RANKS is 1 or the number of GPUs")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured, in turns (default: 3)")
+    parser.add_argument("--steps", type=int, default=60, help="steps that are counted in a round (default: 60)")
+    parser.add_argument("--size", type=int, default=128, help="pixels along a side of an image (default: 128)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/igae.yaml")
+    arguments = parser.parse_intermixed_args()
+    gpus = max(2, torch.cuda.device_count())
+    cases = arguments.cases or [
+        f"{stage}:{ranks}:{scenes}"
+        for stage in ("warmup", "joint")
+        for ranks, scenes in ((1, 500), (1, 8000), (1, 6000), (1, 6000 // gpus), (gpus, 6000))
+    ]
+    if arguments.worker:
+        worker(cases, arguments.worker, arguments.rounds, arguments.steps, arguments.overrides)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for scenes in {int(case.split(":")[2]) for case in cases}:
+            write_data(Path(folder), scenes, arguments.size)
+        ranks = max(int(case.split(":")[1]) for case in cases)
+        file = ROOT / "launch" / "accelerate" / ("ddp.yaml" if ranks > 1 else "one_process.yaml")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+        command += ["--num_processes", str(ranks), "--num_cpu_threads_per_process", "4", __file__, "--worker", folder]
+        command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps), "--cases", *cases]
+        command += ["--", *arguments.overrides] if arguments.overrides else []
+        lines = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if not line.startswith("RESULT "):
+                    print(line, end="", flush=True)
+    if process.returncode or not lines or not lines[-1].startswith("RESULT "):
+        raise SystemExit(f"the measurement failed with exit code {process.returncode}")
+    found = json.loads(lines[-1].removeprefix("RESULT "))
+    report(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the module that ranks share is trained: alone, replicated on each rank, or in parts."""
+
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+Groups = Sequence[tuple[str, list[nn.Parameter]]]
+"""Named groups of parameters, one for each learning rate."""
+
+
+def finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack(torch._foreach_norm(list(tensors))).sum().isfinite()
+
+
+def adam(groups: Groups, device: torch.device) -> torch.optim.Adam:
+    settings = [{"params": parameters, "name": name, "lr": 0.0} for name, parameters in groups]
+    return torch.optim.Adam(settings, fused=device.type == "cuda")
+
+
+class Strategy:
+    """One process: the module itself is trained. The base of the other strategies."""
+
+    name = "one process"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.optimizer: Any = None
+        self.module: nn.Module = nn.Module()  # what was given to prepare
+        self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
+        self.wrapped: Any = None
+
+    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
+        self.drop()
+        self.module = self.trained = module
+        self.optimizer = adam(groups, self.device) if groups else None
+        self.wrapped = self.wrap(module, all_reached) if groups else module
+
+    def wrap(self, module: nn.Module, all_reached: bool) -> Any:
+        return module
+
+    def drop(self) -> None:
+        """Let go of what was trained with; the module stays as it is."""
+        self.optimizer, self.wrapped, self.trained = None, None, self.module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+
+    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
+        return self.wrapped(*arguments)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        grads = [p.grad for p in self.parameters().values() if p.grad is not None]
+        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+
+    def step(self, learning_rates: dict[str, float], apply: bool) -> bool:
+        if self.optimizer is None:
+            return apply
+        if apply:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rates[group["name"]]
+                for parameter in group["params"]:
+                    # All parameters step together, as in DeepSpeed's flat ones: one that a step does not reach still
+                    # moves by its momentum.
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return apply
+
+    def gather(self) -> None:
+        """Bring the trained weights into the module."""
+
+    def release(self) -> None:
+        """The weights in the module are not needed any more."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.parameters().items():
+            for key, value in (self.optimizer.state.get(parameter, {}) if self.optimizer else {}).items():
+                state[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        on_device = self.device.type == "cuda"  # the fused Adam keeps its step counts there too
+        parameters = self.parameters()
+        for key, value in state.items():
+            name, moment = key.rsplit("/", 1)
+            stays = moment == "step" and not on_device
+            own = self.optimizer.state[parameters[name]]
+            own[moment] = value.clone() if stays else self.part(parameters[name], moment, value.to(self.device))
+
+    def part(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
+        """This rank's part of a moment."""
+        return value.clone()
+
+
+class DDP(Strategy):
+    name = "DDP"
+
+    def wrap(self, module: nn.Module, all_reached: bool) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers came with torch 2.13
+            return DistributedDataParallel(
+                module,
+                broadcast_buffers=False,  # every rank computes the same ones
+                gradient_as_bucket_view=True,
+                find_unused_parameters=not all_reached,
+            )
+
+    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
+        silent = not last and isinstance(self.wrapped, DistributedDataParallel)
+        with self.wrapped.no_sync() if silent else nullcontext():
+            return self.wrapped(*arguments)
+
+
+class Sharded(Strategy):
+    """A copy of the module is trained, of which each rank keeps a part. The module itself waits on the CPU until its
+    weights are asked for."""
+
+    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
+        self.drop()
+        self.module = self.trained = module
+        if not groups:
+            self.wrapped = module
+            return
+        names = {id(p): name for name, p in module.named_parameters()}
+        self.trained = copy.deepcopy(module)
+        self.wrapped = self.shard()
+        # By name: sharding may have replaced the parameters.
+        copies = dict(self.trained.named_parameters())
+        self.start([(group, [copies[names[id(p)]] for p in parameters]) for group, parameters in groups])
+        self.release()
+
+    @abstractmethod
+    def shard(self) -> Any:
+        """Shard the copy and return what is called."""
+
+    def start(self, groups: Groups) -> None:
+        """Make the optimizer of the copy."""
+        self.optimizer = adam(groups, self.device)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        if self.trained is self.module:
+            return
+        self.module.to(self.device)
+        own = dict(self.module.named_parameters())
+        with self.whole():
+            for name, parameter in self.parameters().items():
+                own[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+        for mine, theirs in zip(self.module.buffers(), self.trained.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The parameters of the trained copy are whole on this rank, or tensors that know how to become so."""
+        yield
+
+    def release(self) -> None:
+        if self.trained is not self.module:
+            self.module.cpu()
+
+
+class FSDP(Sharded):
+    name = "FSDP2"
+
+    def shard(self) -> Any:
+        net = getattr(getattr(self.trained, "autoencoder", None), "net", None)
+        for part in (net.encoder, net.decoder) if net is not None else ():
+            fully_shard(part)
+        return fully_shard(self.trained)
+
+    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+        return self.wrapped(*arguments)
+
+    def part(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
+        if moment == "step" or not isinstance(parameter, DTensor):
+            return value.clone()
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation on several ranks: the figures, the picture and the videos of one rank, from what each of them owns."""
+
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import runs
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from igae.autoencoder import AutoencoderConfig, load_autoencoder
+from igae.data.manifest import Manifest
+from igae.data.pack import pack
+from igae.distributed import Channel, rank
+from igae.evaluation import evaluator
+from igae.evaluation.config import EvaluationConfig
+from igae.evaluation.evaluator import Evaluator
+from igae.model import IGAE
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig, SceneBank
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Case:
+    """What is evaluated. The scenes that tests/runs.py packs have 12, 5, 1 and 20 views, 1, 1, 0 and 2 held out."""
+
+    data: str
+    settings: dict[str, int | None]
+    identity: bool = False
+    scenes: int = 4
+
+
+@dataclass
+class Result:
+    """What a rank saw of a case, and what it returned."""
+
+    figures: dict[str, float]
+    picture: NDArray[np.uint8] | None
+    videos: dict[str, Path]
+    read: set[int]
+    photos: NDArray[np.uint8]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneBank]:
+    manifest = Manifest.load(case.data)
+    settings = EvaluationConfig(**{"views": 3, "pictures": 3, "orbits": 3, "orbit_frames": 3, **case.settings})
+    white = (1.0, 1.0, 1.0)
+    found = Evaluator(settings, case.data, manifest, manifest.select(None), frozenset(owned), white, 0, CPU, Channel())
+    net = (
+        load_autoencoder(AutoencoderConfig(path="identity"))
+        if case.identity
+        else runs.create_autoencoder("AutoencoderKL", scale=0.2)
+    )
+    options = RenderOptions(coarse_samples=5, fine_samples=5)
+    model = IGAE(net, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    model.refresh_background()
+    bank = SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), owned, 0, CPU)
+    return found, model, bank
+
+
+def evaluate(case: Case, owned: list[int], folder: Path) -> Result:
+    found, model, bank = build(case, owned)
+    return Result(
+        found.measure(model, bank),
+        found.grid(model, bank),
+        found.orbits(model, bank, folder / "new" / "orbits"),
+        {int(scene) for views in found.splits.values() for scene in views.scene} | set(found.mean_views),
+        np.zeros((0, 3, 16, 16), np.uint8) if found.photos is None else found.photos.numpy(),
+    )
+
+
+def evaluate_rank(cases: list[Case], owners: list[list[int]], folders: list[Path]) -> list[Result]:
+    dist.init_process_group("gloo")
+    results = [
+        evaluate(case, [scene for scene in owners[rank()] if scene < case.scenes], folder)
+        for case, folder in zip(cases, folders, strict=True)
+    ]
+    dist.destroy_process_group()
+    return results
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("data")
+    shards = runs.packed_data(folder)
+    pack(str(folder / "photos"), images=str(folder / "source/photos"))
+    source = folder / "one" / "scenes"
+    shutil.copytree(folder / "source/scenes/square16/scene_2", source / "square16/scene_2")
+    pack(str(folder / "train"), scenes=str(source), subset="square16", images=str(folder / "source/photos"))
+    return {
+        "all": Case(shards, {"scenes": None, "photos": 7}),
+        "few": Case(shards, {"scenes": 2, "photos": 2}),  # scenes 0 and 2
+        "one": Case(shards, {"scenes": 1, "photos": 0, "views": 1}),
+        "identity": Case(shards, {"scenes": None, "photos": 4}, identity=True),
+        "train": Case(str(folder / "train"), {"photos": 1}, scenes=1),  # one scene, which has no held-out view
+        "photos": Case(str(folder / "photos"), {"photos": 8, "pictures": 5}, scenes=0),
+        "nothing": Case(str(folder / "photos"), {"photos": 0}, scenes=0),
+    }
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "new/orbits").glob("*")}
+
+
+@pytest.fixture(scope="module")
+def alone(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    results = {}
+    for name, case in cases.items():
+        folder = tmp_path_factory.mktemp(name)
+        results[name] = evaluate(case, list(range(case.scenes)), folder)
+        results[name].files = digests(folder)
+    return results
+
+
+OWNERS = {
+    2: [[0, 3], [1, 2]],
+    # The first rank draws, and in the case `few` it owns nothing of what is shown and no photograph.
+    3: [[1], [0], [2, 3]],
+}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_see_what_one_rank_sees(
+    cases: dict[str, Case], alone: dict[str, Result], world: int, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in cases]
+    by_rank = ranks.run(evaluate_rank, world, list(cases.values()), OWNERS[world], folders)
+    for index, name in enumerate(cases):
+        expected, found = alone[name], [results[index] for results in by_rank]
+        for result in found:
+            assert result.figures == found[0].figures and list(result.figures) == list(expected.figures)
+            for key, value in expected.figures.items():
+                assert result.figures[key] == pytest.approx(value, abs=1e-5), (name, key)  # dB and SSIM; measured 5e-7
+        # The first rank draws, the others have nothing.
+        assert all(result.picture is None and result.videos == {} for result in found[1:])
+        assert np.array_equal(found[0].picture, expected.picture), name
+        assert [path.name for path in found[0].videos.values()] == [path.name for path in expected.videos.values()]
+        assert digests(folders[index]) == expected.files and len(expected.files) == len(expected.videos), name
+        # Nobody reads what is another's.
+        assert [result.read for result in found] == [expected.read & set(owned) for owned in OWNERS[world]]
+        assert np.array_equal(np.concatenate([result.photos for result in found]), expected.photos)
+        sizes = [len(result.photos) for result in found]
+        assert max(sizes) - min(sizes) <= 1
+    few = [results[list(cases).index("few")] for results in by_rank]
+    assert world == 2 or (few[0].read == set() and len(few[0].photos) == 0)
+
+
+def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> None:
+    kinds = {name: {key.split("/")[0] for key in result.figures} for name, result in alone.items()}
+    assert kinds["all"] == kinds["few"] == {"heldout", "train", "photos"}
+    assert kinds["train"] == {"train", "photos"} and kinds["photos"] == {"photos"} and kinds["nothing"] == set()
+    assert [len(result.videos) for result in alone.values()] == [3, 2, 1, 3, 1, 0, 0]
+    rows = {name: 0 if result.picture is None else len(result.picture) // 132 for name, result in alone.items()}
+    assert list(rows.values()) == [3, 1, 1, 3, 1, 5, 0]
+
+
+def draw_slowly(case: Case, owners: list[list[int]], folder: Path) -> None:
+    draw, done = evaluator.pictures.grid, folder / "done"
+
+    def slow(*args: Any) -> Any:
+        until = time.monotonic() + 60
+        while not done.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert done.exists(), "the other rank waits for the drawing"
+        return draw(*args)
+
+    dist.init_process_group("gloo")
+    evaluator.pictures.grid = slow
+    found, model, bank = build(case, owners[rank()])
+    found.grid(model, bank)
+    if rank() == 1:
+        done.touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["few", "photos"])
+def test_nobody_waits_for_the_drawing(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
+    ranks.run(draw_slowly, 2, cases[name], OWNERS[2] if name == "few" else [[], []], tmp_path)

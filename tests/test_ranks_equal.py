@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What N ranks compute under each strategy is what one rank computes with a batch N times as large."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import runs
+import torch
+from torch import Tensor
+
+from igae import config
+from igae.data.manifest import Manifest
+from igae.data.streams import ViewBatch, image_loader, view_loader
+from igae.distributed import Channel, rank, world_size
+from igae.engine import Engine
+from igae.model import IGAE
+from igae.recipe import Recipe
+from igae.scenes import SceneBank
+from igae.shares import own_data
+from igae.stage import Stage
+
+STEPS = 20
+POISONED = 7
+
+
+def small_recipe(folder: Path, *overrides: str) -> Recipe:
+    # The published learning rates: larger ones amplify rounding, by Adam's division of small gradients by small ones.
+    rates = {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
+    settings = [f"train.joint.learning_rates.{part}={rate}" for part, rate in rates.items()]
+    settings += ["train.joint.decay=1.0", "autoencoder.latents=mean", "autoencoder.scale=0.3", *overrides]
+    return config.load(Recipe, str(folder / "recipe.yaml"), settings)
+
+
+def every_view(recipe: Recipe, manifest: Manifest) -> dict[int, ViewBatch]:
+    """All training views by scene."""
+    loader = view_loader(
+        recipe.data.root, manifest, manifest.scenes, batch_size=1000, shuffle=0, repeat=False, workers=0
+    )
+    views = next(loader)
+    loader.close()
+    return {scene.id: pick(views, views.scene == scene.id) for scene in manifest.scenes}
+
+
+def pick(batch: ViewBatch, which: Tensor) -> ViewBatch:
+    return ViewBatch(**{name: value[which] for name, value in vars(batch).items()})
+
+
+def join(batches: list[ViewBatch]) -> ViewBatch:
+    return ViewBatch(**{name: torch.cat([vars(b)[name] for b in batches]) for name in vars(batches[0])})
+
+
+class Fixed:
+    """A stream of given batches."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches = iter(batches)
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def close(self) -> None:
+        pass
+
+
+def train(
+    folder: str, strategy: str, parts: list[list[int]], accumulate: int = 1, merge: bool = False
+) -> dict[str, Tensor]:
+    """STEPS joint steps; the loss of the last rank is not a number in step POISONED.
+
+    Args:
+        parts: scenes of each of the ranks that are imitated or real; a batch has views of one scene of each, in turns,
+            so that the union of the batches is the same however many ranks there are.
+        merge: make one batch of the `accumulate` batches of a step.
+
+    Returns:
+        Shared weights and their moments, and planes and their moments by scene id.
+    """
+    os.environ.update(ranks.launch_environment(strategy))
+    recipe = small_recipe(Path(folder), f"train.joint.accumulate={1 if merge else accumulate}")
+    engine = Engine()
+    data = own_data(recipe)
+    if world_size() > 1:
+        assert [[scene.id for scene in part] for part in data.parts] == parts
+    model = build(recipe, data.manifest)
+    bank = SceneBank(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
+    stage = Stage("joint", recipe, engine, model, bank, data, {})
+    stage.close()
+    views = every_view(recipe, data.manifest)
+    photos = image_loader(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
+    images = next(photos)
+    photos.close()
+    mine = [rank()] if world_size() > 1 else list(range(len(parts)))
+    view_batches, photo_batches = [], []
+    for micro in range(STEPS * accumulate):
+        chosen = []
+        for part in (parts[i] for i in mine):
+            scene = views[part[micro % len(part)]]
+            chosen.append(pick(scene, (torch.arange(2) + 2 * micro) % len(scene.view)))
+        view_batches.append(join(chosen))
+        photo_batches.append(images[torch.tensor([(micro * len(parts) + i) % 11 for i in mine])])
+    if merge:
+        view_batches = [join(view_batches[i : i + accumulate]) for i in range(0, len(view_batches), accumulate)]
+        photo_batches = [torch.cat(photo_batches[i : i + accumulate]) for i in range(0, len(photo_batches), accumulate)]
+    stage._streams = {"views": Fixed(view_batches), "photos": Fixed(photo_batches)}
+    forward, poison = engine.forward, False
+
+    def changed(*arguments: Any, last: bool) -> dict[str, Tensor]:
+        # Fixed sample positions: random ones depend on the place of a view in its batch.
+        losses: dict[str, Tensor] = forward(*arguments[:5], None, *arguments[6:], last=last)
+        if poison and rank() == world_size() - 1:
+            losses["total"] = losses["total"] * torch.nan
+        return losses
+
+    engine.forward = changed  # type: ignore[method-assign]
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    for step in range(STEPS):
+        poison = step == POISONED
+        outcome = stage.step(step, refresh=step % 10 == 0)
+        assert outcome.finite == (not poison) and not outcome.stop
+        if step == 0:
+            with engine.weights():
+                still = [name for name, value in model.named_parameters() if torch.equal(value, start[name])]
+            assert not still, f"one step did not move {still}"
+    moments = engine.optimizer_state()
+    stage.plane_adam.catch_up()
+    engine.finish()
+    result = {f"weights/{k}": v.clone() for k, v in model.state_dict().items()}
+    result |= {f"moments/{k}": v.clone() for k, v in moments.items()}
+    planes = {}
+    for row, i in enumerate(bank.scene_ids.tolist()):
+        planes[f"planes/{i}"] = bank.planes[row].clone()
+        # Adam's steps don't depend on the scale of gradients, and its moments do.
+        planes[f"plane moments/{i}"] = stage.plane_adam.exp_avg[row].clone()
+    for part in Channel().gather(planes):
+        result |= part
+    engine.close()
+    return result
+
+
+def build(recipe: Recipe, manifest: Manifest) -> IGAE:
+    from igae.autoencoder import load_autoencoder
+
+    model = IGAE(
+        load_autoencoder(recipe.autoencoder, 1),
+        torch.Generator().manual_seed(2),
+        recipe.planes.features,
+        recipe.render,
+        manifest.image_size,
+    )
+    model.refresh_background()
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("equal")
+    runs.recipe_file(folder, runs.packed_data(folder))
+    return folder
+
+
+def owned(folder: Path, world: int) -> list[list[int]]:
+    from igae import ownership
+
+    manifest = Manifest.load(str(folder / "shards"))
+    ids = {scene.name: scene.id for scene in manifest.scenes}
+    shards = [{ids[name]: n for name, n in shard.scenes.items()} for shard in manifest.shards if shard.kind == "scenes"]
+    return ownership.assign(shards, world)
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    assert a.keys() == b.keys()
+    worst: dict[str, float] = {}
+    for name in a:
+        # The softmax of an attention does not depend on the keys' bias: its gradient is 0, and Adam divides rounding
+        # by rounding there. It moves by a learning rate a step at most.
+        kind = "keys" if name.endswith("to_k.bias") else name.partition("/")[0]
+        unit = float(b[name].abs().max()) if kind == "plane moments" else 1.0
+        worst[kind] = max(worst.get(kind, 0.0), float((a[name].double() - b[name].double()).abs().max()) / unit)
+    return worst
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """What one rank computes with the batches of 2 and of 3 ranks together."""
+    return {world: ranks.run(train, 1, str(folder), "ddp", owned(folder, world))[0] for world in (2, 3)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("strategy", ranks.STRATEGIES)
+def test_ranks_compute_what_one_rank_computes(
+    folder: Path, alone: dict[int, dict[str, Tensor]], strategy: str, world: int
+) -> None:
+    results = ranks.run(train, world, str(folder), strategy, owned(folder, world))
+    difference = largest_difference(results[0], alone[world])
+    # Measured: weights 1.2e-7, moments 1.7e-7, planes 2.3e-6, their moments 5.1e-6, keys' biases 1.8e-5.
+    assert difference["weights"] < 1e-6 and difference["moments"] < 1e-6, difference
+    assert difference["planes"] < 1e-5 and difference["plane moments"] < 1e-5, difference
+    assert difference["keys"] < STEPS * 5e-5, difference
+    for other in results[1:]:
+        assert max(largest_difference(results[0], other).values()) == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=ranks.needs_compiler), "fsdp2"])
+def test_batches_that_are_taken_one_after_another_count_as_one(folder: Path, strategy: str) -> None:
+    parts = owned(folder, 2)
+    together = ranks.run(train, 1, str(folder), "ddp", parts, 2, True)[0]
+    split = ranks.run(train, 2, str(folder), strategy, parts, 2)[0]
+    difference = largest_difference(split, together)
+    # Measured: weights 1.1e-7, moments 7.5e-8, planes 2.5e-7, their moments 3.6e-6.
+    assert difference["weights"] < 1e-6 and difference["moments"] < 1e-6, difference
+    assert difference["planes"] < 1e-5 and difference["plane moments"] < 1e-5, difference

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs to which something happens: each ends soon, with an error that says what, and nothing is lost."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ranks
+import runs
+
+from igae import checkpoint
+from igae.data.manifest import Manifest
+from igae.data.shards import read_records
+
+TIMEOUT = 10
+LONG = ["train.warmup.epochs=0", "train.joint.epochs=2000", "checkpoint.every=5", f"train.timeout={TIMEOUT}"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    return str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
+
+
+def complete(recipe: str) -> list[str]:
+    return checkpoint.list_complete(str(Path(recipe).parent / "outputs" / "run" / "checkpoints"))
+
+
+def begin(recipe: str, world: int, *arguments: str) -> ranks.Ranks:
+    """A run that has made a checkpoint and goes on."""
+    run = ranks.Ranks(runs.train, world, recipe, *LONG, *arguments, log=f"{recipe}.log")
+    deadline = time.monotonic() + 120
+    while not complete(recipe):
+        assert time.monotonic() < deadline and all(p.is_alive() for p in run.processes), Path(
+            f"{recipe}.log"
+        ).read_text()
+        time.sleep(0.05)
+    return run
+
+
+def errors(recipe: str) -> list[str]:
+    return [line for line in Path(f"{recipe}.log").read_text().splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs(recipe: str, victim: int) -> None:
+    """The others give up after train.timeout."""
+    run = begin(recipe, 2)
+    os.kill(run.processes[victim].pid or 0, signal.SIGSTOP)
+    began = time.monotonic()
+    other = run.processes[1 - victim]
+    other.join(TIMEOUT + 30)
+    waited = time.monotonic() - began
+    run.processes[victim].kill()
+    assert other.exitcode == 1 and waited < TIMEOUT + 10, (other.exitcode, waited)
+    assert f"error: rank {1 - victim} has lost another rank" in errors(recipe)[-1]
+
+
+def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
+    run = begin(recipe, 2, "train.timeout=600")
+    run.processes[1].kill()
+    began = time.monotonic()
+    assert run.exit_codes(60) == [1, -9]
+    assert time.monotonic() - began < 30  # measured: 5. Its connections are closed: nobody waits for the timeout
+    assert "rank 0 has lost another rank" in errors(recipe)[-1] and "newest checkpoint" in errors(recipe)[-1]
+    newest = complete(recipe)[-1]
+    steps = int(newest[-8:])
+    # One rank makes twice as many steps in an epoch: it goes on at the same epoch, for two more of them.
+    epochs = f"train.joint.epochs={steps // 4 + 2}"
+    assert ranks.Ranks(runs.train, 1, recipe, *LONG, epochs, log=f"{recipe}.log").exit_codes(120) == [0]
+    log = Path(f"{recipe}.log").read_text()
+    assert f"going on from {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
+
+
+def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:
+    ranks.run(int, 1)  # the server's imports don't count
+    began = time.monotonic()
+    codes = ranks.Ranks(runs.train, 5, recipe, log=f"{recipe}.log").exit_codes(60)
+    assert time.monotonic() - began < 20
+    assert codes == [2] * 5
+    sentence = (
+        "error: 4 scenes with training views can't be shared by 5 processes, each of which needs one: start fewer"
+    )
+    assert [line.startswith(sentence) for line in errors(recipe)] == [True] * 5
+    assert not Path(recipe).with_name("outputs").exists()
+
+
+def test_a_damaged_shard(recipe: str) -> None:
+    """The rank that reads it names it and the byte; the others end too."""
+    root = str(Path(recipe).parent / "shards")
+    shard = next(shard for shard in Manifest.load(root).shards if shard.kind == "scenes")
+    offset = list(read_records(root, shard))[7].image_offset
+    raw = bytearray((Path(root) / shard.name).read_bytes())
+    raw[offset + 5] ^= 1  # in the name, under the header's checksum
+    (Path(root) / shard.name).write_bytes(raw)
+    codes = ranks.Ranks(runs.train, 2, recipe, f"train.timeout={TIMEOUT}", log=f"{recipe}.log").exit_codes(60)
+    assert all(codes) and 2 in codes, codes
+    named = [line for line in errors(recipe) if f"shard {shard.name} in {root} is damaged at byte {offset}: " in line]
+    assert named, errors(recipe)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_the_disk_is_full(recipe: str, small_disk: Path) -> None:
+    """Room for some checkpoints but not for all: the run ends, and the newest complete one loads."""
+    arguments = [f"checkpoint.root={small_disk}", "checkpoint.keep=50", *LONG]
+    codes = ranks.Ranks(runs.train, 2, recipe, *arguments, log=f"{recipe}.log").exit_codes(120)
+    assert codes == [2, 2]
+    assert all("can't be written: rank" in line and "No space left on device" in line for line in errors(recipe))
+    kept = checkpoint.list_complete(str(small_disk))
+    assert kept and len(list(small_disk.iterdir())) == len(kept)  # nothing half written is left
+    assert checkpoint.load(kept[-1]).progress.total == 5 * len(kept)
+
+
+def test_credentials_are_in_nothing_that_a_run_leaves(recipe: str) -> None:
+    secret = "sWordFish1"
+    # A setting that nothing reads here, so that the run works.
+    arguments = [f"tracking.entity=https://me:{secret}@host", "tracking.trackers=[tensorboard]"]
+    short = ["train.warmup.epochs=1", "train.joint.epochs=0"]
+    for _ in range(2):  # the second compares its settings with the first one's
+        run = ranks.Ranks(runs.train, 1, recipe, *arguments, *short, log=f"{recipe}.log")
+        assert run.exit_codes(120) == [0]
+    wrong = ranks.Ranks(
+        runs.train, 1, recipe, f"data.root=s3://key:{secret}@nowhere/x?token={secret}", log=f"{recipe}.log"
+    )
+    assert wrong.exit_codes(120) == [2]
+    files = [path for path in Path(recipe).with_name("outputs").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in [*files, Path(f"{recipe}.log")]:
+        assert secret.encode() not in path.read_bytes(), path
+    assert "https://***@host" in (Path(recipe).parent / "outputs" / "run" / "config.yaml").read_text()
