@@ -122,6 +122,16 @@ class StageConfig(Section):
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
+    renderer: Literal["auto", "cuda", "torch"] = "auto"
+    """`cuda`: fused kernels; `torch`: the plain renderer that defines them; `auto`: cuda where it can."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile encoder and decoder with torch.compile, a minute at the start. `auto`: on GPUs. Not where a strategy
+    shards them."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Weights and activations of the autoencoder with channels as the last dimension in memory; `auto` and where not:
+    as for `compile`."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Capture steps on cached latents in a CUDA graph; `auto`: on one GPU, where the fused kernels run."""
     warmup: StageConfig
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is faster on a GPU is the same training."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from accelerate.state import AcceleratorState
+
+from igae import config
+from igae.engine import Engine
+from igae.recipe import Recipe
+from igae.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+PLAIN = ["train.compile=false", "train.channels_last=false", "train.renderer=torch"]
+SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_run_a_process() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpu")
+    return str(runs.recipe_file(folder, runs.packed_data(folder)))
+
+
+def run(recipe_file: str, *settings: str) -> dict[str, torch.Tensor]:
+    """Weights and planes at the end of a run."""
+    name = f"experiment=run-{len(list(Path(recipe_file).parent.glob('outputs/*')))}"
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, name, *settings]))
+    trainer.run()
+    assert trainer.progress.skipped == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {**trainer.model.state_dict(), "planes": trainer.bank.planes}
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
+    # Biases of an attention's keys have no gradient but rounding.
+    names = [name for name in a if not name.endswith("to_k.bias")]
+    return {name: float((a[name] - b[name]).abs().max()) for name in names}
+
+
+def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = run(recipe_file, *PLAIN)
+    monkeypatch.setattr(Engine, "asynchronous", property(lambda _: False))
+    waits = run(recipe_file, *PLAIN)
+    worst = max(difference(ahead, waits).values())
+    print("MEASURED ahead", worst)
+    assert worst < 1e-3  # atomic additions come in another order each time, and Adam divides small by small
+
+
+def test_fast_training_is_the_same_training(recipe_file: str) -> None:
+    plain, fast = run(recipe_file, *PLAIN), run(recipe_file, "train.compile=true", "train.channels_last=true")
+    worst = max(difference(plain, fast).values())
+    print("MEASURED fast", worst)
+    assert worst < 5e-3
+
+
+def test_compiled_networks_compute_the_same() -> None:
+    plain = runs.create_autoencoder("AutoencoderKL").cuda()
+    fast = copy.deepcopy(plain)
+    fast.speed_up(compile=True, channels_last=True)
+    images = torch.randn(3, 3, 16, 16, device="cuda")
+    found = []
+    for model in (plain, fast):
+        decoded = model.decode(model.posterior(images).mean)
+        (decoded - images).square().mean().backward()
+        found.append([decoded.detach(), *(p.grad for n, p in model.named_parameters() if "to_k" not in n)])
+    errors = [float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in zip(*found, strict=True)]
+    print("MEASURED compiled", max(errors))
+    assert max(errors) < 1e-3
+
+
+def test_skipped_steps_change_nothing(recipe_file: str) -> None:
+    """The device alone leaves them out."""
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *PLAIN, "experiment=skips", "train.max_skipped=3"]))
+    trainer.run("warmup")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    planes = trainer.bank.planes.clone()
+    forward = trainer.model.forward
+
+    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
+        return losses | {"total": losses["total"] * float("nan")}
+
+    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        trainer.run("joint")
+    assert torch.equal(trainer.bank.planes, planes)
+    assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
