@@ -68,7 +68,7 @@ class Usage(NamedTuple):
 
 
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
-    """The launch of a kernel. Raises ValueError where the variant needs more shared memory than the architecture has."""
+    """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
     samples, tiles = variant.coarse + variant.fine, variant.colours // 8 + 1
     weights = 64 * 8 * (2 * -(-variant.features // 16)) + 64 * 8 * tiles + HIDDEN + 8 * tiles
     if kernel == "forward":
@@ -197,7 +197,7 @@ def main() -> None:
     args = parser.parse_args()
     for arch, features, colours, precision in itertools.product(args.arch, args.features, args.colours, args.precision):
         variant = Variant(
-            features, colours, *args.samples, args.eg3d, args.product, args.disparity, args.bf16,
+            features, colours, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
             precision == "fp32", args.deterministic,
         )  # fmt: skip
         for kernel in ("forward", "backward"):

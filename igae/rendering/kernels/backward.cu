@@ -239,13 +239,13 @@ DEV RayGradient ray_gradient(const Params &p, const Ray &ray, int index) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       int c = 8 * j + 2 * q + e;
-      grad.colour[j][e] = c < OUT ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
+      grad.colour[j][e] = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
       if (c < OUT) behind = fmaf(grad.colour[j][e], background[c], behind);
     }
   behind += __shfl_xor_sync(ALL, behind, 1);
   behind += __shfl_xor_sync(ALL, behind, 2);
-  grad.opacity = p.g_opacity[index] - behind;
-  grad.depth = p.g_depth[index];
+  grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
+  grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
   return grad;
 }
 

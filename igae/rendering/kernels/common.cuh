@@ -26,7 +26,7 @@ struct Params {
   const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background, *noise_coarse, *noise_fine;
   const long long *scene, *seed;
   float *features, *depth, *opacity;                                  // forward: results
-  const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients
+  const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients, or null
   void *g_planes;                                                     // float, or 64-bit integers if DETERMINISTIC
   float *partial;                                                     // [blocks, PARTIAL] sums of the MLP's gradients
   u32 *largest;                                                       // DETERMINISTIC: bits of the largest addend
