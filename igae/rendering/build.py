@@ -27,6 +27,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
 
 HIDDEN = 64
+TAPS = 448
+"""Floats of a tile's table of taps."""
 SOURCES = Path(__file__).parent / "kernels"
 
 
@@ -72,7 +74,7 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     samples, tiles = variant.coarse + variant.fine, variant.colours // 8 + 1
     weights = 64 * 8 * (2 * -(-variant.features // 16)) + 64 * 8 * tiles + HIDDEN + 8 * tiles
     if kernel == "forward":
-        per_warp = _up(5 * (samples + 2), 4) + samples * _up(variant.colours, 8)
+        per_warp = _up(2 * (samples + 2) + max(3 * (samples + 2), TAPS) + 4, 4) + samples * _up(variant.colours, 8)
     else:
         per_warp = _up(3 * (samples + 2), 4) + 16 * (
             2 * _padded(HIDDEN) + _padded(variant.features) + _padded(8 * tiles)

@@ -83,7 +83,9 @@ def render_cuda(
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     jitter = _NOISE if noise is not None else _HALF if seed is None else _TENSOR if isinstance(seed, Tensor) else _VALUE
     value = seed if isinstance(seed, int) else 0
-    features, depth, opacity = torch.ops.igae.render(
+    # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
+    run = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
+    features, depth, opacity = run(
         planes.contiguous(),
         *(x.float().contiguous() for x in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)),
         *(x.detach().float().contiguous() for x in (cam2world, intrinsics)),
@@ -122,8 +124,7 @@ def _params(
     return params
 
 
-@torch.library.custom_op("igae::render", mutates_args=(), device_types="cuda")
-def _render(
+def _forward(
     planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
     background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
     seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, variant: list[int],
@@ -150,13 +151,11 @@ def _empty_images(cam2world: Tensor, height: int, width: int, colours: int) -> t
     return cam2world.new_empty((*shape, colours)), cam2world.new_empty(shape), cam2world.new_empty(shape)
 
 
-@_render.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_images(args[5], args[14], args[15], args[19][1])
 
 
-@torch.library.custom_op("igae::render_backward", mutates_args=(), device_types="cuda")
-def _render_backward(
+def _gradients(
     g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None,
     planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
     background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
@@ -191,8 +190,7 @@ def _render_backward(
         return (fixed * unit).float(), partial.sum(0)
 
 
-@_render_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_gradients(*args: Any) -> tuple[Tensor, Tensor]:
     planes, w1, variant = args[3], args[4], args[-1]
     return torch.empty_like(planes, dtype=torch.float32), w1.new_empty(build.partial_size(_variant(variant)))
 
@@ -203,13 +201,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.rest = inputs[12:]
 
 
-def _backward(ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None) -> Any:
+def _backward(run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None) -> Any:
     *inputs, opacity = ctx.saved_tensors
     _, w1, b1, w2, b2, _, _, background = inputs[:8]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = torch.ops.igae.render_backward(g_features, g_depth, g_opacity, *inputs, *ctx.rest)
+        g_planes, flat = run(g_features, g_depth, g_opacity, *inputs, *ctx.rest)
         parts = flat.split([w1.numel(), b1.numel(), w2.numel(), b2.numel()])
         g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, (w1, b1, w2, b2), strict=True))
     g_background = None
@@ -219,4 +217,22 @@ def _backward(ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opa
     return (g_planes, *g_mlp, None, None, g_background, *(None,) * 12)
 
 
-_render.register_autograd(_backward, setup_context=_setup_context)
+class _Render(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _backward(_gradients, ctx, *grads)
+
+
+_operator = torch.library.custom_op("igae::render", _forward, mutates_args=(), device_types="cuda")
+_operator.register_fake(_fake_forward)
+_operator_backward = torch.library.custom_op("igae::render_backward", _gradients, mutates_args=(), device_types="cuda")
+_operator_backward.register_fake(_fake_gradients)
+_operator.register_autograd(
+    lambda ctx, *grads: _backward(torch.ops.igae.render_backward, ctx, *grads), setup_context=_setup_context
+)

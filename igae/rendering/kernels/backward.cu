@@ -12,21 +12,21 @@ constexpr int H_FLOATS = 16 * H_ROW, F_FLOATS = 16 * F_ROW, O_FLOATS = 16 * O_RO
 constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, WARP_FLOATS = ARRAYS + 2 * H_FLOATS + F_FLOATS + O_FLOATS;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;
-static_assert(16 * 3 * 4 * 2 <= H_FLOATS && 3 * ROW <= 2 * H_FLOATS, "what else has the place of a tile's activations");
+static_assert(TAP_FLOATS <= H_FLOATS && 3 * ROW <= H_FLOATS, "what else has the place of a tile's activations");
 
 // --- gradients of the planes ---
 
-// Successive samples share texels. The four taps of a sample lie in a 2 x 2 cell, whose texels have four different
-// parities of (column, row). Each parity has eight lanes, which keep the sum of one texel and its address until a sample
-// has another texel of that parity: only then the sum goes to memory.
+// Successive samples share texels. Each of the four parities of the table of taps has eight lanes, which keep the sum of
+// one texel until a sample has another texel of that parity: only then the sum goes to memory.
 struct Accumulator {
   static constexpr int PARTS = (C + 31) / 32;  // lanes hold four features of each 32
   int texel[3];
   float4 sum[3][PARTS];
 };
 
-DEV void flush(const Params &p, int texel, float4 v, int feature) {
-  long long offset = (long long)texel * C + feature;
+// start of the scene in g_planes and texel in the scene count elements.
+DEV void flush(const Params &p, long long start, int texel, float4 v, int feature) {
+  long long offset = start + texel + feature;
 #if DETERMINISTIC
   float values[4] = {v.x, v.y, v.z, v.w};
   if (p.measure) {
@@ -57,42 +57,13 @@ DEV void flush(const Params &p, int texel, float4 v, int feature) {
 #endif
 }
 
-DEV void flush(const Params &p, Accumulator &acc, int plane) {
+DEV void flush(const Params &p, long long start, Accumulator &acc, int plane) {
   int feature = 4 * (lane_id() & 7);
 #pragma unroll
   for (int i = 0; i < Accumulator::PARTS; ++i) {
-    if (acc.texel[plane] >= 0 && feature + 32 * i < C) flush(p, acc.texel[plane], acc.sum[plane][i], feature + 32 * i);
+    if (acc.texel[plane] >= 0 && feature + 32 * i < C) flush(p, start, acc.texel[plane], acc.sum[plane][i], feature + 32 * i);
     acc.sum[plane][i] = {0.f, 0.f, 0.f, 0.f};
   }
-}
-
-// Texel (-1 outside) and weight of each parity and plane, of the 16 samples from t on: table[sample][plane][parity].
-DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
-  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
-  float at = t[min(sample, count - 1)], fraction[3];
-  int first[3];
-#pragma unroll
-  for (int a = 0; a < 3; ++a) {
-    float pixel = pixel_of(p, fmaf(at, ray.d[a], ray.o[a])), whole = floorf(pixel);
-    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
-    fraction[a] = pixel - whole;
-  }
-#pragma unroll
-  for (int plane = 0; plane < 3; ++plane) {
-    int a = column_axis(plane), b = row_axis(plane);
-    int right = (first[a] ^ odd) & 1, column = first[a] + right;
-    float across = right ? fraction[a] : 1.f - fraction[a];
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      int below = (first[b] ^ parity) & 1, row = first[b] + below;
-      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
-      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
-      int texel = ((ray.scene * 3 + plane) * size + row) * size + column;
-      table[(sample * 3 + plane) * 4 + 2 * parity + odd] =
-          int2{inside ? texel : -1, __float_as_int(inside ? w : 0.f)};
-    }
-  }
-  __syncwarp();
 }
 
 DEV float4 sum_taps(float4 v) {  // over the four parities
@@ -109,15 +80,15 @@ DEV float4 sum_taps(float4 v) {  // over the four parities
 DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 
 // Adds the gradients of `count` samples' features (g_f [16][F_ROW]) to the planes.
-DEV void scatter(const Params &p, const int2 *table, const float *g_f, int count, Accumulator &acc) {
+DEV void scatter(const Params &p, const void *base, long long start, const int2 *table, const float *g_f, int count, Accumulator &acc) {
   int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
   for (int s = 0; s < count; ++s) {
     int2 tap[3];
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
-      tap[plane] = table[(s * 3 + plane) * 4 + parity];
-      if (tap[plane].x >= 0 && tap[plane].x != acc.texel[plane]) {
-        flush(p, acc, plane);
+      tap[plane] = table[s * TAP_ROW + plane * 4 + parity];
+      if (tap[plane].y << 1 != 0 && tap[plane].x != acc.texel[plane]) {  // the weight is not 0
+        flush(p, start, acc, plane);
         acc.texel[plane] = tap[plane].x;
       }
     }
@@ -133,7 +104,7 @@ DEV void scatter(const Params &p, const int2 *table, const float *g_f, int count
       for (int plane = 0; plane < 3; ++plane) {
         float4 v = {0.f, 0.f, 0.f, 0.f};
         float w = __int_as_float(tap[plane].y);
-        if (mine && tap[plane].x >= 0) v = read_texel(p.planes, (long long)tap[plane].x * C + feature + 32 * i);
+        if (mine) v = read_texel(advance(base, feature + 32 * i), tap[plane].x);
         read[plane] = sum_taps(v * float4{w, w, w, w});
       }
       share[0] = g * read[1] * read[2];
@@ -251,12 +222,14 @@ DEV RayGradient ray_gradient(const Params &p, const Ray &ray, int index) {
 
 // Raw densities of `count` samples at t, and how much each colour is worth: the gradient's product with it.
 DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const RayGradient &grad,
-                  const float *t, int count, float *raw, float *worth) {
+                  const float *t, int count, int2 *table, float *raw, float *worth) {
   int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
-    gather(p, ray, base, t[min(k, count - 1)], t[min(k + 8, count - 1)], f);
+    tap_table(p, ray, t + first, count - first, table);
+    gather(base, table, f);
     mlp_forward<false>(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -368,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *shared = (float *)shared4;
   __shared__ int busy[WARPS];
   Mlp mlp = load_mlp(shared, p);
-  int warp = threadIdx.x >> 5, lane = lane_id(), g = lane >> 2, q = lane & 3;
+  int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   auto tile_of = [&](int w) {
     float *h = shared + WEIGHT_FLOATS + w * WARP_FLOATS + ARRAYS;
     return Tile{h, h + H_FLOATS, h + 2 * H_FLOATS, h + 2 * H_FLOATS + F_FLOATS};
@@ -383,18 +356,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
     Ray ray = make_ray(p, min(index, p.rays - 1));
-    bool hit = ray.hit && index < p.rays;
+    bool hit = all_lanes(ray.hit && index < p.rays);
     const void *base = scene_planes(p, ray);
+    long long start_of_scene = scene_offset(p, ray);
     RayGradient grad = ray_gradient(p, ray, min(index, p.rays - 1));
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
       coarse_depths(p, ray, index, t);
-      evaluate(p, mlp, ray, base, grad, t, K, raw, worth);
-#if KF > 0
-      interval_weights<K>(t, raw, sorted_raw, nullptr);
-      importance_depths(p, index, t, sorted_raw, sorted_t, t + K);
-      evaluate(p, mlp, ray, base, grad, t + K, KF, raw + K, worth + K);
-#endif
+#pragma unroll 1
+      for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {
+        asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+        if (stage == 1) {
+          interval_weights<K>(t, raw, sorted_raw, nullptr);
+          importance_depths(p, index, t, sorted_raw, sorted_t, t + K);
+        }
+        int first = stage * K;
+        evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, (int2 *)tile.g_h, raw + first, worth + first);
+      }
 #pragma unroll
       for (int k = lane; k < N; k += 32) {
         int place = KF > 0 ? merged_rank(t, k) : k;
@@ -407,12 +385,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
     if (lane == 0) busy[warp] = hit;
     if (!__syncthreads_or(hit)) continue;
+#pragma unroll 1
     for (int first = 0; first < N; first += 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
         float f[2][CHUNKS][4], w[2], d[2];
         int k = first + g;
-        gather(p, ray, base, sorted_t[min(k, N - 1)], sorted_t[min(k + 8, N - 1)], f);
+        tap_table(p, ray, sorted_t + first, N - first, (int2 *)tile.g_h);
+        gather(base, (int2 *)tile.g_h, f);
+        __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           bool valid = k + 8 * row < N;
@@ -433,14 +414,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
             if (C % 16 == 0 || 16 * i + 4 * q < C)
               *(float4 *)(tile.f + (g + 8 * row) * F_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
         int2 *table = (int2 *)tile.h;
-        tap_table(p, ray, sorted_t + first, min(16, N - first), table);
-        scatter(p, table, tile.f, min(16, N - first), acc);
+        tap_table(p, ray, sorted_t + first, N - first, table);
+        scatter(p, base, start_of_scene, table, tile.f, min(16, N - first), acc);
         __syncwarp();
       }
     }
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
-      flush(p, acc, plane);
+      flush(p, start_of_scene, acc, plane);
       acc.texel[plane] = -1;
     }
   }

@@ -39,6 +39,9 @@ enum { JITTER_HALF, JITTER_VALUE, JITTER_TENSOR, JITTER_NOISE };
 // --- warp ---
 
 DEV int lane_id() { return threadIdx.x & 31; }
+// By way of a shuffle and a vote the compiler learns that a value is the same in all lanes.
+DEV int warp_id() { return __shfl_sync(ALL, threadIdx.x >> 5, 0); }
+DEV bool all_lanes(bool x) { return __all_sync(ALL, x); }
 
 DEV float warp_sum(float v) {
 #pragma unroll

@@ -3,21 +3,24 @@
 #include "ray.cuh"
 
 constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
-constexpr int WARP_FLOATS = (5 * ROW + 3) / 4 * 4 + N * COLOUR_ROW;
+constexpr int SCRATCH = 3 * ROW > TAP_FLOATS ? 3 * ROW : TAP_FLOATS, ARRAYS = (2 * ROW + SCRATCH + 7) / 4 * 4;
+constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 // Densities and colours of `count` samples at t.
 DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int count,
-                  float *raw, float *colour) {
+                  int2 *table, float *raw, float *colour) {
   int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
-    gather(p, ray, base, t[min(k, count - 1)], t[min(k + 8, count - 1)], f);
+    tap_table(p, ray, t + first, count - first, table);
+    gather(base, table, f);
     mlp_forward<false>(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (k + 8 * half >= count) break;
+      if (k + 8 * half >= count) continue;
       if (q == DENSE_Q) raw[k + 8 * half] = out[DENSE_TILE][2 * half + DENSE_E];
 #pragma unroll
       for (int j = 0; j < COLOUR_TILES; ++j) {
@@ -33,15 +36,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
   Mlp mlp = load_mlp(shared, p);
-  int warp = threadIdx.x >> 5, lane = lane_id();
-  float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *rank = raw + ROW;
-  float *sorted_t = rank + ROW, *sorted_raw = sorted_t + ROW, *colour = t + (5 * ROW + 3) / 4 * 4;
+  int warp = warp_id(), lane = lane_id();
+  float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
+  float *rank = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the taps' place
+  int2 *table = (int2 *)rank;
+  float *sorted_t = rank + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
 
   for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
     Ray ray = make_ray(p, index);
     const float *background = p.background + (long long)ray.pixel * p.background_stride;
     float *features = p.features + (long long)index * OUT;
-    if (!ray.hit) {
+    if (!all_lanes(ray.hit)) {
       if (lane < OUT) features[lane] = 2.f * background[lane] - 1.f + (ray.near - ray.near);  // NaN stays NaN
       if (lane == 0) {
         p.depth[index] = ray.near;
@@ -51,13 +56,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     }
     const void *base = scene_planes(p, ray);
     coarse_depths(p, ray, index, t);
-    evaluate(p, mlp, ray, base, t, K, raw, colour);
     float *weight = sorted_raw + 1;  // while the samples are not sorted yet
     const float *ordered_t = t, *ordered_raw = raw;
+#pragma unroll 1
+    for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {  // one copy of the code for coarse and fine samples
+      asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+      if (stage == 1) {
+        interval_weights<K>(t, raw, weight, nullptr);
+        importance_depths(p, index, t, weight, sorted_t, t + K);
+      }
+      int first = stage * K;
+      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, table, raw + first, colour + first * COLOUR_ROW);
+    }
 #if KF > 0
-    interval_weights<K>(t, raw, weight, nullptr);
-    importance_depths(p, index, t, weight, sorted_t, t + K);
-    evaluate(p, mlp, ray, base, t + K, KF, raw + K, colour + K * COLOUR_ROW);
 #pragma unroll
     for (int k = lane; k < N; k += 32) {
       int place = merged_rank(t, k);

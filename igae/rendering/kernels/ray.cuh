@@ -43,7 +43,7 @@ DEV float jitter(const Params &p, const float *noise, u32 stage, int count, int 
 // --- rays ---
 
 struct Ray {
-  float o[3], d[3], near, far;
+  float o[3], d[3], near, far, scale;  // scale: texels a unit of length
   int scene, pixel;
   bool hit;
 };
@@ -53,6 +53,7 @@ DEV Ray make_ray(const Params &p, int index) {
   int pixels = p.height * p.width, view = index / pixels;
   ray.pixel = index - view * pixels;
   ray.scene = (int)p.scene[view];
+  ray.scale = (float)p.resolution / p.box;
   int i = ray.pixel / p.width, j = ray.pixel - i * p.width;
   const float *k = p.intrinsics + view * 9, *m = p.cam2world + view * 16;
   float u = ((float)j + 0.5f) / (float)p.width, v = ((float)i + 0.5f) / (float)p.height;
@@ -218,73 +219,110 @@ DEV int merged_rank(const float *t, int k) {
 
 // --- the planes ---
 
-DEV float4 read_texel(const void *planes, long long offset) {  // four features; offset in elements
+// Four features of the texel that begins `start` elements after base, which counts this lane's features in already.
+DEV float4 read_texel(const void *base, u32 start) {
+  u64 at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(start), "n"(BF16 ? 2 : 4), "l"(base));  // one instruction
 #if BF16
-  uint2 v = __ldg((const uint2 *)((const unsigned short *)planes + offset));
+  uint2 v = __ldg((const uint2 *)at);
   return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
           __uint_as_float(v.y & 0xffff0000u)};
 #else
-  return __ldg((const float4 *)((const float *)planes + offset));
+  return __ldg((const float4 *)at);
 #endif
 }
 
-DEV float pixel_of(const Params &p, float position) {  // places between texel centres, along any axis of a plane
-  return fmaf(position, (float)p.resolution / p.box, 0.5f * (float)p.resolution - 0.5f);
+DEV const void *advance(const void *base, long long elements) { return (const char *)base + elements * (BF16 ? 2 : 4); }
+
+// A tile's taps, table[sample][plane][parity]: where the texel begins in the scene's planes, in elements, and its weight
+// (0 outside, where the texel is any).
+// The four taps of a sample and plane are a 2 x 2 cell, whose texels have four parities of (column, row); so a texel has
+// the same place in the table of every sample that reads it. Rows of TAP_ROW keep the banks of four samples apart.
+constexpr int TAP_ROW = 14, TAP_FLOATS = 16 * 2 * TAP_ROW;
+
+DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
+  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
+  float at = t[min(sample, count - 1)], fraction[3];
+  int first[3];
+#pragma unroll
+  for (int a = 0; a < 3; ++a) {
+    // Places between texel centres, along any axis of a plane.
+    float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
+    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
+    fraction[a] = pixel - whole;
+  }
+#pragma unroll
+  for (int plane = 0; plane < 3; ++plane) {
+    int a = column_axis(plane), b = row_axis(plane);
+    int right = (first[a] ^ odd) & 1, column = first[a] + right;
+    float across = right ? fraction[a] : 1.f - fraction[a];
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      int below = (first[b] ^ parity) & 1, row = first[b] + below;
+      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
+      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
+      int texel = ((plane * size + row) * size + column) * C;
+      table[sample * TAP_ROW + plane * 4 + 2 * parity + odd] = int2{inside ? texel : 0, __float_as_int(inside ? w : 0.f)};
+    }
+  }
+  __syncwarp();
 }
 
-// Features of the ray's samples at t0 (row g) and t1 (row g + 8), rounded for the products; base: of the scene's planes.
-DEV void gather(const Params &p, const Ray &ray, const void *base, float t0, float t1, float (&f)[2][CHUNKS][4]) {
-  int q = lane_id() & 3, size = p.resolution;
+// Features of a tile, rounded for the products; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for
+// the samples that are rows of theirs; then neighbours swap what the other's row needs.
+DEV void gather(const void *base, const int2 *table, float (&f)[2][CHUNKS][4]) {
+  constexpr int WIDE = (CHUNKS + 1) / 2;
+  int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
+  const void *at = advance(base, feature);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float t = row ? t1 : t0, weight[3][2];
-    int place[3][2];
+    asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
+    float read[2][WIDE][4];
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
-      float pixel = pixel_of(p, fmaf(t, ray.d[a], ray.o[a])), first = floorf(pixel), fraction = pixel - first;
-      int i = (int)first;
-      weight[a][0] = (u32)i < (u32)size ? 1.f - fraction : 0.f;
-      weight[a][1] = (u32)(i + 1) < (u32)size ? fraction : 0.f;
-      place[a][0] = min(max(i, 0), size - 1);
-      place[a][1] = min(max(i + 1, 0), size - 1);
-    }
-    float read[CHUNKS][4];
+    for (int other = 0; other < 2; ++other) {
+      const int4 *taps = (const int4 *)(table + (2 * (lane >> 3) + other + 8 * row) * TAP_ROW);
+      float part[WIDE][4];
 #pragma unroll
-    for (int plane = 0; plane < 3; ++plane) {
-      int a = column_axis(plane), b = row_axis(plane);
-      if (plane == 0 || PRODUCT) {
+      for (int pair = 0; pair < 6; ++pair) {
+        int4 two = taps[pair];
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) read[i][0] = read[i][1] = read[i][2] = read[i][3] = 0.f;
-      }
+        for (int i = 0; i < WIDE; ++i) {
+          bool begins = pair == 0 || (PRODUCT && pair % 2 == 0);
+          if (begins) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.f;
+          if (C % 32 == 0 || 32 * i + feature < C) {
 #pragma unroll
-      for (int tap = 0; tap < 4; ++tap) {
-        int texel = (plane * size + place[b][tap >> 1]) * size + place[a][tap & 1];
-        float w = weight[b][tap >> 1] * weight[a][tap & 1];
+            for (int tap = 0; tap < 2; ++tap) {
+              float w = __int_as_float(tap ? two.w : two.y);
+              float4 v = read_texel(advance(at, 32 * i), tap ? two.z : two.x);
+              part[i][0] = fmaf(w, v.x, part[i][0]);
+              part[i][1] = fmaf(w, v.y, part[i][1]);
+              part[i][2] = fmaf(w, v.z, part[i][2]);
+              part[i][3] = fmaf(w, v.w, part[i][3]);
+            }
+          }
+          if (pair == 5 || (PRODUCT && pair % 2 == 1)) {
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          if (C % 16 == 0 || 16 * i + 4 * q < C) {
-            float4 v = read_texel(base, texel * C + 16 * i + 4 * q);
-            read[i][0] = fmaf(w, v.x, read[i][0]);
-            read[i][1] = fmaf(w, v.y, read[i][1]);
-            read[i][2] = fmaf(w, v.z, read[i][2]);
-            read[i][3] = fmaf(w, v.w, read[i][3]);
+            for (int e = 0; e < 4; ++e) read[other][i][e] = PRODUCT && pair > 1 ? read[other][i][e] * part[i][e] : part[i][e];
           }
         }
       }
-      if (plane == 2 || PRODUCT) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float all = PRODUCT && plane > 0 ? f[row][i][e] * read[i][e] : read[i][e];
-            f[row][i][e] = plane == 2 ? to_tf32(all) : all;
-          }
-      }
     }
+#pragma unroll
+    for (int i = 0; i < WIDE; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float mine = to_tf32(read[0][i][e]), second = to_tf32(read[1][i][e]);
+        float received = __shfl_xor_sync(ALL, odd ? mine : second, 4);
+        f[row][2 * i][e] = odd ? received : mine;
+        if (2 * i + 1 < CHUNKS) f[row][2 * i + 1 < CHUNKS ? 2 * i + 1 : 0][e] = odd ? second : received;
+      }
   }
 }
 
+DEV long long scene_offset(const Params &p, const Ray &ray) {  // in elements
+  return (long long)ray.scene * 3 * p.resolution * p.resolution * C;
+}
+
 DEV const void *scene_planes(const Params &p, const Ray &ray) {
-  long long offset = (long long)ray.scene * 3 * p.resolution * p.resolution * C;
-  return (const char *)p.planes + offset * (BF16 ? 2 : 4);
+  return advance(p.planes, scene_offset(p, ray));
 }
