@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels against the float64 reference: images, every gradient, and how they live with the rest of torch."""
 
-import logging
 from typing import Any
 
 import pytest

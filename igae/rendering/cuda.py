@@ -84,7 +84,7 @@ def render_cuda(
     jitter = _NOISE if noise is not None else _HALF if seed is None else _TENSOR if isinstance(seed, Tensor) else _VALUE
     value = seed if isinstance(seed, int) else 0
     # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
-    run = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
+    run: Any = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
     features, depth, opacity = run(
         planes.contiguous(),
         *(x.float().contiguous() for x in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)),

@@ -24,10 +24,10 @@ struct Accumulator {
   float4 sum[3][PARTS];
 };
 
-// start of the scene in g_planes and texel in the scene count elements.
-DEV void flush(const Params &p, long long start, int texel, float4 v, int feature) {
-  long long offset = start + texel + feature;
+// Adds v to four elements at `offset` of g_planes, if told to.
+DEV void add(const Params &p, long long offset, float4 v, bool wanted) {
 #if DETERMINISTIC
+  if (!wanted) return;
   float values[4] = {v.x, v.y, v.z, v.w};
   if (p.measure) {
     // Of positive floats, and NaN above all, the bits are in order.
@@ -46,24 +46,35 @@ DEV void flush(const Params &p, long long start, int texel, float4 v, int featur
   }
 #else
   float *at = (float *)p.g_planes + offset;
+  // Predicates instead of a branch, which would cost more than what it skips.
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+#define ADD "@wanted red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
 #else
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(v.x) : "memory");
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at + 1), "f"(v.y) : "memory");
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at + 2), "f"(v.z) : "memory");
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at + 3), "f"(v.w) : "memory");
+#define ADD                                                                                     \
+  "@wanted red.global.add.f32 [%0], %1; @wanted red.global.add.f32 [%0 + 4], %2;"               \
+  "@wanted red.global.add.f32 [%0 + 8], %3; @wanted red.global.add.f32 [%0 + 12], %4;"
 #endif
+  asm volatile("{ .reg .pred wanted; setp.ne.s32 wanted, %5, 0;" ADD " }" ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
+               "r"((int)wanted)
+               : "memory");
 #endif
 }
 
-DEV void flush(const Params &p, long long start, Accumulator &acc, int plane) {
+// The plane's sums go to memory where the texel is another one than before; start: of the scene in g_planes.
+DEV void change(const Params &p, long long start, Accumulator &acc, int plane, int texel) {
   int feature = 4 * (lane_id() & 7);
+  bool other = texel != acc.texel[plane], wanted = other && acc.texel[plane] >= 0;
 #pragma unroll
   for (int i = 0; i < Accumulator::PARTS; ++i) {
-    if (acc.texel[plane] >= 0 && feature + 32 * i < C) flush(p, start, acc.texel[plane], acc.sum[plane][i], feature + 32 * i);
-    acc.sum[plane][i] = {0.f, 0.f, 0.f, 0.f};
+    float4 &sum = acc.sum[plane][i];
+    bool mine = C % 32 == 0 || feature + 32 * i < C;
+    add(p, start + feature + 32 * i + (u32)acc.texel[plane], sum, wanted && mine);
+    sum.x = other ? 0.f : sum.x;
+    sum.y = other ? 0.f : sum.y;
+    sum.z = other ? 0.f : sum.z;
+    sum.w = other ? 0.f : sum.w;
   }
+  acc.texel[plane] = texel;
 }
 
 DEV float4 sum_taps(float4 v) {  // over the four parities
@@ -87,10 +98,7 @@ DEV void scatter(const Params &p, const void *base, long long start, const int2 
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
       tap[plane] = table[s * TAP_ROW + plane * 4 + parity];
-      if (tap[plane].y << 1 != 0 && tap[plane].x != acc.texel[plane]) {  // the weight is not 0
-        flush(p, start, acc, plane);
-        acc.texel[plane] = tap[plane].x;
-      }
+      change(p, start, acc, plane, tap[plane].x);
     }
 #pragma unroll
     for (int i = 0; i < Accumulator::PARTS; ++i) {
@@ -138,24 +146,23 @@ struct Tile {
 
 // Adds a tile's share to the gradients of this warp's hidden units.
 DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3;
+  int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 16 * UNITS * warp + g;
+  const float *g_h = tile.g_h + unit, *h = tile.h + unit, *f = tile.f + q * F_ROW + g, *g_out = tile.g_out + q * O_ROW + g;
   float one = g == 0 ? 1.f : 0.f;
 #pragma unroll
   for (int s = 0; s < 16; s += 8) {
-    int low = s + q, high = s + q + 4;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      int unit = 16 * (UNITS * warp + u) + g;
-      const float *a = tile.g_h + unit, *b = tile.h + unit;
-      float a0 = a[low * H_ROW], a1 = a[low * H_ROW + 8], a2 = a[high * H_ROW], a3 = a[high * H_ROW + 8];
+      int low = s * H_ROW + 16 * u, high = low + 4 * H_ROW;
+      float a0 = g_h[low], a1 = g_h[low + 8], a2 = g_h[high], a3 = g_h[high + 8];
 #pragma unroll
       for (int m = 0; m < F_TILES; ++m)
-        mma(grad.w1[u][m], a0, a1, a2, a3, tile.f[low * F_ROW + 8 * m + g], tile.f[high * F_ROW + 8 * m + g]);
+        mma(grad.w1[u][m], a0, a1, a2, a3, f[s * F_ROW + 8 * m], f[(s + 4) * F_ROW + 8 * m]);
       mma(grad.b1[u], a0, a1, a2, a3, one, one);
-      a0 = b[low * H_ROW], a1 = b[low * H_ROW + 8], a2 = b[high * H_ROW], a3 = b[high * H_ROW + 8];
+      a0 = h[low], a1 = h[low + 8], a2 = h[high], a3 = h[high + 8];
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
-        mma(grad.w2[u][j], a0, a1, a2, a3, tile.g_out[low * O_ROW + 8 * j + g], tile.g_out[high * O_ROW + 8 * j + g]);
+        mma(grad.w2[u][j], a0, a1, a2, a3, g_out[s * O_ROW + 8 * j], g_out[(s + 4) * O_ROW + 8 * j]);
     }
   }
 }
@@ -170,11 +177,11 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
     for (int e = 0; e < 4; ++e) {
       int unit = 16 * (UNITS * warp + u) + g + (e & 2) * 4, column = 2 * q + (e & 1);
 #pragma unroll
-      for (int m = 0; m < F_TILES; ++m) to[unit * C + 8 * m + column] = grad.w1[u][m][e];
-      if (column == 0) to_b1[unit] = grad.b1[u][e];
+      for (int m = 0; m < F_TILES; ++m) to[unit * C + 8 * m + column] = LOG2E * grad.w1[u][m][e];
+      if (column == 0) to_b1[unit] = LOG2E * grad.b1[u][e];
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
-        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = grad.w2[u][j][e];
+        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = out_unit(8 * j + column) * grad.w2[u][j][e];
     }
 #pragma unroll
   for (int j = 0; j < TILES; ++j)
@@ -189,7 +196,7 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
   for (int n = threadIdx.x; n < 1 + OUT; n += blockDim.x) {
     float sum = 0.f;
     for (int w = 0; w < WARPS; ++w) sum += shared[w * 8 * TILES + n];
-    to_b2[out_row(n)] = sum;
+    to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
   }
 }
 
@@ -230,7 +237,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     tap_table(p, ray, t + first, count - first, table);
     gather(base, table, f);
-    mlp_forward<false>(mlp, f, nullptr, out);
+    mlp_forward(mlp, f, nullptr, 0, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = 0.f;
@@ -238,7 +245,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
       for (int j = 0; j < TILES; ++j)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          sum = fmaf(grad.colour[j][e], fmaf(sigmoid(out[j][2 * half + e]), 1.002f, -0.001f), sum);
+          sum = fmaf(grad.colour[j][e], fmaf(sigmoid2(out[j][2 * half + e]), 1.002f, -0.001f), sum);
       sum += __shfl_xor_sync(ALL, sum, 1);
       sum += __shfl_xor_sync(ALL, sum, 2);
       if (k + 8 * half < count) {
@@ -260,21 +267,29 @@ DEV void composite_backward(const float *t, const float *raw, const float *worth
   Totals sum = totals<N>(t, weight);
   float g_moment = grad.depth * sum.free / fmaxf(sum.opacity, FAINT), g_opacity = grad.opacity;
   if (sum.opacity >= FAINT) g_opacity -= g_moment * sum.moment / sum.opacity;
-  float behind = 0.f;  // sum of gradient times weight of the intervals behind
+  constexpr int ROUNDS = (N + 30) / 32;
+  float g_weight[ROUNDS], suffix[ROUNDS], behind = 0.f;  // behind: sum of gradient times weight of the intervals behind
 #pragma unroll
-  for (int base = (N - 2) / 32 * 32; base >= 0; base -= 32) {
-    int k = base + lane;
-    bool valid = k < N - 1;
-    float g_weight = 0.f;
-    if (valid) g_weight = 0.5f * (worth[k] + worth[k + 1]) + g_moment * (0.5f * (t[k] + t[k + 1]) - sum.end) + g_opacity;
-    float suffix = suffix_sum(valid ? g_weight * weight[k] : 0.f), next = __shfl_down_sync(ALL, suffix, 1);
-    if (valid) {
-      Interval i = interval(t, raw, k);
-      float through = expf(-i.depth);
-      float g_depth = through * (g_weight * reach[k] - (behind + (lane == 31 ? 0.f : next)) / (through + LEAK));
-      slope[k] = g_depth * i.length / (1.f + expf(-i.mean));
+  for (int i = 0; i < ROUNDS; ++i) {
+    int k = 32 * i + lane;
+    g_weight[i] = suffix[i] = 0.f;
+    if (k < N - 1) {
+      g_weight[i] = 0.5f * (worth[k] + worth[k + 1]) + g_moment * (0.5f * (t[k] + t[k + 1]) - sum.end) + g_opacity;
+      suffix[i] = g_weight[i] * weight[k];
     }
-    behind += __shfl_sync(ALL, suffix, 0);
+  }
+  suffix_sum(suffix);
+#pragma unroll
+  for (int i = ROUNDS - 1; i >= 0; --i) {
+    int k = 32 * i + lane;
+    float next = __shfl_down_sync(ALL, suffix[i], 1);
+    if (k < N - 1) {
+      Interval in = interval(t, raw, k);
+      float through = fast_exp(-in.depth), all_behind = behind + (lane == 31 ? 0.f : next);
+      float g_depth = through * (g_weight[i] * reach[k] - all_behind * fast_reciprocal(through + LEAK));
+      slope[k] = g_depth * in.length * sigmoid2(LOG2E * in.mean);
+    }
+    behind += __shfl_sync(ALL, suffix[i], 0);
   }
   __syncwarp();
 }
@@ -283,8 +298,8 @@ DEV void composite_backward(const float *t, const float *raw, const float *worth
 DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const RayGradient &grad, const float (&weight)[2],
                        const float (&slope)[2], const Tile &tile, MlpGradient &sums, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
-  float h[8][4], out[TILES][4];
-  mlp_forward<true>(mlp, f, h, out);
+  float out[TILES][4];
+  mlp_forward(mlp, f, tile.h, H_ROW, out);
 #pragma unroll
   for (int row = 0; row < 2; ++row)
 #pragma unroll
@@ -296,8 +311,8 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       int row = e >> 1;
-      float s = sigmoid(out[j][e]);
-      out[j][e] = weight[row] * grad.colour[j][e & 1] * 1.002f * s * (1.f - s);  // the gradient is 0 beyond OUT
+      float s = sigmoid2(out[j][e]);
+      out[j][e] = weight[row] * grad.colour[j][e & 1] * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = slope[row];
       sums.b2[j][e & 1] += out[j][e];
       out[j][e] = to_tf32(out[j][e]);
@@ -317,11 +332,11 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
       const float *w = mlp.w2 + (j * 8 + n) * 64;
       mma(d, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
     }
+    int at = g * H_ROW + 8 * n + 2 * q;
+    float2 upper = *(float2 *)(tile.h + at), lower = *(float2 *)(tile.h + at + 8 * H_ROW);
+    float h[4] = {upper.x, upper.y, lower.x, lower.y}, *to_g = tile.g_h + at;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) d[e] = to_tf32(d[e] * softplus_slope(h[n][e]));
-    float *to = tile.h + g * H_ROW + 8 * n + 2 * q, *to_g = tile.g_h + g * H_ROW + 8 * n + 2 * q;
-    *(float2 *)to = {h[n][0], h[n][1]};
-    *(float2 *)(to + 8 * H_ROW) = {h[n][2], h[n][3]};
+    for (int e = 0; e < 4; ++e) d[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
     *(float2 *)to_g = {d[0], d[1]};
     *(float2 *)(to_g + 8 * H_ROW) = {d[2], d[3]};
 #pragma unroll
@@ -363,23 +378,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
       coarse_depths(p, ray, index, t);
+      Places places = {};
 #pragma unroll 1
       for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {
         asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+#if KF > 0
         if (stage == 1) {
           interval_weights<K>(t, raw, sorted_raw, nullptr);
-          importance_depths(p, index, t, sorted_raw, sorted_t, t + K);
+          places = importance_depths(p, index, t, sorted_raw, sorted_t, worth + K, t + K);
         }
+#endif
         int first = stage * K;
         evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, (int2 *)tile.g_h, raw + first, worth + first);
       }
-#pragma unroll
-      for (int k = lane; k < N; k += 32) {
-        int place = KF > 0 ? merged_rank(t, k) : k;
+      auto sort = [&](int k, int place) {
         sorted_t[place] = t[k];
         sorted_raw[place] = raw[k];
         sorted_worth[place] = worth[k];
-      }
+      };
+#pragma unroll
+      for (int i = 0; i < C_ROUNDS; ++i)
+        if (32 * i + lane < K) sort(32 * i + lane, KF > 0 ? place_of(places.coarse, i) : 32 * i + lane);
+#pragma unroll
+      for (int i = 0; i < F_ROUNDS; ++i)
+        if (32 * i + lane < KF) sort(K + 32 * i + lane, place_of(places.fine, i));
       __syncwarp();
       composite_backward(sorted_t, sorted_raw, sorted_worth, grad, weight, slope, worth);
     }
@@ -397,7 +419,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           bool valid = k + 8 * row < N;
-          w[row] = valid ? 0.5f * (weight[k + 8 * row - 1] + weight[k + 8 * row]) : 0.f;
+          // 1.002 s (1 - s) is the slope of a colour, for which LN2 times as much goes to what sigmoid2 is taken of.
+          w[row] = valid ? 0.501f * LN2 * (weight[k + 8 * row - 1] + weight[k + 8 * row]) : 0.f;
           d[row] = valid ? 0.5f * (slope[k + 8 * row - 1] + slope[k + 8 * row]) : 0.f;
         }
         tile_backward(mlp, f, grad, w, d, tile, sums, g_f);
@@ -420,10 +443,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       }
     }
 #pragma unroll
-    for (int plane = 0; plane < 3; ++plane) {
-      flush(p, start_of_scene, acc, plane);
-      acc.texel[plane] = -1;
-    }
+    for (int plane = 0; plane < 3; ++plane) change(p, start_of_scene, acc, plane, -1);
   }
   __syncthreads();
   store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);

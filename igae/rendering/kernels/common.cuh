@@ -49,28 +49,29 @@ DEV float warp_sum(float v) {
   return v;
 }
 
-DEV float scan_sum(float v) {  // inclusive
+// Scans of COUNT values a lane, each on its own: together, because one alone would mostly wait.
+template <int COUNT>
+DEV void scan_sum(float (&v)[COUNT]) {  // inclusive
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
-    float other = __shfl_up_sync(ALL, v, d);
-    if (lane_id() >= d) v += other;
-  }
-  return v;
-}
-
-DEV float scan_max(float v) {
+    float other[COUNT];
 #pragma unroll
-  for (int d = 1; d < 32; d <<= 1) v = fmaxf(v, __shfl_up_sync(ALL, v, d));  // lanes without a source get their own v
-  return v;
+    for (int i = 0; i < COUNT; ++i) other[i] = __shfl_up_sync(ALL, v[i], d);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += lane_id() >= d ? other[i] : 0.f;
+  }
 }
 
-DEV float suffix_sum(float v) {  // inclusive, from the last lane
+template <int COUNT>
+DEV void suffix_sum(float (&v)[COUNT]) {  // inclusive, from the last lane
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
-    float other = __shfl_down_sync(ALL, v, d);
-    if (lane_id() + d < 32) v += other;
+    float other[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) other[i] = __shfl_down_sync(ALL, v[i], d);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += lane_id() + d < 32 ? other[i] : 0.f;
   }
-  return v;
 }
 
 // --- activations ---
@@ -90,26 +91,27 @@ DEV float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Of the hidden layer: absolute error about 2e-7.
-DEV float softplus(float x) {
-  return fmaf(fast_log2(1.f + fast_exp2(-1.44269504f * fabsf(x))), 0.69314718f, fmaxf(x, 0.f));
-}
-DEV float softplus_slope(float y) { return 1.f - fast_exp2(-1.44269504f * y); }  // from the softplus itself
-DEV float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(-1.44269504f * x)); }
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+DEV float fast_exp(float x) { return fast_exp2(LOG2E * x); }
+// The hidden layer's numbers are counted in units of ln 2, before and after the activation: load_mlp scales the weights.
+// Absolute error about 2e-7.
+DEV float softplus2(float x) { return fmaxf(x, 0.f) + fast_log2(1.f + fast_exp2(-fabsf(x))); }
+DEV float sigmoid2(float x) { return fast_reciprocal(1.f + fast_exp2(-x)); }  // of x ln 2
 // Of the density, where small values count.
 DEV float softplus_exact(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 
 // --- tensor cores ---
 
-DEV float to_tf32(float x) {
-#if FP32
-  return x;
-#else
+DEV float round_tf32(float x) {
   u32 y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return __uint_as_float(y);
-#endif
 }
+
+// What an operand is multiplied by before a product, which cuts off all but 10 bits of it: makes up for the mean of what
+// is cut off. One instruction instead of the three of a rounding, with nearly its error, and NaN stays NaN.
+constexpr float CUT = FP32 ? 1.f : 1.000352f;
+DEV float to_tf32(float x) { return FP32 ? x : CUT * x; }
 
 DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -119,14 +121,15 @@ DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
 
 #if FP32
 DEV void split(float x, u32 &high, u32 &low) {
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
-  low = __float_as_uint(x - __uint_as_float(high));
+  float rounded = round_tf32(x);
+  high = __float_as_uint(rounded);
+  low = __float_as_uint(x - rounded);
 }
 #endif
 
 // d[16x8] += a[16x8] b[8x8]. Rows g, g + 8 of d are d[0..1], d[2..3], columns 2 q, 2 q + 1. a0, a1 are rows g, g + 8 and a2,
 // a3 the same rows again: an inner index belongs to (q, first | second), and how many of what it counts is the caller's
-// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come rounded by to_tf32.
+// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come from to_tf32, weights rounded.
 DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float b1) {
 #if FP32
   u32 ah[4], al[4], bh[2], bl[2];
@@ -158,28 +161,39 @@ struct Mlp {
 // Colours come first and the density after them, so that colours fill whole tiles.
 DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
 
+DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
+
+// Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
+// of the colours' rows of w2 with h; the density's row gives the raw density itself.
+DEV float out_unit(int n) { return n < OUT ? 1.f : LN2; }
+
 DEV Mlp load_mlp(float *shared, const Params &p) {
+  constexpr int WIDTH = 16 * CHUNKS;
   float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
-  for (int i = threadIdx.x; i < HIDDEN * 16 * CHUNKS; i += blockDim.x) {
-    int h = i / (16 * CHUNKS), c = i % (16 * CHUNKS);
+#pragma unroll 8
+  for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
+    int h = i / WIDTH, c = i % WIDTH;
     // Feature 16 i + 4 q + 2 b + e is column 2 q + e of block 2 i + b.
     int block = h / 8 * STEPS + (c >> 4) * 2 + (c >> 1 & 1), column = (c >> 2 & 3) * 2 + (c & 1);
-    w1[block * 64 + block_row(h & 7) + column] = c < C ? to_tf32(p.w1[h * C + c]) : 0.f;
+    float w = c < C ? p.w1[h * C + min(c, C - 1)] : 0.f;
+    w1[block * 64 + block_row(h & 7) + column] = weight_operand(LOG2E * w);
   }
-  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += blockDim.x) {
+#pragma unroll 8
+  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
     int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n);
-    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = row >= 0 ? to_tf32(p.w2[row * HIDDEN + h]) : 0.f;
+    float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
+    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
   }
-  for (int i = threadIdx.x; i < HIDDEN; i += blockDim.x) b1[i] = p.b1[i];
-  for (int i = threadIdx.x; i < 8 * TILES; i += blockDim.x) b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] : 0.f;
+  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) b1[i] = LOG2E * p.b1[i];
+  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS)
+    b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
   __syncthreads();
   return {w1, w2, b1, b2};
 }
 
 // f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// hidden, if kept: activations, rounded, laid out alike.
-template <bool KEEP>
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float (*hidden)[4], float (&out)[TILES][4]) {
+// Colours come before their sigmoid2. Activations, rounded, go to hidden [16][hidden_row] if it is there.
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, int hidden_row, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
@@ -199,9 +213,10 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float (*hid
       mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      h[e] = to_tf32(softplus(h[e]));
-      if (KEEP) hidden[n][e] = h[e];
+    for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
+    if (hidden) {
+      *(float2 *)(hidden + g * hidden_row + 8 * n + 2 * q) = {h[0], h[1]};
+      *(float2 *)(hidden + (g + 8) * hidden_row + 8 * n + 2 * q) = {h[2], h[3]};
     }
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {

@@ -17,14 +17,14 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     tap_table(p, ray, t + first, count - first, table);
     gather(base, table, f);
-    mlp_forward<false>(mlp, f, nullptr, out);
+    mlp_forward(mlp, f, nullptr, 0, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
       if (q == DENSE_Q) raw[k + 8 * half] = out[DENSE_TILE][2 * half + DENSE_E];
 #pragma unroll
       for (int j = 0; j < COLOUR_TILES; ++j) {
-        float2 c = {fmaf(sigmoid(out[j][2 * half]), 1.002f, -0.001f), fmaf(sigmoid(out[j][2 * half + 1]), 1.002f, -0.001f)};
+        float2 c = {fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f)};
         *(float2 *)(colour + (k + 8 * half) * COLOUR_ROW + 8 * j + 2 * q) = c;
       }
     }
@@ -38,9 +38,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
   Mlp mlp = load_mlp(shared, p);
   int warp = warp_id(), lane = lane_id();
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
-  float *rank = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the taps' place
-  int2 *table = (int2 *)rank;
-  float *sorted_t = rank + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
+  float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the taps' place
+  int2 *table = (int2 *)share;
+  float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
 
   for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
     Ray ray = make_ray(p, index);
@@ -58,24 +58,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     coarse_depths(p, ray, index, t);
     float *weight = sorted_raw + 1;  // while the samples are not sorted yet
     const float *ordered_t = t, *ordered_raw = raw;
+    Places places = {};
 #pragma unroll 1
     for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {  // one copy of the code for coarse and fine samples
       asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+#if KF > 0
       if (stage == 1) {
         interval_weights<K>(t, raw, weight, nullptr);
-        importance_depths(p, index, t, weight, sorted_t, t + K);
+        places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
       }
+#endif
       int first = stage * K;
       evaluate(p, mlp, ray, base, t + first, stage ? KF : K, table, raw + first, colour + first * COLOUR_ROW);
     }
-#if KF > 0
+    auto each = [&](auto action) {  // for this lane's samples: action(which, its place among all)
 #pragma unroll
-    for (int k = lane; k < N; k += 32) {
-      int place = merged_rank(t, k);
-      rank[k] = __int_as_float(place);
+      for (int i = 0; i < C_ROUNDS; ++i)
+        if (32 * i + lane < K) action(32 * i + lane, KF > 0 ? place_of(places.coarse, i) : 32 * i + lane);
+#pragma unroll
+      for (int i = 0; i < F_ROUNDS; ++i)
+        if (32 * i + lane < KF) action(K + 32 * i + lane, place_of(places.fine, i));
+    };
+#if KF > 0
+    each([&](int k, int place) {
       sorted_t[place] = t[k];
       sorted_raw[place] = raw[k];
-    }
+    });
     __syncwarp();
     ordered_t = sorted_t;
     ordered_raw = sorted_raw;
@@ -86,18 +94,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     __syncwarp();
     Totals sum = totals<N>(ordered_t, weight);
     // A sample gets half of each of its intervals' weights.
-#pragma unroll
-    for (int k = lane; k < N; k += 32) {
-      int place = KF > 0 ? __float_as_int(rank[k]) : k;
-      rank[k] = 0.5f * (weight[place - 1] + weight[place]);
-    }
+    each([&](int k, int place) { share[k] = 0.5f * (weight[place - 1] + weight[place]); });
     __syncwarp();
     // PARTS groups of lanes share the samples; a lane of a group has a colour.
     constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
     int channel = lane % WIDTH;
     float seen = 0.f;
     if (channel < OUT)
-      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(rank[k], colour[k * COLOUR_ROW + channel], seen);
+      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], colour[k * COLOUR_ROW + channel], seen);
 #pragma unroll
     for (int d = WIDTH; d < 32; d <<= 1) seen += __shfl_xor_sync(ALL, seen, d);
     if (lane < OUT) features[lane] = 2.f * (seen + (1.f - sum.opacity) * background[lane]) - 1.f;

@@ -116,21 +116,25 @@ DEV Interval interval(const float *t, const float *raw, int k) {
 // Weights of the COUNT - 1 intervals between sorted samples, and (if wanted) what light reaches each.
 template <int COUNT>
 DEV void interval_weights(const float *t, const float *raw, float *weight, float *reach) {
-  float passed = 0.f;
+  constexpr int ROUNDS = (COUNT + 30) / 32;
+  float depth[ROUNDS], sum[ROUNDS], passed = 0.f;
 #pragma unroll
-  for (int base = 0; base < COUNT - 1; base += 32) {
-    int k = base + lane_id();
-    bool valid = k < COUNT - 1;
-    float depth = valid ? interval(t, raw, k).depth : 0.f;
-    float high = fmaxf(-depth, LOG_LEAK), gap = fabsf(-depth - LOG_LEAK);
-    float log_pass = valid ? high + log1pf(expf(-gap)) : 0.f;
-    float sum = scan_sum(log_pass), before = __shfl_up_sync(ALL, sum, 1);
-    float light = expf(passed + (lane_id() == 0 ? 0.f : before));
-    if (valid) {
-      weight[k] = -expm1f(-depth) * light;
+  for (int i = 0; i < ROUNDS; ++i) {
+    int k = 32 * i + lane_id();
+    depth[i] = k < COUNT - 1 ? interval(t, raw, k).depth : 0.f;
+    float high = fmaxf(-depth[i], LOG_LEAK), gap = fabsf(-depth[i] - LOG_LEAK);
+    sum[i] = high + LN2 * fast_log2(1.f + fast_exp(-gap));
+  }
+  scan_sum(sum);
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i) {
+    int k = 32 * i + lane_id();
+    float before = __shfl_up_sync(ALL, sum[i], 1), light = fast_exp(passed + (lane_id() == 0 ? 0.f : before));
+    if (k < COUNT - 1) {
+      weight[k] = -expm1f(-depth[i]) * light;
       if (reach) reach[k] = light;
     }
-    passed += __shfl_sync(ALL, sum, 31);
+    passed += __shfl_sync(ALL, sum[i], 31);
   }
   __syncwarp();
 }
@@ -158,23 +162,29 @@ DEV Totals totals(const float *t, const float *weight) {
 
 // --- importance samples ---
 
-DEV int count_below(const float *sorted, int count, float x, bool equal) {  // elements < x (or <= x)
-  int low = 0, high = count;
-  while (low < high) {
-    int middle = (low + high) >> 1;
-    if (sorted[middle] < x || (equal && sorted[middle] == x)) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
+constexpr int C_ROUNDS = (K + 31) / 32, F_ROUNDS = KF > 0 ? (KF + 31) / 32 : 1;
 
-// KF sorted depths from sorted coarse t and weights [K - 1]; weight and cdf are overwritten.
-DEV void importance_depths(const Params &p, int index, const float *t, float *weight, float *cdf, float *fine) {
+// Where this lane's samples (32 i + lane, of the coarse and of the fine ones) stand among all, a byte for each i.
+struct Places {
+  u32 coarse, fine;
+};
+
+DEV int place_of(u32 bytes, int i) { return bytes >> (8 * i) & 255; }
+
+// KF sorted depths from sorted coarse t and weights [K - 1]. weight, cdf and draws are scratch.
+DEV Places importance_depths(const Params &p, int index, const float *t, float *weight, float *cdf, float *draws, float *fine) {
   constexpr int ROUNDS = (K + 30) / 32;
-  float smooth[ROUNDS], total = 0.f, below = 0.f, last = -3.4e38f;
+  float smooth[ROUNDS], sum[ROUNDS], u[F_ROUNDS], total = 0.f, below = 0.f;
+  int lane = lane_id();
+#pragma unroll
+  for (int i = 0; i < F_ROUNDS; ++i) {
+    int j = 32 * i + lane;
+    u[i] = ((float)j + jitter(p, p.noise_fine, 0x66696E65u, KF, index, min(j, KF - 1))) / (float)KF;
+    if (j < KF) draws[j] = u[i];
+  }
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
-    int k = 32 * i + lane_id();
+    int k = 32 * i + lane;
     smooth[i] = 0.f;
     if (k < K - 1) {
       float own = weight[k], left = k > 0 ? weight[k - 1] : 0.f, right = k < K - 2 ? weight[k + 1] : 0.f;
@@ -182,39 +192,54 @@ DEV void importance_depths(const Params &p, int index, const float *t, float *we
     }
     total += smooth[i];
   }
-  total = warp_sum(total);
+  total = 1.f / warp_sum(total);
+#pragma unroll
+  for (int i = 0; i < ROUNDS; ++i) sum[i] = smooth[i] *= total;
+  scan_sum(sum);
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
-    int k = 32 * i + lane_id();
-    float probability = smooth[i] / total, sum = scan_sum(probability);
+    int k = 32 * i + lane;
     if (k < K - 1) {
-      weight[k] = probability;
-      cdf[k] = below + sum;
+      weight[k] = smooth[i];
+      cdf[k] = k < K - 2 ? below + sum[i] : 2.f;  // rounding may leave the last bound below a draw
     }
-    below += __shfl_sync(ALL, sum, 31);
+    below += __shfl_sync(ALL, sum[i], 31);
   }
   __syncwarp();
+  // The interval of a draw: as many as have their upper bound at or below it, found bit by bit.
+  constexpr int TOP = K > 65 ? 64 : K > 33 ? 32 : K > 17 ? 16 : K > 9 ? 8 : K > 5 ? 4 : K > 3 ? 2 : 1;
+  int interval[F_ROUNDS] = {};
 #pragma unroll
-  for (int base = 0; base < KF; base += 32) {
-    int j = base + lane_id();
-    float at = -3.4e38f;
-    if (j < KF) {
-      float u = ((float)j + jitter(p, p.noise_fine, 0x66696E65u, KF, index, j)) / (float)KF;
-      int k = min(count_below(cdf, K - 1, u, true), K - 2);
-      float fraction = __saturatef((u - (k > 0 ? cdf[k - 1] : 0.f)) / weight[k]);
-      at = fmaf(fraction, t[k + 1] - t[k], t[k]);
+  for (int step = TOP; step > 0; step >>= 1)
+#pragma unroll
+    for (int i = 0; i < F_ROUNDS; ++i) {
+      int more = interval[i] + step;
+      if (cdf[min(more, K - 1) - 1] <= u[i]) interval[i] = more;
     }
-    // They ascend but for rounding; the merge relies on it.
-    at = fmaxf(scan_max(at), last);
-    last = __shfl_sync(ALL, at, 31);
-    if (j < KF) fine[j] = at;
+  Places places = {0, 0};
+#pragma unroll
+  for (int i = 0; i < F_ROUNDS; ++i) {
+    int j = 32 * i + lane, k = min(interval[i], K - 2);
+    float fraction = __saturatef((u[i] - (k > 0 ? cdf[k - 1] : 0.f)) / weight[k]);
+    if (j < KF) fine[j] = fminf(fmaf(fraction, t[k + 1] - t[k], t[k]), t[k + 1]);
+    places.fine |= (u32)(j + k + 1) << (8 * i);  // behind the coarse samples up to k
+  }
+  // A coarse sample stands behind the draws below its interval. There is one draw in each KF-th, so that one to either
+  // side of a guess decides how many these are.
+#pragma unroll
+  for (int i = 0; i < C_ROUNDS; ++i) {
+    int k = 32 * i + lane, count = 0;
+    if (k > 0 && k < K) {
+      float bound = cdf[k - 1];
+      count = max(min((int)(bound * (float)KF), KF) - 1, 0);
+      int first = count;
+#pragma unroll
+      for (int j = 0; j < 3; ++j) count += first + j < KF && draws[min(first + j, KF - 1)] < bound;
+    }
+    places.coarse |= (u32)(k + count) << (8 * i);
   }
   __syncwarp();
-}
-
-// Where unsorted sample k (coarse ones first) stands among all: two sorted lists, equals in the order of the lists.
-DEV int merged_rank(const float *t, int k) {
-  return k < K ? k + count_below(t + K, KF, t[k], false) : k - K + count_below(t, K, t[k], true);
+  return places;
 }
 
 // --- the planes ---
