@@ -144,6 +144,11 @@ struct Tile {
   float *h, *g_h, *f, *g_out;  // [16][...]: activations, gradients before the activation, features, gradients of outputs
 };
 
+DEV Tile tile_of(float *shared, int warp) {
+  float *h = shared + WEIGHT_FLOATS + warp * WARP_FLOATS + ARRAYS;
+  return {h, h + H_FLOATS, h + 2 * H_FLOATS, h + 2 * H_FLOATS + F_FLOATS};
+}
+
 // Adds a tile's share to the gradients of this warp's hidden units.
 DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
   int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 16 * UNITS * warp + g;
@@ -357,11 +362,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   __shared__ int busy[WARPS];
   Mlp mlp = load_mlp(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
-  auto tile_of = [&](int w) {
-    float *h = shared + WEIGHT_FLOATS + w * WARP_FLOATS + ARRAYS;
-    return Tile{h, h + H_FLOATS, h + 2 * H_FLOATS, h + 2 * H_FLOATS + F_FLOATS};
-  };
-  Tile tile = tile_of(warp);
+  Tile tile = tile_of(shared, warp);
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW;
   float *worth = tile.h, *sorted_raw = worth + ROW, *sorted_worth = sorted_raw + ROW;  // until the first tile
   MlpGradient sums = {};
@@ -391,17 +392,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         int first = stage * K;
         evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, (int2 *)tile.g_h, raw + first, worth + first);
       }
-      auto sort = [&](int k, int place) {
+#pragma unroll
+      for (int i = 0; i < ALL_ROUNDS; ++i) {
+        int k = sample_of(i), place = place_of(places, i);
+        if (k < 0) continue;
         sorted_t[place] = t[k];
         sorted_raw[place] = raw[k];
         sorted_worth[place] = worth[k];
-      };
-#pragma unroll
-      for (int i = 0; i < C_ROUNDS; ++i)
-        if (32 * i + lane < K) sort(32 * i + lane, KF > 0 ? place_of(places.coarse, i) : 32 * i + lane);
-#pragma unroll
-      for (int i = 0; i < F_ROUNDS; ++i)
-        if (32 * i + lane < KF) sort(K + 32 * i + lane, place_of(places.fine, i));
+      }
       __syncwarp();
       composite_backward(sorted_t, sorted_raw, sorted_worth, grad, weight, slope, worth);
     }
@@ -427,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       }
       __syncthreads();
       for (int w = 0; w < WARPS; ++w)
-        if (busy[w]) accumulate(tile_of(w), warp, sums);
+        if (busy[w]) accumulate(tile_of(shared, w), warp, sums);
       __syncthreads();
       if (hit) {  // the tile's places are free again
 #pragma unroll

@@ -71,19 +71,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       int first = stage * K;
       evaluate(p, mlp, ray, base, t + first, stage ? KF : K, table, raw + first, colour + first * COLOUR_ROW);
     }
-    auto each = [&](auto action) {  // for this lane's samples: action(which, its place among all)
-#pragma unroll
-      for (int i = 0; i < C_ROUNDS; ++i)
-        if (32 * i + lane < K) action(32 * i + lane, KF > 0 ? place_of(places.coarse, i) : 32 * i + lane);
-#pragma unroll
-      for (int i = 0; i < F_ROUNDS; ++i)
-        if (32 * i + lane < KF) action(K + 32 * i + lane, place_of(places.fine, i));
-    };
 #if KF > 0
-    each([&](int k, int place) {
+#pragma unroll
+    for (int i = 0; i < ALL_ROUNDS; ++i) {
+      int k = sample_of(i), place = place_of(places, i);
+      if (k < 0) continue;
       sorted_t[place] = t[k];
       sorted_raw[place] = raw[k];
-    });
+    }
     __syncwarp();
     ordered_t = sorted_t;
     ordered_raw = sorted_raw;
@@ -94,7 +89,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     __syncwarp();
     Totals sum = totals<N>(ordered_t, weight);
     // A sample gets half of each of its intervals' weights.
-    each([&](int k, int place) { share[k] = 0.5f * (weight[place - 1] + weight[place]); });
+#pragma unroll
+    for (int i = 0; i < ALL_ROUNDS; ++i) {
+      int k = sample_of(i), place = place_of(places, i);
+      if (k >= 0) share[k] = 0.5f * (weight[place - 1] + weight[place]);
+    }
     __syncwarp();
     // PARTS groups of lanes share the samples; a lane of a group has a colour.
     constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;

@@ -169,7 +169,16 @@ struct Places {
   u32 coarse, fine;
 };
 
-DEV int place_of(u32 bytes, int i) { return bytes >> (8 * i) & 255; }
+// A lane's samples, coarse ones first, i from 0 to ALL_ROUNDS: which (-1: none), and its place among all.
+constexpr int ALL_ROUNDS = C_ROUNDS + (KF > 0 ? F_ROUNDS : 0);
+DEV int sample_of(int i) {
+  int k = 32 * (i < C_ROUNDS ? i : i - C_ROUNDS) + lane_id();
+  return i < C_ROUNDS ? (k < K ? k : -1) : k < KF ? K + k : -1;
+}
+DEV int place_of(Places places, int i) {
+  if (KF == 0) return 32 * i + lane_id();
+  return (i < C_ROUNDS ? places.coarse >> (8 * i) : places.fine >> (8 * (i - C_ROUNDS))) & 255;
+}
 
 // KF sorted depths from sorted coarse t and weights [K - 1]. weight, cdf and draws are scratch.
 DEV Places importance_depths(const Params &p, int index, const float *t, float *weight, float *cdf, float *draws, float *fine) {
