@@ -27,8 +27,6 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
 
 HIDDEN = 64
-TAPS = 448
-"""Floats of a tile's table of taps."""
 SOURCES = Path(__file__).parent / "kernels"
 
 
@@ -71,14 +69,13 @@ class Usage(NamedTuple):
 
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
-    samples, tiles = variant.coarse + variant.fine, variant.colours // 8 + 1
-    weights = 64 * 8 * (2 * -(-variant.features // 16)) + 64 * 8 * tiles + HIDDEN + 8 * tiles
+    samples, steps, tiles = variant.coarse + variant.fine, 2 * -(-variant.features // 16), variant.colours // 8 + 1
+    weights = 64 * 8 * (steps + tiles) + HIDDEN + 8 * tiles
     if kernel == "forward":
-        per_warp = _up(2 * (samples + 2) + max(3 * (samples + 2), TAPS) + 4, 4) + samples * _up(variant.colours, 8)
+        per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
-        per_warp = _up(3 * (samples + 2), 4) + 16 * (
-            2 * _padded(HIDDEN) + _padded(variant.features) + _padded(8 * tiles)
-        )
+        columns = HIDDEN + HIDDEN + 8 * steps + 8 * tiles
+        per_warp = _up(3 * (samples + 2), 4) + 8 * (2 * columns + 4 * 8)
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
@@ -91,10 +88,6 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _padded(columns: int) -> int:
-    return columns + 8 if columns % 16 == 0 else columns
 
 
 def partial_size(variant: Variant) -> int:

@@ -5,16 +5,49 @@
 #include "ray.cuh"
 
 constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
-// Lengths of rows that spread four samples of eight columns over all banks.
-constexpr __host__ __device__ int padded(int columns) { return columns % 16 == 0 ? columns + 8 : columns; }
-constexpr int H_ROW = padded(HIDDEN), F_ROW = padded(C), O_ROW = padded(8 * TILES), F_TILES = C / 8;
-constexpr int H_FLOATS = 16 * H_ROW, F_FLOATS = 16 * F_ROW, O_FLOATS = 16 * O_ROW;
+// A tile's matrices lie as 8 rows of pairs (sample g, sample g + 8) of columns. The rows' lengths are such that pairs of
+// four rows and four columns are in different banks.
+constexpr int H_ROW = 2 * HIDDEN + 8, F_ROW = 16 * STEPS + 8, O_ROW = 16 * TILES + 8;
+constexpr int H_FLOATS = 8 * H_ROW, F_FLOATS = 8 * F_ROW, O_FLOATS = 8 * O_ROW;
+constexpr int G_ROW = C % 32 != 16 && C <= 48 ? C + 16 : C;  // of the features' gradients, 16 rows
 constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, WARP_FLOATS = ARRAYS + 2 * H_FLOATS + F_FLOATS + O_FLOATS;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;
-static_assert(TAP_FLOATS <= H_FLOATS && 3 * ROW <= H_FLOATS, "what else has the place of a tile's activations");
 
 // --- gradients of the planes ---
+
+// A tile's taps, table[sample][plane][parity]: where the texel begins in the scene's planes, in elements, and its weight
+// (0 outside, where the texel is any).
+// The four taps of a sample and plane are a 2 x 2 cell, whose texels have four parities of (column, row); so a texel has
+// the same place in the table of every sample that reads it. Rows of TAP_ROW keep the banks of four samples apart.
+constexpr int TAP_ROW = 14, TAP_FLOATS = 16 * 2 * TAP_ROW;
+
+DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
+  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
+  float at = t[min(sample, count - 1)], fraction[3];
+  int first[3];
+#pragma unroll
+  for (int a = 0; a < 3; ++a) {
+    float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
+    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
+    fraction[a] = pixel - whole;
+  }
+#pragma unroll
+  for (int plane = 0; plane < 3; ++plane) {
+    int a = column_axis(plane), b = row_axis(plane);
+    int right = (first[a] ^ odd) & 1, column = first[a] + right;
+    float across = right ? fraction[a] : 1.f - fraction[a];
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      int below = (first[b] ^ parity) & 1, row = first[b] + below;
+      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
+      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
+      int texel = ((plane * size + row) * size + column) * C;
+      table[sample * TAP_ROW + plane * 4 + 2 * parity + odd] = int2{inside ? texel : 0, __float_as_int(inside ? w : 0.f)};
+    }
+  }
+  __syncwarp();
+}
 
 // Successive samples share texels. Each of the four parities of the table of taps has eight lanes, which keep the sum of
 // one texel until a sample has another texel of that parity: only then the sum goes to memory.
@@ -24,8 +57,14 @@ struct Accumulator {
   float4 sum[3][PARTS];
 };
 
-// Adds v to four elements at `offset` of g_planes, if told to.
-DEV void add(const Params &p, long long offset, float4 v, bool wanted) {
+#if DETERMINISTIC
+typedef u64 Sum;
+#else
+typedef float Sum;
+#endif
+
+// Adds v to the four elements that begin `texel` elements after `base`, if told to.
+DEV void add(const Params &p, Sum *base, int texel, float4 v, bool wanted) {
 #if DETERMINISTIC
   if (!wanted) return;
   float values[4] = {v.x, v.y, v.z, v.w};
@@ -42,33 +81,31 @@ DEV void add(const Params &p, long long offset, float4 v, bool wanted) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     long long fixed = __double2ll_rn(scalbn((double)values[e], 37 - exponent));
-    if (fixed != 0) atomicAdd((u64 *)p.g_planes + offset + e, (u64)fixed);
+    if (fixed != 0) atomicAdd(base + texel + e, (u64)fixed);
   }
 #else
-  float *at = (float *)p.g_planes + offset;
-  // Predicates instead of a branch, which would cost more than what it skips.
 #if __CUDA_ARCH__ >= 900
-#define ADD "@wanted red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+#define ADD "@wanted red.global.add.v4.f32 [at], {%2, %3, %4, %5};"
 #else
 #define ADD                                                                                     \
-  "@wanted red.global.add.f32 [%0], %1; @wanted red.global.add.f32 [%0 + 4], %2;"               \
-  "@wanted red.global.add.f32 [%0 + 8], %3; @wanted red.global.add.f32 [%0 + 12], %4;"
+  "@wanted red.global.add.f32 [at], %2; @wanted red.global.add.f32 [at + 4], %3;"               \
+  "@wanted red.global.add.f32 [at + 8], %4; @wanted red.global.add.f32 [at + 12], %5;"
 #endif
-  asm volatile("{ .reg .pred wanted; setp.ne.s32 wanted, %5, 0;" ADD " }" ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w),
-               "r"((int)wanted)
+  asm volatile("{ .reg .pred wanted; .reg .u64 at; setp.ne.s32 wanted, %6, 0; @wanted mad.wide.s32 at, %1, 4, %0;" ADD " }"
+               ::"l"(base), "r"(texel), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((int)wanted)
                : "memory");
 #endif
 }
 
-// The plane's sums go to memory where the texel is another one than before; start: of the scene in g_planes.
-DEV void change(const Params &p, long long start, Accumulator &acc, int plane, int texel) {
+// The plane's sums go to memory where the texel is another one than before; base: of this lane's features in g_planes.
+DEV void change(const Params &p, Sum *base, Accumulator &acc, int plane, int texel) {
   int feature = 4 * (lane_id() & 7);
   bool other = texel != acc.texel[plane], wanted = other && acc.texel[plane] >= 0;
 #pragma unroll
   for (int i = 0; i < Accumulator::PARTS; ++i) {
     float4 &sum = acc.sum[plane][i];
     bool mine = C % 32 == 0 || feature + 32 * i < C;
-    add(p, start + feature + 32 * i + (u32)acc.texel[plane], sum, wanted && mine);
+    add(p, base + 32 * i, acc.texel[plane], sum, wanted && mine);
     sum.x = other ? 0.f : sum.x;
     sum.y = other ? 0.f : sum.y;
     sum.z = other ? 0.f : sum.z;
@@ -90,21 +127,21 @@ DEV float4 sum_taps(float4 v) {  // over the four parities
 
 DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 
-// Adds the gradients of `count` samples' features (g_f [16][F_ROW]) to the planes.
-DEV void scatter(const Params &p, const void *base, long long start, const int2 *table, const float *g_f, int count, Accumulator &acc) {
+// Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes.
+DEV void scatter(const Params &p, const void *base, Sum *g_base, const int2 *table, const float *g_f, int count, Accumulator &acc) {
   int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
   for (int s = 0; s < count; ++s) {
     int2 tap[3];
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
       tap[plane] = table[s * TAP_ROW + plane * 4 + parity];
-      change(p, start, acc, plane, tap[plane].x);
+      change(p, g_base, acc, plane, tap[plane].x);
     }
 #pragma unroll
     for (int i = 0; i < Accumulator::PARTS; ++i) {
       if (C % 32 != 0 && feature + 32 * i >= C && !PRODUCT) continue;
       bool mine = feature + 32 * i < C;
-      float4 g = mine ? *(const float4 *)(g_f + s * F_ROW + feature + 32 * i) : float4{0.f, 0.f, 0.f, 0.f};
+      float4 g = mine ? *(const float4 *)(g_f + s * G_ROW + feature + 32 * i) : float4{0.f, 0.f, 0.f, 0.f};
       float4 share[3] = {g, g, g};
 #if PRODUCT
       float4 read[3];
@@ -112,7 +149,7 @@ DEV void scatter(const Params &p, const void *base, long long start, const int2 
       for (int plane = 0; plane < 3; ++plane) {
         float4 v = {0.f, 0.f, 0.f, 0.f};
         float w = __int_as_float(tap[plane].y);
-        if (mine) v = read_texel(advance(base, feature + 32 * i), tap[plane].x);
+        if (mine) v = read_texel(advance(base, tap[plane].x + feature + 32 * i));
         read[plane] = sum_taps(v * float4{w, w, w, w});
       }
       share[0] = g * read[1] * read[2];
@@ -136,7 +173,7 @@ DEV void scatter(const Params &p, const void *base, long long start, const int2 
 
 // Gradients of a block's hidden units: rows 16 (UNITS warp + u) + g (+ 8) of the products' layouts.
 struct MlpGradient {
-  float w1[UNITS][F_TILES][4], b1[UNITS][4], w2[UNITS][TILES][4];
+  float w1[UNITS][STEPS][4], b1[UNITS][4], w2[UNITS][TILES][4];
   float b2[TILES][2];  // of this warp's own samples, columns 8 tile + 2 q (+ 1)
 };
 
@@ -151,23 +188,26 @@ DEV Tile tile_of(float *shared, int warp) {
 
 // Adds a tile's share to the gradients of this warp's hidden units.
 DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 16 * UNITS * warp + g;
-  const float *g_h = tile.g_h + unit, *h = tile.h + unit, *f = tile.f + q * F_ROW + g, *g_out = tile.g_out + q * O_ROW + g;
+  int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 2 * (16 * UNITS * warp + g);
+  const float *g_h = tile.g_h + unit, *h = tile.h + unit, *f = tile.f + q * F_ROW + 2 * g, *g_out = tile.g_out + q * O_ROW + 2 * g;
   float one = g == 0 ? 1.f : 0.f;
 #pragma unroll
-  for (int s = 0; s < 16; s += 8) {
+  for (int s = 0; s < 8; s += 4) {  // samples s + q and s + q + 8
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      int low = s * H_ROW + 16 * u, high = low + 4 * H_ROW;
-      float a0 = g_h[low], a1 = g_h[low + 8], a2 = g_h[high], a3 = g_h[high + 8];
+      float2 low = *(const float2 *)(g_h + s * H_ROW + 32 * u), high = *(const float2 *)(g_h + s * H_ROW + 32 * u + 16);
 #pragma unroll
-      for (int m = 0; m < F_TILES; ++m)
-        mma(grad.w1[u][m], a0, a1, a2, a3, f[s * F_ROW + 8 * m], f[(s + 4) * F_ROW + 8 * m]);
-      mma(grad.b1[u], a0, a1, a2, a3, one, one);
-      a0 = h[low], a1 = h[low + 8], a2 = h[high], a3 = h[high + 8];
+      for (int m = 0; m < STEPS; ++m) {
+        float2 b = *(const float2 *)(f + s * F_ROW + 16 * m);
+        mma(grad.w1[u][m], low.x, high.x, low.y, high.y, b.x, b.y);
+      }
+      mma(grad.b1[u], low.x, high.x, low.y, high.y, one, one);
+      low = *(const float2 *)(h + s * H_ROW + 32 * u), high = *(const float2 *)(h + s * H_ROW + 32 * u + 16);
 #pragma unroll
-      for (int j = 0; j < TILES; ++j)
-        mma(grad.w2[u][j], a0, a1, a2, a3, g_out[s * O_ROW + 8 * j], g_out[(s + 4) * O_ROW + 8 * j]);
+      for (int j = 0; j < TILES; ++j) {
+        float2 b = *(const float2 *)(g_out + s * O_ROW + 16 * j);
+        mma(grad.w2[u][j], low.x, high.x, low.y, high.y, b.x, b.y);
+      }
     }
   }
 }
@@ -182,7 +222,10 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
     for (int e = 0; e < 4; ++e) {
       int unit = 16 * (UNITS * warp + u) + g + (e & 2) * 4, column = 2 * q + (e & 1);
 #pragma unroll
-      for (int m = 0; m < F_TILES; ++m) to[unit * C + 8 * m + column] = LOG2E * grad.w1[u][m][e];
+      for (int m = 0; m < STEPS; ++m) {
+        int c = feature_of(m, column);
+        if (c < C) to[unit * C + c] = LOG2E * grad.w1[u][m][e];
+      }
       if (column == 0) to_b1[unit] = LOG2E * grad.b1[u][e];
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
@@ -234,14 +277,14 @@ DEV RayGradient ray_gradient(const Params &p, const Ray &ray, int index) {
 
 // Raw densities of `count` samples at t, and how much each colour is worth: the gradient's product with it.
 DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const RayGradient &grad,
-                  const float *t, int count, int2 *table, float *raw, float *worth) {
+                  const float *t, int count, Cells *cells, float *raw, float *worth) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
-    tap_table(p, ray, t + first, count - first, table);
-    gather(base, table, f);
+    find_cells(p, ray, t + first, count - first, cells);
+    gather(p, base, cells, f);
     mlp_forward(mlp, f, nullptr, 0, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -306,11 +349,10 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
   float out[TILES][4];
   mlp_forward(mlp, f, tile.h, H_ROW, out);
 #pragma unroll
-  for (int row = 0; row < 2; ++row)
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i)
-      if (C % 16 == 0 || 16 * i + 4 * q < C)
-        *(float4 *)(tile.f + (g + 8 * row) * F_ROW + 16 * i + 4 * q) = {f[row][i][0], f[row][i][1], f[row][i][2], f[row][i][3]};
+  for (int s = 0; s < STEPS; ++s) {
+    int i = s >> 1, b = 2 * (s & 1);
+    *(float4 *)(tile.f + g * F_ROW + 16 * s + 4 * q) = {f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]};
+  }
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
 #pragma unroll
@@ -322,8 +364,7 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
       sums.b2[j][e & 1] += out[j][e];
       out[j][e] = to_tf32(out[j][e]);
     }
-    *(float2 *)(tile.g_out + g * O_ROW + 8 * j + 2 * q) = {out[j][0], out[j][1]};
-    *(float2 *)(tile.g_out + (g + 8) * O_ROW + 8 * j + 2 * q) = {out[j][2], out[j][3]};
+    *(float4 *)(tile.g_out + g * O_ROW + 16 * j + 4 * q) = {out[j][0], out[j][2], out[j][1], out[j][3]};
   }
   float back[STEPS][4];
 #pragma unroll
@@ -337,13 +378,12 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
       const float *w = mlp.w2 + (j * 8 + n) * 64;
       mma(d, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
     }
-    int at = g * H_ROW + 8 * n + 2 * q;
-    float2 upper = *(float2 *)(tile.h + at), lower = *(float2 *)(tile.h + at + 8 * H_ROW);
-    float h[4] = {upper.x, upper.y, lower.x, lower.y}, *to_g = tile.g_h + at;
+    int at = g * H_ROW + 16 * n + 4 * q;
+    float4 h4 = *(const float4 *)(tile.h + at);
+    float h[4] = {h4.x, h4.z, h4.y, h4.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
-    *(float2 *)to_g = {d[0], d[1]};
-    *(float2 *)(to_g + 8 * H_ROW) = {d[2], d[3]};
+    *(float4 *)(tile.g_h + at) = {d[0], d[2], d[1], d[3]};
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const float *w = mlp.w1 + (n * STEPS + s) * 64;
@@ -364,7 +404,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   Tile tile = tile_of(shared, warp);
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW;
-  float *worth = tile.h, *sorted_raw = worth + ROW, *sorted_worth = sorted_raw + ROW;  // until the first tile
+  // Other uses of a tile's place, while it has no activations.
+  float *worth = tile.h, *sorted_raw = worth + ROW, *sorted_worth = sorted_raw + ROW;
+  Cells *cells = (Cells *)tile.g_out;
+  int2 *table = (int2 *)tile.h;
+  static_assert(3 * ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && TAP_FLOATS <= H_FLOATS && 16 * G_ROW <= H_FLOATS, "fit");
   MlpGradient sums = {};
   Accumulator acc = {};
   acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
@@ -374,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     Ray ray = make_ray(p, min(index, p.rays - 1));
     bool hit = all_lanes(ray.hit && index < p.rays);
     const void *base = scene_planes(p, ray);
-    long long start_of_scene = scene_offset(p, ray);
+    Sum *g_base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane & 7);
     RayGradient grad = ray_gradient(p, ray, min(index, p.rays - 1));
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
@@ -390,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         }
 #endif
         int first = stage * K;
-        evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, (int2 *)tile.g_h, raw + first, worth + first);
+        evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, cells, raw + first, worth + first);
       }
 #pragma unroll
       for (int i = 0; i < ALL_ROUNDS; ++i) {
@@ -411,8 +455,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       if (hit) {
         float f[2][CHUNKS][4], w[2], d[2];
         int k = first + g;
-        tap_table(p, ray, sorted_t + first, N - first, (int2 *)tile.g_h);
-        gather(base, (int2 *)tile.g_h, f);
+        find_cells(p, ray, sorted_t + first, N - first, cells);
+        gather(p, base, cells, f);
         __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -433,15 +477,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
 #pragma unroll
           for (int i = 0; i < CHUNKS; ++i)
             if (C % 16 == 0 || 16 * i + 4 * q < C)
-              *(float4 *)(tile.f + (g + 8 * row) * F_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
-        int2 *table = (int2 *)tile.h;
+              *(float4 *)(tile.g_h + (g + 8 * row) * G_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
         tap_table(p, ray, sorted_t + first, N - first, table);
-        scatter(p, base, start_of_scene, table, tile.f, min(16, N - first), acc);
+        scatter(p, base, g_base, table, tile.g_h, min(16, N - first), acc);
         __syncwarp();
       }
     }
 #pragma unroll
-    for (int plane = 0; plane < 3; ++plane) change(p, start_of_scene, acc, plane, -1);
+    for (int plane = 0; plane < 3; ++plane) change(p, g_base, acc, plane, -1);
   }
   __syncthreads();
   store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);

@@ -167,16 +167,19 @@ DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
 // of the colours' rows of w2 with h; the density's row gives the raw density itself.
 DEV float out_unit(int n) { return n < OUT ? 1.f : LN2; }
 
+// The feature that column `column` of block `step` of w1 belongs to, and its inverse.
+DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column >> 1) + 2 * (step & 1) + (column & 1); }
+DEV int step_of(int c) { return 2 * (c >> 4) + (c >> 1 & 1); }
+DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
+
 DEV Mlp load_mlp(float *shared, const Params &p) {
   constexpr int WIDTH = 16 * CHUNKS;
   float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
 #pragma unroll 8
   for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
     int h = i / WIDTH, c = i % WIDTH;
-    // Feature 16 i + 4 q + 2 b + e is column 2 q + e of block 2 i + b.
-    int block = h / 8 * STEPS + (c >> 4) * 2 + (c >> 1 & 1), column = (c >> 2 & 3) * 2 + (c & 1);
     float w = c < C ? p.w1[h * C + min(c, C - 1)] : 0.f;
-    w1[block * 64 + block_row(h & 7) + column] = weight_operand(LOG2E * w);
+    w1[(h / 8 * STEPS + step_of(c)) * 64 + block_row(h & 7) + column_of(c)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
   for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
@@ -192,7 +195,8 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
 }
 
 // f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. Activations, rounded, go to hidden [16][hidden_row] if it is there.
+// Colours come before their sigmoid2. Activations, rounded, go to `hidden`
+// if it is there, as rows g of pairs (row g, row g + 8) of columns: in the order in which a product takes them.
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, int hidden_row, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
@@ -214,10 +218,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
-    if (hidden) {
-      *(float2 *)(hidden + g * hidden_row + 8 * n + 2 * q) = {h[0], h[1]};
-      *(float2 *)(hidden + (g + 8) * hidden_row + 8 * n + 2 * q) = {h[2], h[3]};
-    }
+    if (hidden) *(float4 *)(hidden + g * hidden_row + 16 * n + 4 * q) = {h[0], h[2], h[1], h[3]};
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);

@@ -3,20 +3,20 @@
 #include "ray.cuh"
 
 constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
-constexpr int SCRATCH = 3 * ROW > TAP_FLOATS ? 3 * ROW : TAP_FLOATS, ARRAYS = (2 * ROW + SCRATCH + 7) / 4 * 4;
+constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;
 constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 // Densities and colours of `count` samples at t.
 DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int count,
-                  int2 *table, float *raw, float *colour) {
+                  Cells *cells, float *raw, float *colour) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
-    tap_table(p, ray, t + first, count - first, table);
-    gather(base, table, f);
+    find_cells(p, ray, t + first, count - first, cells);
+    gather(p, base, cells, f);
     mlp_forward(mlp, f, nullptr, 0, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -38,8 +38,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
   Mlp mlp = load_mlp(shared, p);
   int warp = warp_id(), lane = lane_id();
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
-  float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the taps' place
-  int2 *table = (int2 *)share;
+  float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the cells' place
+  Cells *cells = (Cells *)share;
   float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
 
   for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       }
 #endif
       int first = stage * K;
-      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, table, raw + first, colour + first * COLOUR_ROW);
+      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, colour + first * COLOUR_ROW);
     }
 #if KF > 0
 #pragma unroll

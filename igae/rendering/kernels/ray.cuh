@@ -253,10 +253,8 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 
 // --- the planes ---
 
-// Four features of the texel that begins `start` elements after base, which counts this lane's features in already.
-DEV float4 read_texel(const void *base, u32 start) {
-  u64 at;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(start), "n"(BF16 ? 2 : 4), "l"(base));  // one instruction
+// Four features of a texel.
+DEV float4 read_texel(const void *at) {
 #if BF16
   uint2 v = __ldg((const uint2 *)at);
   return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
@@ -268,75 +266,78 @@ DEV float4 read_texel(const void *base, u32 start) {
 
 DEV const void *advance(const void *base, long long elements) { return (const char *)base + elements * (BF16 ? 2 : 4); }
 
-// A tile's taps, table[sample][plane][parity]: where the texel begins in the scene's planes, in elements, and its weight
-// (0 outside, where the texel is any).
-// The four taps of a sample and plane are a 2 x 2 cell, whose texels have four parities of (column, row); so a texel has
-// the same place in the table of every sample that reads it. Rows of TAP_ROW keep the banks of four samples apart.
-constexpr int TAP_ROW = 14, TAP_FLOATS = 16 * 2 * TAP_ROW;
+// A sample's cells: where, in elements, the lower corner of its 2 x 2 texels begins in each plane; and its weights, which
+// are zero outside, along x, y, z: a corner is moved into the plane (of at least 2 x 2 texels), and its weights with it.
+struct Cells {
+  int corner[4];
+  float weight[4][2];
+};
+constexpr int CELL_FLOATS = 16 * sizeof(Cells) / 4;
 
-DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
-  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
-  float at = t[min(sample, count - 1)], fraction[3];
-  int first[3];
+DEV void find_cells(const Params &p, const Ray &ray, const float *t, int count, Cells *cells) {
+  int sample = lane_id() & 15, size = p.resolution, place[3];
+  float at = t[min(sample, count - 1)];
+  Cells found;
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
     // Places between texel centres, along any axis of a plane.
     float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
-    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
-    fraction[a] = pixel - whole;
+    float fraction = pixel - whole;
+    int first = (int)whole;
+    place[a] = min(max(first, 0), size - 2);
+    int moved = first - place[a];
+    found.weight[a][0] = moved == 0 ? 1.f - fraction : moved == -1 ? fraction : 0.f;
+    found.weight[a][1] = moved == 0 ? fraction : moved == 1 ? 1.f - fraction : 0.f;
   }
 #pragma unroll
-  for (int plane = 0; plane < 3; ++plane) {
-    int a = column_axis(plane), b = row_axis(plane);
-    int right = (first[a] ^ odd) & 1, column = first[a] + right;
-    float across = right ? fraction[a] : 1.f - fraction[a];
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      int below = (first[b] ^ parity) & 1, row = first[b] + below;
-      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
-      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
-      int texel = ((plane * size + row) * size + column) * C;
-      table[sample * TAP_ROW + plane * 4 + 2 * parity + odd] = int2{inside ? texel : 0, __float_as_int(inside ? w : 0.f)};
-    }
-  }
+  for (int plane = 0; plane < 3; ++plane)
+    found.corner[plane] = ((plane * size + place[row_axis(plane)]) * size + place[column_axis(plane)]) * C;
+  found.corner[3] = 0;
+  found.weight[3][0] = found.weight[3][1] = 0.f;
+  if (lane_id() < 16) cells[sample] = found;
   __syncwarp();
 }
 
 // Features of a tile, rounded for the products; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for
 // the samples that are rows of theirs; then neighbours swap what the other's row needs.
-DEV void gather(const void *base, const int2 *table, float (&f)[2][CHUNKS][4]) {
+DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
-  const void *at = advance(base, feature);
+  long long next_row = p.resolution * C;
+  const void *mine = advance(base, feature);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
     float read[2][WIDE][4];
 #pragma unroll
     for (int other = 0; other < 2; ++other) {
-      const int4 *taps = (const int4 *)(table + (2 * (lane >> 3) + other + 8 * row) * TAP_ROW);
+      const Cells *at = cells + 2 * (lane >> 3) + other + 8 * row;
+      int4 corners = *(const int4 *)at->corner;
+      float4 xy = *(const float4 *)at->weight;
+      float2 z = *(const float2 *)at->weight[2];
+      float weight[3][2] = {{xy.x, xy.y}, {xy.z, xy.w}, {z.x, z.y}};
       float part[WIDE][4];
 #pragma unroll
-      for (int pair = 0; pair < 6; ++pair) {
-        int4 two = taps[pair];
+      for (int plane = 0; plane < 3; ++plane) {
+        const void *corner = advance(mine, plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z);
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) {
-          bool begins = pair == 0 || (PRODUCT && pair % 2 == 0);
-          if (begins) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.f;
+          if (plane == 0 || PRODUCT) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.f;
           if (C % 32 == 0 || 32 * i + feature < C) {
 #pragma unroll
-            for (int tap = 0; tap < 2; ++tap) {
-              float w = __int_as_float(tap ? two.w : two.y);
-              float4 v = read_texel(advance(at, 32 * i), tap ? two.z : two.x);
+            for (int tap = 0; tap < 4; ++tap) {
+              float w = weight[row_axis(plane)][tap >> 1] * weight[column_axis(plane)][tap & 1];
+              float4 v = read_texel(advance(advance(corner, (tap >> 1) * next_row), (tap & 1) * C + 32 * i));
               part[i][0] = fmaf(w, v.x, part[i][0]);
               part[i][1] = fmaf(w, v.y, part[i][1]);
               part[i][2] = fmaf(w, v.z, part[i][2]);
               part[i][3] = fmaf(w, v.w, part[i][3]);
             }
           }
-          if (pair == 5 || (PRODUCT && pair % 2 == 1)) {
+          if (plane == 2 || PRODUCT) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) read[other][i][e] = PRODUCT && pair > 1 ? read[other][i][e] * part[i][e] : part[i][e];
+            for (int e = 0; e < 4; ++e)
+              read[other][i][e] = PRODUCT && plane > 0 ? read[other][i][e] * part[i][e] : part[i][e];
           }
         }
       }
@@ -345,9 +346,9 @@ DEV void gather(const void *base, const int2 *table, float (&f)[2][CHUNKS][4]) {
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float mine = to_tf32(read[0][i][e]), second = to_tf32(read[1][i][e]);
-        float received = __shfl_xor_sync(ALL, odd ? mine : second, 4);
-        f[row][2 * i][e] = odd ? received : mine;
+        float first = to_tf32(read[0][i][e]), second = to_tf32(read[1][i][e]);
+        float received = __shfl_xor_sync(ALL, odd ? first : second, 4);
+        f[row][2 * i][e] = odd ? received : first;
         if (2 * i + 1 < CHUNKS) f[row][2 * i + 1 < CHUNKS ? 2 * i + 1 : 0][e] = odd ? second : received;
       }
   }
