@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both kernels share: arguments, warp primitives, activations, tensor-core products, the decoding MLP's weights.
+//
+// The build defines: C features, OUT colours, K coarse and KF fine samples, WARPS a block, and the switches EG3D, PRODUCT,
+// DISPARITY, BF16 (planes), FP32 (three TF32 products for one), DETERMINISTIC. No CUDA header is included: NVRTC has none.
+//
+// One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:
+// it holds rows g and g + 8, and of each 16 features the four from 4 q on, which is a 16-byte read.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+#define DEV static __device__ __forceinline__
+
+constexpr u32 ALL = 0xffffffffu;
+constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
+constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
+constexpr int TILES = (OUT + 8) / 8;                                 // 8s of the colours and, after them, the density
+constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
+constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
+constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
+constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + HIDDEN + 8 * TILES;
+
+struct Params {
+  const void *planes;
+  const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background, *noise_coarse, *noise_fine;
+  const long long *scene, *seed;
+  float *features, *depth, *opacity;                                  // forward: results
+  const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients, or null
+  void *g_planes;                                                     // float, or 64-bit integers if DETERMINISTIC
+  float *partial;                                                     // [blocks, PARTIAL] sums of the MLP's gradients
+  u32 *largest;                                                       // DETERMINISTIC: bits of the largest addend
+  u64 seed_value;
+  int rays, height, width, resolution, background_stride, jitter, measure;
+  float near, far, box;
+};
+enum { JITTER_HALF, JITTER_VALUE, JITTER_TENSOR, JITTER_NOISE };
+
+// --- warp ---
+
+DEV int lane_id() { return threadIdx.x & 31; }
+// By way of a shuffle and a vote the compiler learns that a value is the same in all lanes.
+DEV int warp_id() { return __shfl_sync(ALL, threadIdx.x >> 5, 0); }
+DEV bool all_lanes(bool x) { return __all_sync(ALL, x); }
+
+DEV float warp_sum(float v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(ALL, v, d);
+  return v;
+}
+
+DEV float scan_sum(float v) {  // inclusive
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    float other = __shfl_up_sync(ALL, v, d);
+    if (lane_id() >= d) v += other;
+  }
+  return v;
+}
+
+DEV float scan_max(float v) {
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) v = fmaxf(v, __shfl_up_sync(ALL, v, d));  // lanes without a source get their own v
+  return v;
+}
+
+DEV float suffix_sum(float v) {  // inclusive, from the last lane
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    float other = __shfl_down_sync(ALL, v, d);
+    if (lane_id() + d < 32) v += other;
+  }
+  return v;
+}
+
+// --- activations ---
+
+DEV float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEV float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEV float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Of the hidden layer: absolute error about 2e-7.
+DEV float softplus(float x) {
+  return fmaf(fast_log2(1.f + fast_exp2(-1.44269504f * fabsf(x))), 0.69314718f, fmaxf(x, 0.f));
+}
+DEV float softplus_slope(float y) { return 1.f - fast_exp2(-1.44269504f * y); }  // from the softplus itself
+DEV float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp2(-1.44269504f * x)); }
+// Of the density, where small values count.
+DEV float softplus_exact(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
+
+// --- tensor cores ---
+
+DEV float to_tf32(float x) {
+#if FP32
+  return x;
+#else
+  u32 y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+#endif
+}
+
+DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#if FP32
+DEV void split(float x, u32 &high, u32 &low) {
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
+  low = __float_as_uint(x - __uint_as_float(high));
+}
+#endif
+
+// d[16x8] += a[16x8] b[8x8]. Rows g, g + 8 of d are d[0..1], d[2..3], columns 2 q, 2 q + 1. a0, a1 are rows g, g + 8 and a2,
+// a3 the same rows again: an inner index belongs to (q, first | second), and how many of what it counts is the caller's
+// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come rounded by to_tf32.
+DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+#if FP32
+  u32 ah[4], al[4], bh[2], bl[2];
+  split(a0, ah[0], al[0]);
+  split(a1, ah[1], al[1]);
+  split(a2, ah[2], al[2]);
+  split(a3, ah[3], al[3]);
+  split(b0, bh[0], bl[0]);
+  split(b1, bh[1], bl[1]);
+  mma_tf32(d, al, bh[0], bh[1]);
+  mma_tf32(d, ah, bl[0], bl[1]);
+  mma_tf32(d, ah, bh[0], bh[1]);
+#else
+  u32 a[4] = {__float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3)};
+  mma_tf32(d, a, __float_as_uint(b0), __float_as_uint(b1));
+#endif
+}
+
+// --- the decoding MLP ---
+
+// Weights lie in shared memory as 8x8 blocks; where row n of a block lies is chosen so that neither reading rows (a lane
+// takes columns 2 q, 2 q + 1 of row g) nor reading columns (column g of rows 2 q and 2 q + 1) meets a bank twice.
+DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | (n & 4)); }
+
+struct Mlp {
+  const float *w1, *w2, *b1, *b2;  // w1 blocks [hidden / 8][features / 8], w2 blocks [out / 8][hidden / 8]
+};
+
+// Colours come first and the density after them, so that colours fill whole tiles.
+DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
+
+DEV Mlp load_mlp(float *shared, const Params &p) {
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
+  for (int i = threadIdx.x; i < HIDDEN * 16 * CHUNKS; i += blockDim.x) {
+    int h = i / (16 * CHUNKS), c = i % (16 * CHUNKS);
+    // Feature 16 i + 4 q + 2 b + e is column 2 q + e of block 2 i + b.
+    int block = h / 8 * STEPS + (c >> 4) * 2 + (c >> 1 & 1), column = (c >> 2 & 3) * 2 + (c & 1);
+    w1[block * 64 + block_row(h & 7) + column] = c < C ? to_tf32(p.w1[h * C + c]) : 0.f;
+  }
+  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += blockDim.x) {
+    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n);
+    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = row >= 0 ? to_tf32(p.w2[row * HIDDEN + h]) : 0.f;
+  }
+  for (int i = threadIdx.x; i < HIDDEN; i += blockDim.x) b1[i] = p.b1[i];
+  for (int i = threadIdx.x; i < 8 * TILES; i += blockDim.x) b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] : 0.f;
+  __syncthreads();
+  return {w1, w2, b1, b2};
+}
+
+// f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
+// hidden, if kept: activations, rounded, laid out alike.
+template <bool KEEP>
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float (*hidden)[4], float (&out)[TILES][4]) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll
+  for (int j = 0; j < TILES; ++j) {
+    float2 bias = *(const float2 *)(mlp.b2 + 8 * j + 2 * q);
+    out[j][0] = out[j][2] = bias.x;
+    out[j][1] = out[j][3] = bias.y;
+  }
+  int row = block_row(g) + 2 * q;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
+    float h[4] = {bias.x, bias.y, bias.x, bias.y};
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      float2 w = *(const float2 *)(mlp.w1 + (n * STEPS + s) * 64 + row);
+      int i = s >> 1, b = 2 * (s & 1);
+      mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      h[e] = to_tf32(softplus(h[e]));
+      if (KEEP) hidden[n][e] = h[e];
+    }
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);
+      mma(out[j], h[0], h[2], h[1], h[3], w.x, w.y);
+    }
+  }
+}
