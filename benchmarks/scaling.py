@@ -131,11 +131,16 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
     igae.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
     stage = Stage("warmup" if stage_name == "warmup" else "joint", recipe, engine, model, bank, data, {})
     optimizer, count = stage.plane_adam, len(bank)
-    optimizer.exp_avg.normal_(0, 1e-6)
-    optimizer.exp_avg_sq.fill_(1e-10)
     last = STEP - torch.randint(0, max(1, count // stage.config.batch_size), (count,))
-    optimizer.updated, optimizer.visited, optimizer.step_count = last.clone(), last.clone(), STEP
-    optimizer._rates = torch.full((2 * STEP,), 1e-4, dtype=torch.float64)
+    optimizer.load_state(
+        {
+            "exp_avg": optimizer.exp_avg.normal_(0, 1e-6),
+            "exp_avg_sq": optimizer.exp_avg_sq.fill_(1e-10),
+            "updated": last,
+            "visited": last,
+            "learning_rates": torch.full((STEP,), 1e-4, dtype=torch.float64),
+        }
+    )
     times = []
     for step in range(steps + WARM):
         if device.type == "cuda":

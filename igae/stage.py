@@ -16,7 +16,7 @@ from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
-from igae.scenes import RowAdam, SceneBank
+from igae.scenes import SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
@@ -77,7 +77,7 @@ class Stage:
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
-        self.plane_adam = RowAdam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
+        self.plane_adam = make_row_adam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
 
     def _open_streams(self, data: Data) -> Iterator[tuple[str, Any]]:
         settings, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")
@@ -159,8 +159,7 @@ class Stage:
         rows, leaf, places = None, None, None
         if batches is not None:
             rows, index = self.bank.rows_of(torch.cat([batch.scene for batch in batches]))
-            self.plane_adam.catch_up(rows)
-            leaf = self.bank.planes[rows.to(device)]
+            leaf = self.plane_adam.visit(rows)
             leaf.requires_grad_(self.config.learning_rates.planes > 0)
             places = index.split([len(batch.scene) for batch in batches])
         total: dict[str, Tensor] = {}
@@ -190,7 +189,7 @@ class Stage:
         applied = self.engine.step(rates, agreed)
         if applied and gradient is not None:
             assert rows is not None
-            self.plane_adam.step(rows, gradient / world_size(), rates["planes"])
+            self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / world_size())
         return Outcome(total, applied, not go_on)
 
 
