@@ -17,7 +17,7 @@ from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
-from igae.scenes import RowAdam, SceneBank
+from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
@@ -101,7 +101,7 @@ class Stage:
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
-        self.plane_adam = RowAdam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
+        self.plane_adam = make_row_adam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
 
     def _open_streams(self, data: Data) -> Iterator[tuple[str, Any]]:
         settings, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")
@@ -223,13 +223,13 @@ class Stage:
         """Whether all that a step does can be in a CUDA graph."""
         config, wanted = self.config, self.recipe.train.cuda_graph
         fits = self.engine.capturable and config.uses_cached_latents and not config.photos and config.accumulate == 1
-        fits = fits and config.learning_rates.planes > 0 and self.plane_adam.capturable
+        fits = fits and config.learning_rates.planes > 0 and isinstance(self.plane_adam, CudaRowAdam)
         return fits and wanted is not False
 
     def _captured_step(self, step: int, stop: bool) -> Outcome:
         loader, rates = self._streams["views"], self.learning_rates(step)
         if self._captured is None:
-            self.plane_adam.reserve(self.steps)
+            self.plane_adam.reserve(self.plane_adam.step_count + self.steps)
             self._captured = CapturedStep(
                 self.engine,
                 self.model,

@@ -115,7 +115,12 @@ def macros(kernel: Kernel, variant: Variant, arch: int) -> dict[str, int]:
 
 
 def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, Usage]:
-    """A cubin for sm_<arch>, and what it uses. It is not kept: see `cubin`.
+    """A cubin for sm_<arch>, and what it uses. It is not kept: see `cubin`. Raises what `compile_source` does."""
+    return compile_source(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+
+
+def compile_source(path: Path, defines: dict[str, int], arch: int) -> tuple[bytes, Usage]:
+    """A cubin of a source that includes files of its folder, and the most that one of its kernels uses.
 
     Raises:
         ModuleNotFoundError: cuda-core is not installed.
@@ -126,16 +131,15 @@ def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, 
     options = ProgramOptions(
         std="c++17",
         arch=f"sm_{arch}",
-        include_path=str(SOURCES),
-        define_macro=[(name, str(int(value))) for name, value in macros(kernel, variant, arch).items()],
+        include_path=str(path.parent),
+        define_macro=[(name, str(int(value))) for name, value in defines.items()] or None,
         ptxas_options=["-v"],
     )
     log = io.StringIO()
-    source = (SOURCES / f"{kernel}.cu").read_text()
     try:
-        code = Program(source, code_type="c++", options=options).compile("cubin", logs=log).code
+        code = Program(path.read_text(), code_type="c++", options=options).compile("cubin", logs=log).code
     except Exception as error:
-        raise RuntimeError(f"NVRTC did not compile {kernel} for sm_{arch}: {error}\n{log.getvalue()}") from error
+        raise RuntimeError(f"NVRTC did not compile {path.stem} for sm_{arch}: {error}\n{log.getvalue()}") from error
     report = log.getvalue()
     registers = re.findall(r"Used (\d+) registers", report)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
@@ -143,12 +147,12 @@ def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, 
 
 
 @functools.cache
-def _fingerprint() -> bytes:
+def _fingerprint(folder: Path) -> bytes:
     """Of everything but the variant that decides a cubin: the sources and the compiler."""
     from cuda.bindings import nvrtc
 
     digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()[1:]).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(folder.iterdir()):
         digest.update(path.read_bytes())
     return digest.digest()
 
@@ -158,17 +162,22 @@ def cache_folder() -> Path:
 
 
 def cubin(kernel: Kernel, variant: Variant, arch: int) -> bytes:
-    """The compiled kernel, from disk if it is there. Raises what `compile_kernel` does.
+    """The compiled kernel, from disk if it is there. Raises what `compile_kernel` does."""
+    return source_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+
+
+def source_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
+    """What `compile_source` makes, from disk if it is there.
 
     Any number of processes may ask at once: each that finds nothing compiles, and moves its whole result into place. A
     folder that cannot be written costs a compilation in each process and is otherwise fine.
     """
-    key = hashlib.sha256(_fingerprint() + repr(sorted(macros(kernel, variant, arch).items())).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{kernel}-sm{arch}-{key}.cubin"
+    key = hashlib.sha256(_fingerprint(source.parent) + repr(sorted(defines.items())).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{source.stem}-sm{arch}-{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
-        code, _ = compile_kernel(kernel, variant, arch)
+        code, _ = compile_source(source, defines, arch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
