@@ -10,11 +10,13 @@ from igae.engine import Engine
 from igae.model import IGAE, LossWeights, Views
 from igae.scenes import RowAdam
 
+EAGER_CALLS = 3
+"""Calls before the step is captured: what is compiled, loaded or made at first use can't be."""
+
 
 class CapturedStep:
     """Draws views from a cache of latents, renders, and steps planes and shared parameters, without asking the host.
 
-    The first call captures the step; kernels must have been loaded by then, by a step that was made without a graph.
     Losses that it returns are overwritten by the next call.
 
     Args:
@@ -36,6 +38,7 @@ class CapturedStep:
         self._weights, self._batch_size, self._rates = weights, batch_size, rates
         self._input = torch.zeros(3 * batch_size + 2 + len(rates), dtype=torch.int64, device=engine.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls = 0
 
     def __call__(
         self, rows: Tensor, index: Tensor, view: Tensor, seed: int, stop: bool, rates: dict[str, float]
@@ -55,9 +58,12 @@ class CapturedStep:
         numbers = torch.tensor([rates[name] for name in self._rates], dtype=torch.float64).view(torch.int64)
         packed = torch.cat([rows, padding, index, view, torch.tensor([seed, int(not stop)]), numbers])
         self._input.copy_(to_device(packed, self._engine.device))
+        self._calls += 1
+        if self._calls <= EAGER_CALLS:
+            return self._step()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self._step()
         self._graph.replay()
         return self._output

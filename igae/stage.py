@@ -21,8 +21,6 @@ from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
-EAGER_STEPS = 3
-"""Steps before one is captured in a CUDA graph: what is loaded and set up at first use can't be captured."""
 
 
 class Outcome:
@@ -89,7 +87,6 @@ class Stage:
         self._streams = dict(self._open_streams(data))
         self._prepare_optimizers()
         self._captured: CapturedStep | None = None
-        self._eager_left = EAGER_STEPS
         self.data_wait = 0.0  # seconds spent waiting for data since it was last set to 0
 
     def _prepare_optimizers(self) -> None:
@@ -177,9 +174,8 @@ class Stage:
             stop: this rank was asked to stop after the step.
             refresh: take the field's background from the autoencoder as it is now.
         """
-        if self._eager_left == 0:
+        if self._can_be_captured():
             return self._captured_step(step, stop)
-        self._eager_left -= self._can_be_captured()
         alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
         photos = self._take("photos", not (alternate and step % 2 == 0))
         batches = self._take("views", not (alternate and step % 2 == 1))

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-PLAIN = ["train.compile=false", "train.channels_last=false", "train.renderer=torch"]
+PLAIN = ["train.compile=false", "train.channels_last=false", "train.renderer=torch", "train.cuda_graph=false"]
 SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
 
 
@@ -45,26 +45,27 @@ def run(recipe_file: str, *settings: str) -> dict[str, torch.Tensor]:
     return {**trainer.model.state_dict(), "planes": trainer.bank.planes}
 
 
-def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, float]:
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative distance of a tensor."""
     # Biases of an attention's keys have no gradient but rounding.
     names = [name for name in a if not name.endswith("to_k.bias")]
-    return {name: float((a[name] - b[name]).abs().max()) for name in names}
+    return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-3)) for name in names)
 
 
 def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = run(recipe_file, *PLAIN)
     monkeypatch.setattr(Engine, "asynchronous", property(lambda _: False))
     waits = run(recipe_file, *PLAIN)
-    worst = max(difference(ahead, waits).values())
+    worst = difference(ahead, waits)
     print("MEASURED ahead", worst)
-    assert worst < 1e-3  # atomic additions come in another order each time, and Adam divides small by small
+    assert worst < 2e-2  # atomic additions come in another order each time, and Adam divides small by small
 
 
 def test_fast_training_is_the_same_training(recipe_file: str) -> None:
     plain, fast = run(recipe_file, *PLAIN), run(recipe_file, "train.compile=true", "train.channels_last=true")
-    worst = max(difference(plain, fast).values())
+    worst = difference(plain, fast)
     print("MEASURED fast", worst)
-    assert worst < 5e-3
+    assert worst < 5e-2
 
 
 def test_compiled_networks_compute_the_same() -> None:
