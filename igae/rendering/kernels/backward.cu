@@ -5,12 +5,10 @@
 #include "ray.cuh"
 
 constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
-// A tile's matrices lie as 8 rows of pairs (sample g, sample g + 8) of columns. The rows' lengths are such that pairs of
-// four rows and four columns are in different banks.
-constexpr int H_ROW = 2 * HIDDEN + 8, F_ROW = 16 * STEPS + 8, O_ROW = 16 * TILES + 8;
 constexpr int H_FLOATS = 8 * H_ROW, F_FLOATS = 8 * F_ROW, O_FLOATS = 8 * O_ROW;
 constexpr int G_ROW = C % 32 != 16 && C <= 48 ? C + 16 : C;  // of the features' gradients, 16 rows
-constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, WARP_FLOATS = ARRAYS + 2 * H_FLOATS + F_FLOATS + O_FLOATS;
+constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, KEPT_PLACE = ARRAYS + 2 * H_FLOATS + F_FLOATS + O_FLOATS;
+constexpr int WARP_FLOATS = KEPT_PLACE + (8 * TILES + 14 + 3) / 4 * 4;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;
 
@@ -171,10 +169,12 @@ DEV void scatter(const Params &p, const void *base, Sum *g_base, const int2 *tab
 
 // --- the MLP ---
 
+constexpr int B2_TILES = (TILES + WARPS - 1) / WARPS;
+
 // Gradients of a block's hidden units: rows 16 (UNITS warp + u) + g (+ 8) of the products' layouts.
 struct MlpGradient {
   float w1[UNITS][STEPS][4], b1[UNITS][4], w2[UNITS][TILES][4];
-  float b2[TILES][2];  // of this warp's own samples, columns 8 tile + 2 q (+ 1)
+  float b2[B2_TILES];  // of outputs 8 (warp + WARPS i) + g
 };
 
 struct Tile {
@@ -188,32 +188,35 @@ DEV Tile tile_of(float *shared, int warp) {
 
 // Adds a tile's share to the gradients of this warp's hidden units.
 DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 2 * (16 * UNITS * warp + g);
-  const float *g_h = tile.g_h + unit, *h = tile.h + unit, *f = tile.f + q * F_ROW + 2 * g, *g_out = tile.g_out + q * O_ROW + 2 * g;
+  int g = lane_id() >> 2, q = lane_id() & 3, units = 32 * UNITS * warp;
+  int column[2] = {permuted(q, 2 * g), permuted(q, 2 * g + 16)};  // of the even and the odd eight columns
   float one = g == 0 ? 1.f : 0.f;
 #pragma unroll
   for (int s = 0; s < 8; s += 4) {  // samples s + q and s + q + 8
+    const float *g_h = tile.g_h + (s + q) * H_ROW + units, *h = tile.h + (s + q) * H_ROW + units;
+    const float *f = tile.f + (s + q) * F_ROW, *g_out = tile.g_out + (s + q) * O_ROW;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      float2 low = *(const float2 *)(g_h + s * H_ROW + 32 * u), high = *(const float2 *)(g_h + s * H_ROW + 32 * u + 16);
+      float2 low = *(const float2 *)(g_h + 32 * u + column[0]), high = *(const float2 *)(g_h + 32 * u + column[1]);
 #pragma unroll
       for (int m = 0; m < STEPS; ++m) {
-        float2 b = *(const float2 *)(f + s * F_ROW + 16 * m);
+        float2 b = *(const float2 *)(f + 32 * (m >> 1) + column[m & 1]);
         mma(grad.w1[u][m], low.x, high.x, low.y, high.y, b.x, b.y);
       }
       mma(grad.b1[u], low.x, high.x, low.y, high.y, one, one);
-      low = *(const float2 *)(h + s * H_ROW + 32 * u), high = *(const float2 *)(h + s * H_ROW + 32 * u + 16);
+      low = *(const float2 *)(h + 32 * u + column[0]), high = *(const float2 *)(h + 32 * u + column[1]);
 #pragma unroll
       for (int j = 0; j < TILES; ++j) {
-        float2 b = *(const float2 *)(g_out + s * O_ROW + 16 * j);
+        float2 b = *(const float2 *)(g_out + 32 * (j >> 1) + column[j & 1]);
         mma(grad.w2[u][j], low.x, high.x, low.y, high.y, b.x, b.y);
+        if (u == 0 && j % WARPS == warp) grad.b2[j / WARPS] += b.x + b.y;
       }
     }
   }
 }
 
 // Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2.
-DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
+DEV void store(float *to, int warp, const MlpGradient &grad) {
   int lane = lane_id(), g = lane >> 2, q = lane & 3;
   float *to_b1 = to + HIDDEN * C, *to_w2 = to_b1 + HIDDEN, *to_b2 = to_w2 + (1 + OUT) * HIDDEN;
 #pragma unroll
@@ -232,47 +235,47 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
         if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = out_unit(8 * j + column) * grad.w2[u][j][e];
     }
 #pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = grad.b2[j][e];
-#pragma unroll
-      for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(ALL, sum, d);
-      if (g == 0) shared[warp * 8 * TILES + 8 * j + 2 * q + e] = sum;
-    }
-  __syncthreads();
-  for (int n = threadIdx.x; n < 1 + OUT; n += blockDim.x) {
-    float sum = 0.f;
-    for (int w = 0; w < WARPS; ++w) sum += shared[w * 8 * TILES + n];
-    to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
+  for (int i = 0; i < B2_TILES; ++i) {
+    float sum = grad.b2[i] / CUT;
+    sum += __shfl_xor_sync(ALL, sum, 1);
+    sum += __shfl_xor_sync(ALL, sum, 2);
+    int n = 8 * (warp + WARPS * i) + g;
+    if (q == 0 && n <= OUT) to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
   }
 }
 
 // --- a ray ---
 
 struct RayGradient {
-  float colour[TILES][2];  // of the sum of w * colour, columns 8 tile + 2 q (+ 1)
-  float opacity, depth;    // of the opacity (the background's part included) and of the depth
+  float colour[8 * TILES];  // of the sum of w * colour
+  float opacity, depth;     // of the opacity (the background's part included) and of the depth
 };
 
-DEV RayGradient ray_gradient(const Params &p, const Ray &ray, int index) {
+// A warp's ray is kept in shared memory: there are no registers for it.
+struct Kept {
+  Ray ray;
   RayGradient grad;
-  int q = lane_id() & 3;
+};
+static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= WARP_FLOATS, "it fits");
+
+DEV void find_gradient(const Params &p, const Ray &ray, int index, RayGradient &grad) {
   const float *background = p.background + (long long)ray.pixel * p.background_stride;
   float behind = 0.f;
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      int c = 8 * j + 2 * q + e;
-      grad.colour[j][e] = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
-      if (c < OUT) behind = fmaf(grad.colour[j][e], background[c], behind);
-    }
-  behind += __shfl_xor_sync(ALL, behind, 1);
-  behind += __shfl_xor_sync(ALL, behind, 2);
-  grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
-  grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
-  return grad;
+  for (int c = lane_id(); c < 8 * TILES; c += 32) {
+    float g = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
+    grad.colour[c] = g;
+    if (c < OUT) behind = fmaf(g, background[c], behind);
+  }
+  behind = warp_sum(behind);
+  if (lane_id() == 0) {
+    grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
+    grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
+  }
+  __syncwarp();
+}
+
+DEV float2 colour_gradient(const RayGradient &grad, int tile) {  // of this lane's columns
+  return *(const float2 *)(grad.colour + 8 * tile + 2 * (lane_id() & 3));
 }
 
 // Raw densities of `count` samples at t, and how much each colour is worth: the gradient's product with it.
@@ -285,15 +288,16 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t + first, count - first, cells);
     gather(p, base, cells, f);
-    mlp_forward(mlp, f, nullptr, 0, out);
+    mlp_forward(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          sum = fmaf(grad.colour[j][e], fmaf(sigmoid2(out[j][2 * half + e]), 1.002f, -0.001f), sum);
+      for (int j = 0; j < TILES; ++j) {
+        float2 colour = colour_gradient(grad, j);
+        sum = fmaf(colour.x, fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), sum);
+        sum = fmaf(colour.y, fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f), sum);
+      }
       sum += __shfl_xor_sync(ALL, sum, 1);
       sum += __shfl_xor_sync(ALL, sum, 2);
       if (k + 8 * half < count) {
@@ -344,27 +348,27 @@ DEV void composite_backward(const float *t, const float *raw, const float *worth
 
 // One tile forward and back: fills `tile` for the other warps and g_f with the gradients of the features.
 DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const RayGradient &grad, const float (&weight)[2],
-                       const float (&slope)[2], const Tile &tile, MlpGradient &sums, float (&g_f)[2][CHUNKS][4]) {
+                       const float (&slope)[2], const Tile &tile, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
   float out[TILES][4];
-  mlp_forward(mlp, f, tile.h, H_ROW, out);
+  mlp_forward(mlp, f, tile.h, out);
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) {
     int i = s >> 1, b = 2 * (s & 1);
-    *(float4 *)(tile.f + g * F_ROW + 16 * s + 4 * q) = {f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]};
+    store_quad(tile.f, F_ROW, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
   }
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
+    float2 colour = colour_gradient(grad, j);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       int row = e >> 1;
       float s = sigmoid2(out[j][e]);
-      out[j][e] = weight[row] * grad.colour[j][e & 1] * (s - s * s);  // the gradient is 0 beyond OUT
+      out[j][e] = weight[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = slope[row];
-      sums.b2[j][e & 1] += out[j][e];
       out[j][e] = to_tf32(out[j][e]);
     }
-    *(float4 *)(tile.g_out + g * O_ROW + 16 * j + 4 * q) = {out[j][0], out[j][2], out[j][1], out[j][3]};
+    store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
   }
   float back[STEPS][4];
 #pragma unroll
@@ -378,12 +382,11 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
       const float *w = mlp.w2 + (j * 8 + n) * 64;
       mma(d, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
     }
-    int at = g * H_ROW + 16 * n + 4 * q;
-    float4 h4 = *(const float4 *)(tile.h + at);
+    float4 h4 = *quad(tile.h, H_ROW, n);
     float h[4] = {h4.x, h4.z, h4.y, h4.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
-    *(float4 *)(tile.g_h + at) = {d[0], d[2], d[1], d[3]};
+    store_quad(tile.g_h, H_ROW, n, d[0], d[2], d[1], d[3]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const float *w = mlp.w1 + (n * STEPS + s) * 64;
@@ -409,17 +412,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   Cells *cells = (Cells *)tile.g_out;
   int2 *table = (int2 *)tile.h;
   static_assert(3 * ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && TAP_FLOATS <= H_FLOATS && 16 * G_ROW <= H_FLOATS, "fit");
+  Kept &kept = *(Kept *)(tile.g_out + O_FLOATS);
+  const Ray &ray = kept.ray;
+  const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
   Accumulator acc = {};
   acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
-    Ray ray = make_ray(p, min(index, p.rays - 1));
+    __syncwarp();
+    if (lane == 0) kept.ray = make_ray(p, min(index, p.rays - 1));
+    __syncwarp();
     bool hit = all_lanes(ray.hit && index < p.rays);
     const void *base = scene_planes(p, ray);
     Sum *g_base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane & 7);
-    RayGradient grad = ray_gradient(p, ray, min(index, p.rays - 1));
+    find_gradient(p, ray, min(index, p.rays - 1), kept.grad);
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
       coarse_depths(p, ray, index, t);
@@ -465,7 +473,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           w[row] = valid ? 0.501f * LN2 * (weight[k + 8 * row - 1] + weight[k + 8 * row]) : 0.f;
           d[row] = valid ? 0.5f * (slope[k + 8 * row - 1] + slope[k + 8 * row]) : 0.f;
         }
-        tile_backward(mlp, f, grad, w, d, tile, sums, g_f);
+        tile_backward(mlp, f, grad, w, d, tile, g_f);
       }
       __syncthreads();
       for (int w = 0; w < WARPS; ++w)
@@ -486,6 +494,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) change(p, g_base, acc, plane, -1);
   }
-  __syncthreads();
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);
+  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
 }
