@@ -61,6 +61,10 @@ typedef u64 Sum;
 typedef float Sum;
 #endif
 
+DEV Sum *scene_sums(const Params &p, const Ray &ray) {  // in g_planes, from this lane's features on
+  return (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 7);
+}
+
 // Adds v to the four elements that begin `texel` elements after `base`, if told to.
 DEV void add(const Params &p, Sum *base, int texel, float4 v, bool wanted) {
 #if DETERMINISTIC
@@ -126,8 +130,9 @@ DEV float4 sum_taps(float4 v) {  // over the four parities
 DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 
 // Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes.
-DEV void scatter(const Params &p, const void *base, Sum *g_base, const int2 *table, const float *g_f, int count, Accumulator &acc) {
+DEV void scatter(const Params &p, const Ray &ray, const int2 *table, const float *g_f, int count, Accumulator &acc) {
   int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
+  Sum *g_base = scene_sums(p, ray);
   for (int s = 0; s < count; ++s) {
     int2 tap[3];
 #pragma unroll
@@ -147,7 +152,7 @@ DEV void scatter(const Params &p, const void *base, Sum *g_base, const int2 *tab
       for (int plane = 0; plane < 3; ++plane) {
         float4 v = {0.f, 0.f, 0.f, 0.f};
         float w = __int_as_float(tap[plane].y);
-        if (mine) v = read_texel(advance(base, tap[plane].x + feature + 32 * i));
+        if (mine) v = read_texel(advance(scene_planes(p, ray), tap[plane].x + feature + 32 * i));
         read[plane] = sum_taps(v * float4{w, w, w, w});
       }
       share[0] = g * read[1] * read[2];
@@ -279,7 +284,7 @@ DEV float2 colour_gradient(const RayGradient &grad, int tile) {  // of this lane
 }
 
 // Raw densities of `count` samples at t, and how much each colour is worth: the gradient's product with it.
-DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const RayGradient &grad,
+DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const RayGradient &grad,
                   const float *t, int count, Cells *cells, float *raw, float *worth) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
@@ -287,7 +292,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t + first, count - first, cells);
-    gather(p, base, cells, f);
+    gather(p, scene_planes(p, ray), cells, f);
     mlp_forward(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -376,6 +381,7 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
   int even = block_row(2 * q) + g, odd = block_row(2 * q + 1) + g;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
+    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
     float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
@@ -416,8 +422,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
-  Accumulator acc = {};
-  acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
@@ -425,8 +429,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     if (lane == 0) kept.ray = make_ray(p, min(index, p.rays - 1));
     __syncwarp();
     bool hit = all_lanes(ray.hit && index < p.rays);
-    const void *base = scene_planes(p, ray);
-    Sum *g_base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane & 7);
     find_gradient(p, ray, min(index, p.rays - 1), kept.grad);
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
@@ -442,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         }
 #endif
         int first = stage * K;
-        evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, cells, raw + first, worth + first);
+        evaluate(p, mlp, ray, grad, t + first, stage ? KF : K, cells, raw + first, worth + first);
       }
 #pragma unroll
       for (int i = 0; i < ALL_ROUNDS; ++i) {
@@ -457,6 +459,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
     if (lane == 0) busy[warp] = hit;
     if (!__syncthreads_or(hit)) continue;
+    Accumulator acc = {};
+    acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 #pragma unroll 1
     for (int first = 0; first < N; first += 16) {
       float g_f[2][CHUNKS][4];
@@ -464,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         float f[2][CHUNKS][4], w[2], d[2];
         int k = first + g;
         find_cells(p, ray, sorted_t + first, N - first, cells);
-        gather(p, base, cells, f);
+        gather(p, scene_planes(p, ray), cells, f);
         __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -487,12 +491,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
             if (C % 16 == 0 || 16 * i + 4 * q < C)
               *(float4 *)(tile.g_h + (g + 8 * row) * G_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
         tap_table(p, ray, sorted_t + first, N - first, table);
-        scatter(p, base, g_base, table, tile.g_h, min(16, N - first), acc);
+        scatter(p, ray, table, tile.g_h, min(16, N - first), acc);
         __syncwarp();
       }
     }
 #pragma unroll
-    for (int plane = 0; plane < 3; ++plane) change(p, g_base, acc, plane, -1);
+    for (int plane = 0; plane < 3; ++plane) change(p, scene_sums(p, ray), acc, plane, -1);
   }
   store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
 }

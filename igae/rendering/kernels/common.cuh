@@ -226,6 +226,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
   int row = block_row(g) + 2 * q;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
+    if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
     float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
     float h[4] = {bias.x, bias.y, bias.x, bias.y};
 #pragma unroll
