@@ -74,8 +74,8 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
-        columns = HIDDEN + HIDDEN + 8 * steps + 8 * tiles
-        per_warp = _up(3 * (samples + 2), 4) + 8 * (2 * columns + 4 * 8)
+        per_warp = _up(3 * (samples + 2), 4) + 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2))
+        per_warp += _up(8 * tiles + 14, 4)
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)

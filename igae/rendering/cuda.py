@@ -51,8 +51,8 @@ def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], opt
         return f"the MLP has {mlp.out_channels} output channels; the kernels take up to 32"
     if options.coarse_samples > 128 or options.fine_samples > 128:
         return f"{options.coarse_samples} + {options.fine_samples} samples; the kernels take up to 128 + 128"
-    if 3 * resolution**2 * max(planes.shape[0], features) >= 2**31:
-        return f"planes are {list(planes.shape)}; the kernels count texels, and elements of a scene, up to 2^31"
+    if resolution < 2 or 3 * resolution**2 * features >= 2**31:
+        return f"planes have {resolution} texels a side; the kernels take 2 to what 2^31 numbers a scene allow"
     return None
 
 

@@ -2,281 +2,52 @@
 // Backward pass. A warp recomputes its ray's samples, then goes along them in order, a tile at a time, through the MLP
 // again and back. A block's warps go in step: after each tile they share its activations, and each adds up the gradient
 // of its own part of the hidden units, in registers, for the whole kernel.
+#include "mlp_gradient.cuh"
 #include "ray.cuh"
+#include "scatter.cuh"
 
-constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
-// A tile's matrices lie as 8 rows of pairs (sample g, sample g + 8) of columns. The rows' lengths are such that pairs of
-// four rows and four columns are in different banks.
-constexpr int H_ROW = 2 * HIDDEN + 8, F_ROW = 16 * STEPS + 8, O_ROW = 16 * TILES + 8;
-constexpr int H_FLOATS = 8 * H_ROW, F_FLOATS = 8 * F_ROW, O_FLOATS = 8 * O_ROW;
-constexpr int G_ROW = C % 32 != 16 && C <= 48 ? C + 16 : C;  // of the features' gradients, 16 rows
-constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, WARP_FLOATS = ARRAYS + 2 * H_FLOATS + F_FLOATS + O_FLOATS;
+constexpr int ARRAYS = (3 * ROW + 3) / 4 * 4, KEPT_PLACE = ARRAYS + TILE_FLOATS;
+constexpr int WARP_FLOATS = KEPT_PLACE + (8 * TILES + 14 + 3) / 4 * 4;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
-constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;
 
-// --- gradients of the planes ---
-
-// A tile's taps, table[sample][plane][parity]: where the texel begins in the scene's planes, in elements, and its weight
-// (0 outside, where the texel is any).
-// The four taps of a sample and plane are a 2 x 2 cell, whose texels have four parities of (column, row); so a texel has
-// the same place in the table of every sample that reads it. Rows of TAP_ROW keep the banks of four samples apart.
-constexpr int TAP_ROW = 14, TAP_FLOATS = 16 * 2 * TAP_ROW;
-
-DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
-  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
-  float at = t[min(sample, count - 1)], fraction[3];
-  int first[3];
-#pragma unroll
-  for (int a = 0; a < 3; ++a) {
-    float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
-    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
-    fraction[a] = pixel - whole;
-  }
-#pragma unroll
-  for (int plane = 0; plane < 3; ++plane) {
-    int a = column_axis(plane), b = row_axis(plane);
-    int right = (first[a] ^ odd) & 1, column = first[a] + right;
-    float across = right ? fraction[a] : 1.f - fraction[a];
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      int below = (first[b] ^ parity) & 1, row = first[b] + below;
-      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
-      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
-      int texel = ((plane * size + row) * size + column) * C;
-      table[sample * TAP_ROW + plane * 4 + 2 * parity + odd] = int2{inside ? texel : 0, __float_as_int(inside ? w : 0.f)};
-    }
-  }
-  __syncwarp();
-}
-
-// Successive samples share texels. Each of the four parities of the table of taps has eight lanes, which keep the sum of
-// one texel until a sample has another texel of that parity: only then the sum goes to memory.
-struct Accumulator {
-  static constexpr int PARTS = (C + 31) / 32;  // lanes hold four features of each 32
-  int texel[3];
-  float4 sum[3][PARTS];
-};
-
-#if DETERMINISTIC
-typedef u64 Sum;
-#else
-typedef float Sum;
-#endif
-
-// Adds v to the four elements that begin `texel` elements after `base`, if told to.
-DEV void add(const Params &p, Sum *base, int texel, float4 v, bool wanted) {
-#if DETERMINISTIC
-  if (!wanted) return;
-  float values[4] = {v.x, v.y, v.z, v.w};
-  if (p.measure) {
-    // Of positive floats, and NaN above all, the bits are in order.
-    u32 largest = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) largest = max(largest, __float_as_uint(values[e]) & 0x7fffffffu);
-    if (largest > 0) atomicMax(p.largest, largest);
-    return;
-  }
-  // The largest addend becomes about 2^38: 2^24 of them fit. Integer sums do not depend on their order.
-  int exponent = (int)(*p.largest >> 23) - 127;
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    long long fixed = __double2ll_rn(scalbn((double)values[e], 37 - exponent));
-    if (fixed != 0) atomicAdd(base + texel + e, (u64)fixed);
-  }
-#else
-#if __CUDA_ARCH__ >= 900
-#define ADD "@wanted red.global.add.v4.f32 [at], {%2, %3, %4, %5};"
-#else
-#define ADD                                                                                     \
-  "@wanted red.global.add.f32 [at], %2; @wanted red.global.add.f32 [at + 4], %3;"               \
-  "@wanted red.global.add.f32 [at + 8], %4; @wanted red.global.add.f32 [at + 12], %5;"
-#endif
-  asm volatile("{ .reg .pred wanted; .reg .u64 at; setp.ne.s32 wanted, %6, 0; @wanted mad.wide.s32 at, %1, 4, %0;" ADD " }"
-               ::"l"(base), "r"(texel), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((int)wanted)
-               : "memory");
-#endif
-}
-
-// The plane's sums go to memory where the texel is another one than before; base: of this lane's features in g_planes.
-DEV void change(const Params &p, Sum *base, Accumulator &acc, int plane, int texel) {
-  int feature = 4 * (lane_id() & 7);
-  bool other = texel != acc.texel[plane], wanted = other && acc.texel[plane] >= 0;
-#pragma unroll
-  for (int i = 0; i < Accumulator::PARTS; ++i) {
-    float4 &sum = acc.sum[plane][i];
-    bool mine = C % 32 == 0 || feature + 32 * i < C;
-    add(p, base + 32 * i, acc.texel[plane], sum, wanted && mine);
-    sum.x = other ? 0.f : sum.x;
-    sum.y = other ? 0.f : sum.y;
-    sum.z = other ? 0.f : sum.z;
-    sum.w = other ? 0.f : sum.w;
-  }
-  acc.texel[plane] = texel;
-}
-
-DEV float4 sum_taps(float4 v) {  // over the four parities
-#pragma unroll
-  for (int d = 8; d < 32; d <<= 1) {
-    v.x += __shfl_xor_sync(ALL, v.x, d);
-    v.y += __shfl_xor_sync(ALL, v.y, d);
-    v.z += __shfl_xor_sync(ALL, v.z, d);
-    v.w += __shfl_xor_sync(ALL, v.w, d);
-  }
-  return v;
-}
-
-DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
-
-// Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes.
-DEV void scatter(const Params &p, const void *base, Sum *g_base, const int2 *table, const float *g_f, int count, Accumulator &acc) {
-  int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
-  for (int s = 0; s < count; ++s) {
-    int2 tap[3];
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane) {
-      tap[plane] = table[s * TAP_ROW + plane * 4 + parity];
-      change(p, g_base, acc, plane, tap[plane].x);
-    }
-#pragma unroll
-    for (int i = 0; i < Accumulator::PARTS; ++i) {
-      if (C % 32 != 0 && feature + 32 * i >= C && !PRODUCT) continue;
-      bool mine = feature + 32 * i < C;
-      float4 g = mine ? *(const float4 *)(g_f + s * G_ROW + feature + 32 * i) : float4{0.f, 0.f, 0.f, 0.f};
-      float4 share[3] = {g, g, g};
-#if PRODUCT
-      float4 read[3];
-#pragma unroll
-      for (int plane = 0; plane < 3; ++plane) {
-        float4 v = {0.f, 0.f, 0.f, 0.f};
-        float w = __int_as_float(tap[plane].y);
-        if (mine) v = read_texel(advance(base, tap[plane].x + feature + 32 * i));
-        read[plane] = sum_taps(v * float4{w, w, w, w});
-      }
-      share[0] = g * read[1] * read[2];
-      share[1] = g * read[0] * read[2];
-      share[2] = g * read[0] * read[1];
-#endif
-#pragma unroll
-      for (int plane = 0; plane < 3; ++plane) {
-        float w = __int_as_float(tap[plane].y);
-        float4 &sum = acc.sum[plane][i];
-        sum.x = fmaf(w, share[plane].x, sum.x);
-        sum.y = fmaf(w, share[plane].y, sum.y);
-        sum.z = fmaf(w, share[plane].z, sum.z);
-        sum.w = fmaf(w, share[plane].w, sum.w);
-      }
-    }
-  }
-}
-
-// --- the MLP ---
-
-// Gradients of a block's hidden units: rows 16 (UNITS warp + u) + g (+ 8) of the products' layouts.
-struct MlpGradient {
-  float w1[UNITS][STEPS][4], b1[UNITS][4], w2[UNITS][TILES][4];
-  float b2[TILES][2];  // of this warp's own samples, columns 8 tile + 2 q (+ 1)
-};
-
-struct Tile {
-  float *h, *g_h, *f, *g_out;  // [16][...]: activations, gradients before the activation, features, gradients of outputs
-};
-
-DEV Tile tile_of(float *shared, int warp) {
-  float *h = shared + WEIGHT_FLOATS + warp * WARP_FLOATS + ARRAYS;
-  return {h, h + H_FLOATS, h + 2 * H_FLOATS, h + 2 * H_FLOATS + F_FLOATS};
-}
-
-// Adds a tile's share to the gradients of this warp's hidden units.
-DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3, unit = q * H_ROW + 2 * (16 * UNITS * warp + g);
-  const float *g_h = tile.g_h + unit, *h = tile.h + unit, *f = tile.f + q * F_ROW + 2 * g, *g_out = tile.g_out + q * O_ROW + 2 * g;
-  float one = g == 0 ? 1.f : 0.f;
-#pragma unroll
-  for (int s = 0; s < 8; s += 4) {  // samples s + q and s + q + 8
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u) {
-      float2 low = *(const float2 *)(g_h + s * H_ROW + 32 * u), high = *(const float2 *)(g_h + s * H_ROW + 32 * u + 16);
-#pragma unroll
-      for (int m = 0; m < STEPS; ++m) {
-        float2 b = *(const float2 *)(f + s * F_ROW + 16 * m);
-        mma(grad.w1[u][m], low.x, high.x, low.y, high.y, b.x, b.y);
-      }
-      mma(grad.b1[u], low.x, high.x, low.y, high.y, one, one);
-      low = *(const float2 *)(h + s * H_ROW + 32 * u), high = *(const float2 *)(h + s * H_ROW + 32 * u + 16);
-#pragma unroll
-      for (int j = 0; j < TILES; ++j) {
-        float2 b = *(const float2 *)(g_out + s * O_ROW + 16 * j);
-        mma(grad.w2[u][j], low.x, high.x, low.y, high.y, b.x, b.y);
-      }
-    }
-  }
-}
-
-// Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2.
-DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
-  int lane = lane_id(), g = lane >> 2, q = lane & 3;
-  float *to_b1 = to + HIDDEN * C, *to_w2 = to_b1 + HIDDEN, *to_b2 = to_w2 + (1 + OUT) * HIDDEN;
-#pragma unroll
-  for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      int unit = 16 * (UNITS * warp + u) + g + (e & 2) * 4, column = 2 * q + (e & 1);
-#pragma unroll
-      for (int m = 0; m < STEPS; ++m) {
-        int c = feature_of(m, column);
-        if (c < C) to[unit * C + c] = LOG2E * grad.w1[u][m][e];
-      }
-      if (column == 0) to_b1[unit] = LOG2E * grad.b1[u][e];
-#pragma unroll
-      for (int j = 0; j < TILES; ++j)
-        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = out_unit(8 * j + column) * grad.w2[u][j][e];
-    }
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = grad.b2[j][e];
-#pragma unroll
-      for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(ALL, sum, d);
-      if (g == 0) shared[warp * 8 * TILES + 8 * j + 2 * q + e] = sum;
-    }
-  __syncthreads();
-  for (int n = threadIdx.x; n < 1 + OUT; n += blockDim.x) {
-    float sum = 0.f;
-    for (int w = 0; w < WARPS; ++w) sum += shared[w * 8 * TILES + n];
-    to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
-  }
-}
+DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + WEIGHT_FLOATS + warp * WARP_FLOATS + ARRAYS); }
 
 // --- a ray ---
 
 struct RayGradient {
-  float colour[TILES][2];  // of the sum of w * colour, columns 8 tile + 2 q (+ 1)
-  float opacity, depth;    // of the opacity (the background's part included) and of the depth
+  float colour[8 * TILES];  // of the sum of w * colour
+  float opacity, depth;     // of the opacity (the background's part included) and of the depth
 };
 
-DEV RayGradient ray_gradient(const Params &p, const Ray &ray, int index) {
+// A warp's ray is kept in shared memory: there are no registers for it.
+struct Kept {
+  Ray ray;
   RayGradient grad;
-  int q = lane_id() & 3;
+};
+static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= WARP_FLOATS, "it fits");
+
+DEV void find_gradient(const Params &p, const Ray &ray, int index, RayGradient &grad) {
   const float *background = p.background + (long long)ray.pixel * p.background_stride;
   float behind = 0.f;
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      int c = 8 * j + 2 * q + e;
-      grad.colour[j][e] = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
-      if (c < OUT) behind = fmaf(grad.colour[j][e], background[c], behind);
-    }
-  behind += __shfl_xor_sync(ALL, behind, 1);
-  behind += __shfl_xor_sync(ALL, behind, 2);
-  grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
-  grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
-  return grad;
+  for (int c = lane_id(); c < 8 * TILES; c += 32) {
+    float g = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
+    grad.colour[c] = g;
+    if (c < OUT) behind = fmaf(g, background[c], behind);
+  }
+  behind = warp_sum(behind);
+  if (lane_id() == 0) {
+    grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
+    grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
+  }
+  __syncwarp();
+}
+
+DEV float2 colour_gradient(const RayGradient &grad, int tile) {  // of this lane's columns
+  return *(const float2 *)(grad.colour + 8 * tile + 2 * (lane_id() & 3));
 }
 
 // Raw densities of `count` samples at t, and how much each colour is worth: the gradient's product with it.
-DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const RayGradient &grad,
+DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const RayGradient &grad,
                   const float *t, int count, Cells *cells, float *raw, float *worth) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
@@ -284,16 +55,17 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t + first, count - first, cells);
-    gather(p, base, cells, f);
-    mlp_forward(mlp, f, nullptr, 0, out);
+    gather(p, scene_planes(p, ray), cells, f);
+    mlp_forward(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < TILES; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          sum = fmaf(grad.colour[j][e], fmaf(sigmoid2(out[j][2 * half + e]), 1.002f, -0.001f), sum);
+      for (int j = 0; j < TILES; ++j) {
+        float2 colour = colour_gradient(grad, j);
+        sum = fmaf(colour.x, fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), sum);
+        sum = fmaf(colour.y, fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f), sum);
+      }
       sum += __shfl_xor_sync(ALL, sum, 1);
       sum += __shfl_xor_sync(ALL, sum, 2);
       if (k + 8 * half < count) {
@@ -344,27 +116,27 @@ DEV void composite_backward(const float *t, const float *raw, const float *worth
 
 // One tile forward and back: fills `tile` for the other warps and g_f with the gradients of the features.
 DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const RayGradient &grad, const float (&weight)[2],
-                       const float (&slope)[2], const Tile &tile, MlpGradient &sums, float (&g_f)[2][CHUNKS][4]) {
+                       const float (&slope)[2], const Tile &tile, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
   float out[TILES][4];
-  mlp_forward(mlp, f, tile.h, H_ROW, out);
+  mlp_forward(mlp, f, tile.h, out);
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) {
     int i = s >> 1, b = 2 * (s & 1);
-    *(float4 *)(tile.f + g * F_ROW + 16 * s + 4 * q) = {f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]};
+    store_quad(tile.f, F_ROW, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
   }
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
+    float2 colour = colour_gradient(grad, j);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       int row = e >> 1;
       float s = sigmoid2(out[j][e]);
-      out[j][e] = weight[row] * grad.colour[j][e & 1] * (s - s * s);  // the gradient is 0 beyond OUT
+      out[j][e] = weight[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = slope[row];
-      sums.b2[j][e & 1] += out[j][e];
       out[j][e] = to_tf32(out[j][e]);
     }
-    *(float4 *)(tile.g_out + g * O_ROW + 16 * j + 4 * q) = {out[j][0], out[j][2], out[j][1], out[j][3]};
+    store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
   }
   float back[STEPS][4];
 #pragma unroll
@@ -372,18 +144,18 @@ DEV void tile_backward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], const Ray
   int even = block_row(2 * q) + g, odd = block_row(2 * q + 1) + g;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
+    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
     float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       const float *w = mlp.w2 + (j * 8 + n) * 64;
       mma(d, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
     }
-    int at = g * H_ROW + 16 * n + 4 * q;
-    float4 h4 = *(const float4 *)(tile.h + at);
+    float4 h4 = *quad(tile.h, H_ROW, n);
     float h[4] = {h4.x, h4.z, h4.y, h4.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) d[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
-    *(float4 *)(tile.g_h + at) = {d[0], d[2], d[1], d[3]};
+    store_quad(tile.g_h, H_ROW, n, d[0], d[2], d[1], d[3]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const float *w = mlp.w1 + (n * STEPS + s) * 64;
@@ -409,17 +181,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   Cells *cells = (Cells *)tile.g_out;
   int2 *table = (int2 *)tile.h;
   static_assert(3 * ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && TAP_FLOATS <= H_FLOATS && 16 * G_ROW <= H_FLOATS, "fit");
+  Kept &kept = *(Kept *)(tile.g_out + O_FLOATS);
+  const Ray &ray = kept.ray;
+  const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
-  Accumulator acc = {};
-  acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
-    Ray ray = make_ray(p, min(index, p.rays - 1));
+    __syncwarp();
+    if (lane == 0) kept.ray = make_ray(p, min(index, p.rays - 1));
+    __syncwarp();
     bool hit = all_lanes(ray.hit && index < p.rays);
-    const void *base = scene_planes(p, ray);
-    Sum *g_base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane & 7);
-    RayGradient grad = ray_gradient(p, ray, min(index, p.rays - 1));
+    find_gradient(p, ray, min(index, p.rays - 1), kept.grad);
     float *weight = t + 1, *slope = raw + 1;
     if (hit) {
       coarse_depths(p, ray, index, t);
@@ -434,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         }
 #endif
         int first = stage * K;
-        evaluate(p, mlp, ray, base, grad, t + first, stage ? KF : K, cells, raw + first, worth + first);
+        evaluate(p, mlp, ray, grad, t + first, stage ? KF : K, cells, raw + first, worth + first);
       }
 #pragma unroll
       for (int i = 0; i < ALL_ROUNDS; ++i) {
@@ -449,6 +222,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
     if (lane == 0) busy[warp] = hit;
     if (!__syncthreads_or(hit)) continue;
+    Accumulator acc = {};
+    acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 #pragma unroll 1
     for (int first = 0; first < N; first += 16) {
       float g_f[2][CHUNKS][4];
@@ -456,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         float f[2][CHUNKS][4], w[2], d[2];
         int k = first + g;
         find_cells(p, ray, sorted_t + first, N - first, cells);
-        gather(p, base, cells, f);
+        gather(p, scene_planes(p, ray), cells, f);
         __syncwarp();
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -465,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           w[row] = valid ? 0.501f * LN2 * (weight[k + 8 * row - 1] + weight[k + 8 * row]) : 0.f;
           d[row] = valid ? 0.5f * (slope[k + 8 * row - 1] + slope[k + 8 * row]) : 0.f;
         }
-        tile_backward(mlp, f, grad, w, d, tile, sums, g_f);
+        tile_backward(mlp, f, grad, w, d, tile, g_f);
       }
       __syncthreads();
       for (int w = 0; w < WARPS; ++w)
@@ -479,13 +254,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
             if (C % 16 == 0 || 16 * i + 4 * q < C)
               *(float4 *)(tile.g_h + (g + 8 * row) * G_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
         tap_table(p, ray, sorted_t + first, N - first, table);
-        scatter(p, base, g_base, table, tile.g_h, min(16, N - first), acc);
+        scatter(p, ray, table, tile.g_h, min(16, N - first), acc);
         __syncwarp();
       }
     }
 #pragma unroll
-    for (int plane = 0; plane < 3; ++plane) change(p, g_base, acc, plane, -1);
+    for (int plane = 0; plane < 3; ++plane) change(p, scene_sums(p, ray), acc, plane, -1);
   }
-  __syncthreads();
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);
+  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
 }

@@ -194,10 +194,28 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   return {w1, w2, b1, b2};
 }
 
+// --- matrices of a tile in shared memory ---
+
+// 8 rows of pairs (sample g, sample g + 8) of columns. A lane writes the four numbers that it has of 8 columns, in the order
+// in which a product takes them, and reads a pair. Columns are permuted by row so that neither meets a bank twice:
+// writing, two rows of 16 floats; reading, four rows of 8.
+constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
+
+DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
+
+DEV float4 *quad(float *matrix, int row_length, int tile) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+  return (float4 *)(matrix + g * row_length + permuted(g, 16 * (tile & 1) + 4 * q) + 32 * (tile >> 1));
+}
+
+DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, float c, float d) {
+  *quad(matrix, row_length, tile) = {a, b, c, d};
+}
+
 // f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. Activations, rounded, go to `hidden`
-// if it is there, as rows g of pairs (row g, row g + 8) of columns: in the order in which a product takes them.
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, int hidden_row, float (&out)[TILES][4]) {
+// Colours come before their sigmoid2. Activations, rounded, go to the
+// matrix `hidden` if it is there.
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
@@ -208,6 +226,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
   int row = block_row(g) + 2 * q;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
+    if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
     float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
     float h[4] = {bias.x, bias.y, bias.x, bias.y};
 #pragma unroll
@@ -218,7 +237,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
-    if (hidden) *(float4 *)(hidden + g * hidden_row + 16 * n + 4 * q) = {h[0], h[2], h[1], h[3]};
+    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[2], h[1], h[3]);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);

@@ -17,7 +17,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t + first, count - first, cells);
     gather(p, base, cells, f);
-    mlp_forward(mlp, f, nullptr, 0, out);
+    mlp_forward(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;

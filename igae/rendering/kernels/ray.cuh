@@ -162,22 +162,21 @@ DEV Totals totals(const float *t, const float *weight) {
 
 // --- importance samples ---
 
-constexpr int C_ROUNDS = (K + 31) / 32, F_ROUNDS = KF > 0 ? (KF + 31) / 32 : 1;
-
-// Where this lane's samples (32 i + lane, of the coarse and of the fine ones) stand among all, a byte for each i.
-struct Places {
-  u32 coarse, fine;
-};
+constexpr int C_ROUNDS = (K + 31) / 32, F_ROUNDS = KF > 0 ? (KF + 31) / 32 : 1, ALL_ROUNDS = C_ROUNDS + (KF > 0 ? F_ROUNDS : 0);
 
 // A lane's samples, coarse ones first, i from 0 to ALL_ROUNDS: which (-1: none), and its place among all.
-constexpr int ALL_ROUNDS = C_ROUNDS + (KF > 0 ? F_ROUNDS : 0);
 DEV int sample_of(int i) {
   int k = 32 * (i < C_ROUNDS ? i : i - C_ROUNDS) + lane_id();
   return i < C_ROUNDS ? (k < K ? k : -1) : k < KF ? K + k : -1;
 }
-DEV int place_of(Places places, int i) {
-  if (KF == 0) return 32 * i + lane_id();
-  return (i < C_ROUNDS ? places.coarse >> (8 * i) : places.fine >> (8 * (i - C_ROUNDS))) & 255;
+
+struct Places {
+  u32 bytes[(ALL_ROUNDS + 3) / 4];  // places fit in a byte
+};
+
+DEV void set_place(Places &places, int i, int place) { places.bytes[i / 4] |= (u32)place << (8 * (i % 4)); }
+DEV int place_of(const Places &places, int i) {
+  return KF == 0 ? 32 * i + lane_id() : places.bytes[i / 4] >> (8 * (i % 4)) & 255;
 }
 
 // KF sorted depths from sorted coarse t and weights [K - 1]. weight, cdf and draws are scratch.
@@ -225,13 +224,13 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
       int more = interval[i] + step;
       if (cdf[min(more, K - 1) - 1] <= u[i]) interval[i] = more;
     }
-  Places places = {0, 0};
+  Places places = {};
 #pragma unroll
   for (int i = 0; i < F_ROUNDS; ++i) {
     int j = 32 * i + lane, k = min(interval[i], K - 2);
     float fraction = __saturatef((u[i] - (k > 0 ? cdf[k - 1] : 0.f)) / weight[k]);
     if (j < KF) fine[j] = fminf(fmaf(fraction, t[k + 1] - t[k], t[k]), t[k + 1]);
-    places.fine |= (u32)(j + k + 1) << (8 * i);  // behind the coarse samples up to k
+    set_place(places, C_ROUNDS + i, min(j + k + 1, N - 1));  // behind the coarse samples up to k
   }
   // A coarse sample stands behind the draws below its interval. There is one draw in each KF-th, so that one to either
   // side of a guess decides how many these are.
@@ -245,7 +244,7 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 #pragma unroll
       for (int j = 0; j < 3; ++j) count += first + j < KF && draws[min(first + j, KF - 1)] < bound;
     }
-    places.coarse |= (u32)(k + count) << (8 * i);
+    set_place(places, i, min(k + count, N - 1));
   }
   __syncwarp();
   return places;
