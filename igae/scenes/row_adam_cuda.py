@@ -20,8 +20,6 @@ RECORD = 8
 """Floats of a slot's head and of each of its parts."""
 THREADS, ITEMS = 256, 2
 MOST_PARTS = 256
-FEW = 128
-_ALL_ROWS, _FEW_ROWS, _ROWS = range(3)  # where a slot's row comes from
 
 Backend = Literal["auto", "cuda", "torch"]
 
@@ -35,8 +33,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "count size slots capacity horizon".split()),
         *((name, ctypes.c_double) for name in "lr_value log1 log2".split()),
         *((name, ctypes.c_float) for name in "eps scale new1 new2".split()),
-        *((name, ctypes.c_int) for name in "parts lazy source".split()),
-        ("few", ctypes.c_int64 * FEW),
+        *((name, ctypes.c_int) for name in "parts lazy".split()),
     ]
 
 
@@ -155,12 +152,13 @@ class CudaRowAdam(RowAdam):
         """See :meth:`RowAdam.catch_up`."""
         if self.mode == "exact":
             with torch.cuda.device(self._device):
-                self._catch_up(rows, None)
+                self._catch_up(None if rows is None else self._on_device(rows), None)
 
     @torch.no_grad()
     def visit(self, rows: Tensor) -> Tensor:
         """See :meth:`RowAdam.visit`. Each row is read once and written once."""
         with torch.cuda.device(self._device):
+            rows = self._on_device(rows)
             copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
             self._catch_up(rows, copies)
         return copies
@@ -169,36 +167,19 @@ class CudaRowAdam(RowAdam):
         slots = len(self.parameters) if rows is None else len(rows)
         if slots * self._size == 0:
             return
-        kept = self._prepare(rows, slots)
+        records = self._prepare(rows, slots)
         self._params.copies = pointer(copies)
         self._kernels.launch(self._functions["plan"], slots, 32, self._params)
         self._elements("move", slots, copies)
-        del kept  # after the launches
+        del records  # after the launches
 
-    def _prepare(self, rows: Tensor | None, slots: int) -> list[Tensor]:
-        """Fill in what all kernels read; returns what must live until they are launched."""
-        params, capturing = self._params, torch.cuda.is_current_stream_capturing()
-        self._captured |= capturing
-        kept = [torch.empty(slots * (1 + params.parts) * RECORD, device=self._device)]
-        params.records, params.slots, params.source = pointer(kept[0]), slots, _ALL_ROWS
-        params.rates, params.capacity = pointer(self._rates), len(self._rates)
-        if rows is None:
-            return kept
-        if rows.dtype != torch.int64 or rows.ndim != 1:
-            raise ValueError(f"rows must be int64 [S], not {rows.dtype} {list(rows.shape)}")
-        if not rows.is_cuda:
-            if capturing:
-                raise RuntimeError("rows are on the CPU: a CUDA graph would keep those of its capture")
-            values = rows.tolist()
-            if max(values, default=-1) >= len(self.parameters):
-                raise IndexError(f"row {max(values)} of {len(self.parameters)}")
-            if slots <= FEW:
-                params.source, params.few[:slots] = _FEW_ROWS, values
-                return kept
-            rows = self._sent(rows)
-        kept.append(rows.contiguous())
-        params.source, params.rows = _ROWS, pointer(kept[1])
-        return kept
+    def _prepare(self, rows: Tensor | None, slots: int) -> Tensor:
+        """Fill in what all kernels read; returns the slots' records, which must live until they are launched."""
+        self._captured |= torch.cuda.is_current_stream_capturing()
+        records = torch.empty(slots * (1 + self._params.parts) * RECORD, device=self._device)
+        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
+        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+        return records
 
     def _elements(self, kernel: str, slots: int, other: Tensor | None) -> None:
         """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""
@@ -206,6 +187,17 @@ class CudaRowAdam(RowAdam):
         width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
         blocks = slots * -(-self._size // (THREADS * ITEMS * width))
         self._kernels.launch(self._functions[f"{kernel}{width}"], blocks, THREADS, self._params)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ValueError(f"rows must be int64 [S], not {rows.dtype} {list(rows.shape)}")
+        if rows.device.type == "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("rows are on the CPU: a CUDA graph would keep those of its capture")
+            if len(rows) > 0 and int(rows.max()) >= len(self.parameters):
+                raise IndexError(f"row {int(rows.max())} of {len(self.parameters)}")
+            rows = self._sent(rows)
+        return rows.contiguous()
 
     @torch.no_grad()
     def step(
@@ -226,9 +218,9 @@ class CudaRowAdam(RowAdam):
                 return
             apply = None
         with torch.cuda.device(self._device):
-            gradient = gradient.to(self._device, torch.float32).contiguous()
+            rows, gradient = self._on_device(rows), gradient.to(self._device, torch.float32).contiguous()
             self._make_room()
-            kept = self._prepare(rows, len(rows))
+            records = self._prepare(rows, len(rows))
             if isinstance(lr, Tensor) and lr.is_cuda:
                 lr = lr.double()
                 self._params.lr = pointer(lr)
@@ -239,7 +231,7 @@ class CudaRowAdam(RowAdam):
             self._kernels.launch(self._functions["begin"], 1, min(1024, max(32, len(rows))), self._params)
             if gradient.numel() > 0:
                 self._elements("update", len(rows), gradient)
-            del kept  # after the launches
+            del records  # after the launches
 
     def _make_room(self) -> None:
         """For the rate of one more step."""

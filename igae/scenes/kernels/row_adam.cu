@@ -10,8 +10,7 @@ typedef long long i64;
 
 constexpr unsigned ALL = 0xffffffffu;
 constexpr double SPREAD = 1.2;
-constexpr int SWEEPS = 6, THREADS = 256, ITEMS = 2, FEW = 128;
-enum { ALL_ROWS, FEW_ROWS, ROWS };  // where a slot's row comes from
+constexpr int SWEEPS = 6, THREADS = 256, ITEMS = 2;
 
 // A slot has a Head and then its parts: owed steps that are made in one go, or the step with the gradient.
 struct __align__(16) Head {
@@ -30,7 +29,7 @@ struct Params {
   float *p, *m, *v;              // [count, size]
   float *copies;                 // [slots, size]: what a visit returns, or null
   const float *gradient;         // [slots, size]
-  const i64 *rows;               // [slots], for ROWS
+  const i64 *rows;               // [slots], or null: all rows
   i64 *updated, *visited;        // [count]
   i64 *steps;                    // []: how many there were
   double *rates;                 // [capacity]: their learning rates
@@ -40,12 +39,11 @@ struct Params {
   i64 count, size, slots, capacity, horizon;
   double lr_value, log1, log2;   // logarithms of the decays of the moments
   float eps, scale, new1, new2;  // 1 - decays
-  int parts, lazy, source;
-  i64 few[FEW];                  // for FEW_ROWS: from the host, without a copy before the launch
+  int parts, lazy;
 };
 
 DEV i64 row_of(const Params &a, i64 slot) {
-  i64 row = a.source == ROWS ? a.rows[slot] : a.source == FEW_ROWS ? a.few[slot] : slot;
+  i64 row = a.rows ? a.rows[slot] : slot;
   if (row >= a.count) __trap();  // as torch does where an index on the device is out of range
   return row;
 }
@@ -165,7 +163,7 @@ DEV Part part_of(const Rule &rule, double log1, double log2) {
 }
 
 // One warp a block, one block a slot.
-extern "C" __global__ void __launch_bounds__(32) plan(const __grid_constant__ Params a) {
+extern "C" __global__ void __launch_bounds__(32) plan(const Params a) {
   i64 slot = blockIdx.x, row = row_of(a, slot);
   Record *record = a.records + slot * (1 + a.parts);
   int lane = threadIdx.x, parts = 0;
@@ -202,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(32) plan(const __grid_constant__ Pa
 }
 
 // One block. Counts the step, unless it is not to be made.
-extern "C" __global__ void __launch_bounds__(1024) begin(const __grid_constant__ Params a) {
+extern "C" __global__ void __launch_bounds__(1024) begin(const Params a) {
   bool wanted = !a.apply || *a.apply;
   i64 now = *a.steps + 1;
   double lr = a.lr ? *a.lr : a.lr_value;
@@ -316,7 +314,7 @@ template <int WIDTH> DEV void update(const Params &a) {
   v.write(a.v + start, from, a.size);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) move1(const __grid_constant__ Params a) { move<1>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS) move4(const __grid_constant__ Params a) { move<4>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS) update1(const __grid_constant__ Params a) { update<1>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS) update4(const __grid_constant__ Params a) { update<4>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) move1(const Params a) { move<1>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) move4(const Params a) { move<4>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) update1(const Params a) { update<1>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) update4(const Params a) { update<4>(a); }
