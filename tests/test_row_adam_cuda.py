@@ -83,18 +83,20 @@ def test_rows_move_as_on_the_cpu_and_under_dense_adam() -> None:
     truth, single = dense(torch.float64, moves), dense(torch.float32, moves)
     adam = make_row_adam(start_there())
     assert type(adam) is CudaRowAdam
+    worst = 0.0
     for step, (rows, gradient, rate) in enumerate(moves):
         copies = adam.visit(rows)
         if step and len(rows):
-            assert (copies.cpu() - truth[step - 1][rows]).abs().max().item() < 1e-5  # measured MEASURED_A
+            worst = max(worst, (copies.cpu() - truth[step - 1][rows]).abs().max().item())
         adam.step(rows, gradient.cuda(), rate)
         if step % 97 == 0 or step == len(moves) - 1:
             adam.catch_up()
             error = (adam.parameters.cpu() - truth[step]).abs().amax((1, 2))
             own = (single[step] - truth[step]).abs().amax((1, 2))
-            assert (error < 2.5 * own + 2e-7).all()  # as on the CPU; measured MEASURED_B of it
-            print("share", (error / (2.5 * own + 2e-7)).max().item())
-    for dtype, bound in ((torch.float32, 6e-6), (torch.float64, 6e-6)):  # measured MEASURED_C
+            assert (error < 2.5 * own + 2e-7).all()  # as on the CPU; measured 0.5 of it
+    print("copies", worst)
+    assert worst < 1e-5  # measured 2.6e-6
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 6e-6)):  # measured 3.6e-7, 2.6e-6
         _, other = run(moves, parameters=start().to(dtype))
         other.catch_up()
         error = (adam.parameters.cpu() - other.parameters).abs().max().item()
@@ -106,7 +108,7 @@ def test_rows_move_as_on_the_cpu_and_under_dense_adam() -> None:
             own_moment, moment = getattr(adam, name).cpu(), getattr(other, name)
             error = ((own_moment - moment).abs().amax((1, 2)) / moment.abs().amax((1, 2)).clamp(min=1e-30)).max().item()
             print(name, error)
-            assert error < scale  # measured MEASURED_D
+            assert error < scale  # measured 4.1e-7, 8.9e-6
     assert adam.state()["learning_rates"].tolist() == [rate for _, _, rate in moves]
     assert adam.step_count == len(moves)
 
@@ -118,7 +120,7 @@ def test_lazy_rows_move_as_on_the_cpu() -> None:
     _, other = run(moves, "lazy", start().double())
     error = (adam.parameters.cpu() - other.parameters).abs().max().item()
     print(error)
-    assert error < 3e-6  # measured MEASURED_E
+    assert error < 2e-6  # measured 4.4e-7
     assert torch.equal(adam.updated.cpu(), other.updated) and torch.equal(adam.visited.cpu(), other.visited)
 
 
@@ -133,7 +135,7 @@ def test_other_betas(betas: tuple[float, float]) -> None:
     other.catch_up()
     error = (adam.parameters.cpu() - other.parameters).abs().max().item()
     print(error)
-    assert error < 2e-6  # measured MEASURED_F
+    assert error < 1e-6  # measured 3.3e-7
 
 
 @on_gpu
@@ -155,8 +157,24 @@ def test_rows_of_any_size(size: int, offset: int) -> None:
     other.catch_up()
     error = (parameters.cpu() - other.parameters).abs().max().item()
     print(error)
-    assert error < 2e-6  # measured MEASURED_G
+    assert error < 2e-6  # measured 4.8e-7
     assert torch.equal(there[:offset].cpu(), memory[:offset])
+
+
+@on_gpu
+@pytest.mark.parametrize("count", [150, 1500])
+def test_many_rows_of_the_cpu(count: int) -> None:
+    adam, other = (CudaRowAdam(torch.zeros(2000, 12, device="cuda")) for _ in range(2))
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randperm(2000, generator=generator)[:count]
+        gradient = torch.randn(count, 12, generator=generator).cuda()
+        assert torch.equal(adam.visit(rows), other.visit(rows.cuda()))
+        adam.step(rows, gradient, 1e-2)
+        other.step(rows.cuda(), gradient, 1e-2)
+    adam.catch_up()
+    other.catch_up(torch.arange(2000))
+    assert same_bits(adam, other) and torch.equal(adam.parameters.abs().amax(1) > 0, adam.visited > 0)
 
 
 @on_gpu
@@ -248,7 +266,7 @@ def test_what_a_graph_cannot_hold_is_refused() -> None:
         adam.step(rows, gradient, 1e-2)
     adam.reserve(10)
     with pytest.raises(RuntimeError, match="rows are on the CPU"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        adam.step(rows.cpu(), gradient, 1e-2)
+        adam.step(torch.arange(2), gradient, 1e-2)
     with pytest.raises(IndexError, match="row 8 of 8"):
         adam.visit(torch.tensor([0, 8]))
     with pytest.raises(ValueError, match=r"\[1, 3, 4\], not \[2, 3, 4\]"):
@@ -279,7 +297,7 @@ def test_a_run_may_go_from_the_gpu_to_the_cpu_and_back(mode: Any) -> None:
         found.catch_up()
     error = (plain.parameters - back.parameters).abs().max().item()
     print(error)
-    assert error < 6e-6  # measured MEASURED_H
+    assert error < 1e-6  # measured 1.2e-7
     assert torch.equal(plain.updated, back.updated) and torch.equal(plain.visited, back.visited)
 
 
