@@ -32,12 +32,14 @@ SLOW = {
     "train.renderer": "torch",
     "train.channels_last": "false",
     "train.compile": "false",
+    "train.run_ahead": "false",
     "train.cuda_graph": "false",
 }
 VARIANTS = {
     "plain (TF32)": {},
     "+ bf16": {"train.precision": "bf16"},
     "+ fused renderer": {"train.renderer": "auto"},
+    "+ host runs ahead": {"train.run_ahead": "true"},
     "+ channels last": {"train.channels_last": "true"},
     "+ compiled": {"train.compile": "true"},
 }
@@ -60,8 +62,8 @@ def matrix_rate() -> float:
 def build(engine: Engine, stage: str, shards: str, settings: dict[str, str]) -> Stage:
     recipe = recipe_of(stage, shards, [f"{key}={value}" for key, value in settings.items()])
     model = model_of(recipe, Manifest.load(shards).image_size, engine.device)
-    model.speed_up(compile=recipe.train.compile is True, channels_last=recipe.train.channels_last is True)
-    return prepare(alone(engine), model, stage, recipe)
+    model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
+    return prepare(alone(engine, recipe.train.run_ahead), model, stage, recipe)
 
 
 def times_of(stage: Stage, first: int, steps: int) -> list[float]:

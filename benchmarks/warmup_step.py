@@ -18,7 +18,8 @@ VARIANTS = {
     "plain": {},
     "+ fused renderer": {"train.renderer": "auto"},
     "+ compiled losses": {"train.compile": "true"},
-    "+ CUDA graph": {"train.cuda_graph": "auto"},
+    "+ host runs ahead": {"train.run_ahead": "true"},
+    "+ CUDA graph": {"train.cuda_graph": "true"},
 }
 
 if __name__ == "__main__":

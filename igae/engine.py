@@ -35,12 +35,13 @@ class Engine:
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
+        run_ahead: on a GPU, leave steps out on the device, without telling the host first.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self, timeout: float = 600.0, run_ahead: bool = False) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -59,11 +60,12 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        self._strategy: Strategy = Strategy(self.device)
+        run_ahead = run_ahead and on_gpu
+        self._strategy: Strategy = Strategy(self.device, run_ahead)
         if deepspeed:
             self._strategy = _DeepSpeed(self.device, self._accelerator)
         elif world > 1:
-            self._strategy = (FSDP if _switch("ACCELERATE_USE_FSDP") else DDP)(self.device)
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, run_ahead)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
 
@@ -79,12 +81,12 @@ class Engine:
     @property
     def asynchronous(self) -> bool:
         """Steps can be left out by the device alone: the host need not know whether they were."""
-        return self.device.type == "cuda" and self.replicated
+        return self._strategy.run_ahead
 
     @property
     def capturable(self) -> bool:
         """Forward, backward and step can be captured in a CUDA graph: nothing in them asks the host."""
-        return self.device.type == "cuda" and distributed.world_size() == 1 and self.replicated
+        return self.asynchronous and distributed.world_size() == 1
 
     def agree(self, *flags: bool | Tensor) -> Tensor:
         """Of each flag, whether it is set on all ranks: 1 or 0, float32 on the device. Collective."""

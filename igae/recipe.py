@@ -124,14 +124,14 @@ class TrainConfig(Section):
     """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
     renderer: Literal["auto", "cuda", "torch"] = "auto"
     """`cuda`: fused kernels; `torch`: the plain renderer that defines them; `auto`: cuda where it can."""
-    compile: bool | Literal["auto"] = "auto"
-    """Compile encoder and decoder with torch.compile, a minute at the start. `auto`: on GPUs. Not where a strategy
-    shards them."""
-    channels_last: bool | Literal["auto"] = "auto"
-    """Weights and activations of the autoencoder with channels as the last dimension in memory; `auto` and where not:
-    as for `compile`."""
-    cuda_graph: bool | Literal["auto"] = "auto"
-    """Capture steps on cached latents in a CUDA graph; `auto`: on one GPU, where the fused kernels run."""
+    compile: bool = False
+    """Compile encoder and decoder with torch.compile, a minute at the start. Not where a strategy shards them."""
+    channels_last: bool = False
+    """Weights and activations of the autoencoder with channels as the last dimension in memory; not where sharded."""
+    run_ahead: bool = False
+    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
+    cuda_graph: bool = False
+    """With run_ahead, on one GPU: steps on cached latents are captured in a CUDA graph."""
     warmup: StageConfig
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"
@@ -144,6 +144,12 @@ class TrainConfig(Section):
     """The run stops after so many steps in a row whose loss or gradient was not finite."""
     lpips_weights: str | None = None
     """File with VGG16's weights for LPIPS; fetched into torch's hub cache if left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.cuda_graph and not self.run_ahead:
+            raise ValueError("cuda_graph needs run_ahead: set it to true as well")
+        return self
 
 
 class CheckpointConfig(Section):

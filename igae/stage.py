@@ -217,10 +217,10 @@ class Stage:
 
     def _can_be_captured(self) -> bool:
         """Whether all that a step does can be in a CUDA graph."""
-        config, wanted = self.config, self.recipe.train.cuda_graph
+        config = self.config
         fits = self.engine.capturable and config.uses_cached_latents and not config.photos and config.accumulate == 1
         fits = fits and config.learning_rates.planes > 0 and isinstance(self.plane_adam, CudaRowAdam)
-        return fits and wanted is not False
+        return fits and self.recipe.train.cuda_graph
 
     def _captured_step(self, step: int, stop: bool) -> Outcome:
         loader, rates = self._streams["views"], self.learning_rates(step)

@@ -40,8 +40,8 @@ class Strategy:
 
     name = "one process"
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
+        self.device, self.run_ahead = device, run_ahead
         self.optimizer: Any = None
         self.module: nn.Module = nn.Module()  # what was given to prepare
         self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
@@ -50,7 +50,7 @@ class Strategy:
     def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
         self.drop()
         self.module = self.trained = module
-        self.optimizer = adam(groups, self.device, capturable=self.device.type == "cuda") if groups else None
+        self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
         self.wrapped = self.wrap(module, all_reached) if groups else module
 
     def wrap(self, module: nn.Module, all_reached: bool) -> Any:
@@ -76,13 +76,12 @@ class Strategy:
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:
             return apply
-        on_device = self.device.type == "cuda" and not isinstance(self, Sharded)
-        if on_device:
+        if self.run_ahead:
             self.optimizer.found_inf = 1.0 - apply  # a fused Adam looks at it there: gradient scalers do the same
-        if on_device or apply:
+        if self.run_ahead or apply:
             for group in self.optimizer.param_groups:
                 rate = learning_rates[group["name"]]
-                if not on_device:
+                if not self.run_ahead:
                     group["lr"] = rate
                 elif isinstance(rate, Tensor):
                     group["lr"].copy_(rate)

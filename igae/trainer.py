@@ -73,7 +73,7 @@ class Trainer:
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
         self.data = own_data(recipe)
-        self.engine = Engine(recipe.train.timeout)
+        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead)
         self.channel = Channel(recipe.train.timeout)
         device, owned = self.engine.device, self.data.owned
         if rank() == 0:
@@ -92,11 +92,8 @@ class Trainer:
             bf16=recipe.train.precision == "bf16",
             renderer=recipe.train.renderer,
         ).to(device)
-        on_gpu, settings = device.type == "cuda" and self.engine.replicated, recipe.train
-        self.model.speed_up(
-            compile=on_gpu if settings.compile == "auto" else settings.compile and self.engine.replicated,
-            channels_last=on_gpu if settings.channels_last == "auto" else settings.channels_last,
-        )
+        if self.engine.replicated:
+            self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)
         self.bank = SceneBank(recipe.planes, [scene.id for scene in owned], recipe.seed, device)
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.data.manifest.shards).encode()).hexdigest()

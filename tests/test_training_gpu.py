@@ -11,7 +11,6 @@ import torch
 from accelerate.state import AcceleratorState
 
 from igae import config
-from igae.engine import Engine
 from igae.recipe import Recipe
 from igae.trainer import Trainer
 
@@ -19,7 +18,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-PLAIN = ["train.compile=false", "train.channels_last=false", "train.renderer=torch", "train.cuda_graph=false"]
+PLAIN = ["train.renderer=torch"]
+FAST = [f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")]
 SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
 
 
@@ -52,17 +52,15 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-3)) for name in names)
 
 
-def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead = run(recipe_file, *PLAIN)
-    monkeypatch.setattr(Engine, "asynchronous", property(lambda _: False))
-    waits = run(recipe_file, *PLAIN)
+def test_a_host_that_is_ahead_computes_the_same(recipe_file: str) -> None:
+    waits, ahead = run(recipe_file, *PLAIN), run(recipe_file, *PLAIN, "train.run_ahead=true")
     worst = difference(ahead, waits)
     print("MEASURED ahead", worst)
     assert worst < 2e-2  # atomic additions come in another order each time, and Adam divides small by small
 
 
 def test_fast_training_is_the_same_training(recipe_file: str) -> None:
-    plain, fast = run(recipe_file, *PLAIN), run(recipe_file, "train.compile=true", "train.channels_last=true")
+    plain, fast = run(recipe_file, *PLAIN), run(recipe_file, *FAST)
     worst = difference(plain, fast)
     print("MEASURED fast", worst)
     assert worst < 5e-2
@@ -83,9 +81,11 @@ def test_compiled_networks_compute_the_same() -> None:
     assert max(errors) < 1e-3
 
 
-def test_skipped_steps_change_nothing(recipe_file: str) -> None:
-    """The device alone leaves them out."""
-    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *PLAIN, "experiment=skips", "train.max_skipped=3"]))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_skipped_steps_change_nothing(recipe_file: str, ahead: bool) -> None:
+    """With a host that runs ahead the device alone leaves them out."""
+    settings = [f"experiment=skips-{ahead}", "train.max_skipped=3", f"train.run_ahead={ahead}"]
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *settings]))
     trainer.run("warmup")
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
     planes = trainer.bank.planes.clone()
