@@ -122,7 +122,7 @@ HARD = {"dense", "numbers", "numbers disparity", "few"}
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_images_and_gradients_equal_the_reference(name: str, precision: str) -> None:
-    # Measured on an H100, the largest of all cases: fp32 4e-6 and 2e-5; tf32 5e-4 and 1.3e-3, of hard ones 3.2e-3. (The
+    # Measured on an H100, the largest of all cases: fp32 4e-6 and 2e-5; tf32 5e-4 and 1e-3, of hard ones 3.2e-3. (The
     # torch backend in float32: 2e-6 and 2e-5.)
     found = errors(setup(**CASES[name], precision=precision), seed=5)
     tf32 = 5e-3 if name in HARD else 2e-3
