@@ -38,7 +38,7 @@ SLOW = {
 VARIANTS = {
     "plain (TF32)": {},
     "+ bf16": {"train.precision": "bf16"},
-    "+ fused renderer": {"train.renderer": "auto"},
+    "+ fused renderer": {"train.renderer": "cuda"},
     "+ host runs ahead": {"train.run_ahead": "true"},
     "+ channels last": {"train.channels_last": "true"},
     "+ compiled": {"train.compile": "true"},

@@ -122,8 +122,9 @@ class StageConfig(Section):
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
-    renderer: Literal["auto", "cuda", "torch"] = "auto"
-    """`cuda`: fused kernels; `torch`: the plain renderer that defines them; `auto`: cuda where it can."""
+    renderer: Literal["auto", "cuda", "torch"] = "torch"
+    """`torch`: the plain renderer, the definition; `cuda`: fused kernels; `auto`: cuda where it can. What training with
+    the kernels reaches has not been measured yet."""
     compile: bool = False
     """Compile encoder and decoder with torch.compile, a minute at the start. Not where a strategy shards them."""
     channels_last: bool = False

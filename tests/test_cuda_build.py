@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,25 +106,21 @@ def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert len(names) == 2 and all(name.endswith(".cubin") for name in names)  # and nothing half-written
     monkeypatch.setenv("IGAE_KERNEL_CACHE", environment["IGAE_KERNEL_CACHE"])
-    monkeypatch.setattr(build, "compile_kernel", lambda *a: pytest.fail("compiled again"))
+    monkeypatch.setattr(build, "compile_source", lambda *a: pytest.fail("compiled again"))
     variant = build.Variant(8, 1, 4, 0)
     code = build.cubin("forward", variant, 80)
     assert code[:4] == b"\x7fELF"
 
-    monkeypatch.setattr(build, "compile_kernel", lambda *a: (b"new", build.Usage(1, 0)))
+    monkeypatch.setattr(build, "compile_source", lambda *a: (b"new", build.Usage(1, 0)))
     assert build.cubin("forward", dataclasses.replace(variant, eg3d=True), 80) == b"new"
     assert build.cubin("forward", variant, 90) == b"new"
     monkeypatch.setenv("IGAE_KERNEL_CACHE", "/proc/nowhere")  # cannot be written
     assert build.cubin("forward", dataclasses.replace(variant, product=True), 80) == b"new"
 
 
-def test_the_cache_knows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = build._fingerprint()
-    for path in build.SOURCES.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "ray.cuh").write_text("//")
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    build._fingerprint.cache_clear()
-    after = build._fingerprint()
-    build._fingerprint.cache_clear()
-    assert before != after
+def test_the_cache_knows_the_sources(tmp_path: Path) -> None:
+    copied, changed = tmp_path / "copied", tmp_path / "changed"
+    shutil.copytree(build.SOURCES, copied)
+    shutil.copytree(build.SOURCES, changed)
+    (changed / "ray.cuh").write_text("//")
+    assert build._fingerprint(copied) == build._fingerprint(build.SOURCES) != build._fingerprint(changed)

@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train
-from igae import checkpoint, config
+from igae import captured, checkpoint, config
 from igae.engine import Engine
 from igae.recipe import Recipe
+from igae.stage import Stage
 from igae.trainer import LAG, Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +232,21 @@ def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: p
     waits, ahead = _tensors(_newest(recipe_file, "waits")), _tensors(_newest(recipe_file, "ahead"))
     assert waits.keys() == ahead.keys()
     assert [name for name in waits if not torch.equal(waits[name], ahead[name])] == []
+
+
+def test_the_step_that_is_captured_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its padded rows, and what it is told in one tensor; the CUDA graph itself is tested on a GPU."""
+    short = ["train.warmup.epochs=3", "train.joint.epochs=0", "tracking.every=7"]
+    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=plain"])).run()
+    monkeypatch.setattr(captured, "EAGER_CALLS", 10**9)
+    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
+    trainer = Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"]))
+    _stop_after(trainer, 7)
+    trainer.run()
+    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"])).run()
+    plain, other = _tensors(_newest(recipe_file, "plain")), _tensors(_newest(recipe_file, "captured"))
+    assert plain.keys() == other.keys()
+    assert [name for name in plain if not torch.equal(plain[name], other[name])] == []
 
 
 def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str, ahead: bool) -> None:
