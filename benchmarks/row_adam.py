@@ -4,9 +4,10 @@
     python benchmarks/row_adam.py --scenes 100 1000 10000 --json row_adam.json
 
 Each step visits as many scenes, drawn uniformly: the more scenes there are, the more steps a visited one owes. Printed
-are medians of one catch_up and step together, on a GPU between CUDA events, on a CPU by the wall clock; on a GPU the
-time in which the host has launched them; the bytes that the operations of a step read and write in rows; and the time
-of torch's Adam over all scenes where memory holds it. Ratios are to the smallest number of scenes.
+are medians of one visit (which copies the rows) and step together, on a GPU between CUDA events, on a CPU by the wall
+clock; on a GPU the time in which the host has launched them, and with the kernels that of a captured graph's replay;
+the bytes that a step reads and writes in rows; and the time of torch's Adam over all scenes where memory holds it.
+Ratios are to the smallest number of scenes.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from igae.scenes import RowAdam
+from igae.scenes import CudaRowAdam, RowAdam, make_row_adam
 from igae.scenes.row_adam import CHUNK
 
 STEP = 20_000  # where in training the optimizer is
@@ -62,11 +63,14 @@ def free_bytes(device: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def medians(call: Callable[[], Any], device: str, warmup: int, repeats: int) -> tuple[float, float | None]:
-    """Milliseconds of a call on the device, and on a GPU also those until it has returned."""
+def medians(
+    call: Callable[[], Any], device: str, warmup: int, repeats: int, prepare: Callable[[], Any] = lambda: None
+) -> tuple[float, float | None]:
+    """Milliseconds of a call on the device, and on a GPU those until it has returned; `prepare` goes before each."""
     times, hosts = [], []
     work = torch.ones(4096, 4096, device=device) if device == "cuda" else None
     for _ in range(warmup + repeats):
+        prepare()
         if work is None:
             start = time.perf_counter()
             call()
@@ -86,9 +90,9 @@ def medians(call: Callable[[], Any], device: str, warmup: int, repeats: int) -> 
     return statistics.median(times[warmup:]), statistics.median(hosts[warmup:]) if hosts else None
 
 
-def trained(parameters: Tensor, rows: int, generator: torch.Generator) -> RowAdam:
+def trained(parameters: Tensor, rows: int, generator: torch.Generator, backend: Any) -> RowAdam:
     """The optimizer at STEP, of scenes that were visited uniformly until then."""
-    adam = RowAdam(parameters)
+    adam = make_row_adam(parameters, backend=backend)
     # Steps since a scene's last visit, where each step visits it with probability rows / scenes.
     missed = torch.empty(len(parameters)).geometric_(min(0.999, rows / len(parameters)), generator=generator) - 1
     visited = STEP - missed.long().clamp(max=STEP - 1)
@@ -109,19 +113,57 @@ def row_adam(args: argparse.Namespace, scenes: int, shape: tuple[int, ...]) -> d
     rows = min(args.rows, scenes)
     gradient = 1e-4 * torch.randn(rows, *shape, device=args.device)
     # Not zeros: on a CPU their memory would be handed out only when a row is first written.
-    adam = trained(torch.full((scenes, *shape), 0.1, device=args.device), rows, generator)
-    calls = 1 + args.warmup + args.repeats
+    adam = trained(torch.full((scenes, *shape), 0.1, device=args.device), rows, generator, args.backend)
+    calls = 2 * (1 + args.warmup + args.repeats)
     drawn = iter([torch.randperm(scenes, generator=generator)[:rows] for _ in range(calls)])
 
     def both() -> None:
         some = next(drawn)
-        adam.catch_up(some)
+        adam.visit(some)
         adam.step(some, gradient, 1e-4)
 
-    with Traffic(gradient) as traffic:
+    if isinstance(adam, CudaRowAdam):
+        some = next(drawn)
+        last = adam.updated[some.to(args.device)].cpu()
+        owing = int(((adam.step_count > last) & (adam.horizon > last - adam.visited.cpu()[some])).sum())
+        # A visit reads parameters and writes copies, and where moves are owed reads and writes all; a step also reads
+        # the gradient.
+        moved = gradient[0].numel() * 4 * (2 * rows + 5 * owing + 7 * rows)
+        drawn = iter([some, *drawn])
         both()
+    else:
+        with Traffic(gradient) as traffic:
+            both()
+        moved = traffic.bytes
     took, host = medians(both, args.device, args.warmup, args.repeats)
-    return {"ms": round(took, 3), "host_ms": host and round(host, 3), "MB": round(traffic.bytes / 1e6, 1)}
+    found = {"ms": round(took, 3), "host_ms": host and round(host, 3), "MB": round(moved / 1e6, 1)}
+    found["GB/s"] = round(moved / took / 1e6)
+    found["graph_ms"] = replayed(args, adam, gradient, drawn) if isinstance(adam, CudaRowAdam) else None
+    return found
+
+
+def replayed(args: argparse.Namespace, adam: CudaRowAdam, gradient: Tensor, drawn: Iterator[Tensor]) -> float:
+    """Milliseconds of a visit and a step that were captured in a graph."""
+    rows, graph = next(drawn).to(args.device), torch.cuda.CUDAGraph()
+    adam.reserve(2 * STEP)
+    with torch.cuda.graph(graph):
+        adam.visit(rows)
+        adam.step(rows, gradient, 1e-4)
+
+    def prepared() -> Iterator[None]:
+        for some in drawn:
+            rows.copy_(some)
+            yield
+
+    waiting = prepared()
+    return round(medians(graph.replay, args.device, args.warmup, args.repeats - 1, lambda: next(waiting))[0], 3)
+
+
+def copy_rate() -> float:
+    """GB read and written a second, by torch's copy of 1 GB."""
+    source = torch.ones(2**28, device="cuda")
+    place = torch.empty_like(source)
+    return 2 * 4 * 2**28 / medians(lambda: place.copy_(source), "cuda", 3, 11)[0] / 1e6
 
 
 def dense_adam(args: argparse.Namespace, scenes: int, shape: tuple[int, ...]) -> float | None:
@@ -155,6 +197,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="side of a plane; default: 64, on a CPU 16")
     parser.add_argument("--features", type=int, help="features of a point in the planes; default: 32, on a CPU 8")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device)
+    parser.add_argument("--backend", choices=["auto", "cuda", "torch"], default="auto")
     parser.add_argument("--repeats", type=int, default=51)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows there too")
@@ -163,7 +206,11 @@ def main() -> None:
     args.features = args.features or (32 if args.device == "cuda" else 8)
     check_memory(args)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, median of {args.repeats}, {args.rows} scenes a step")
+    kind = "torch"
+    if args.device == "cuda":
+        kind = type(make_row_adam(torch.zeros(1, 4, device="cuda"), backend=args.backend)).__name__
+        print(f"copy: {copy_rate():.0f} GB/s, read and written")
+    print(f"{name}, torch {torch.__version__}, {kind}, median of {args.repeats}, {args.rows} scenes a step")
     shape = (3, args.resolution, args.resolution, args.features)
     found: list[dict[str, Any]] = []
     for scenes in sorted(args.scenes):

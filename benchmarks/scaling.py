@@ -11,7 +11,6 @@ weights, planes and their optimizer as in the middle of a long training.
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -23,119 +22,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
-from PIL import Image
 
-import igae.stage
-from igae import config
-from igae.autoencoder import load_autoencoder
-from igae.cameras import orbit
-from igae.data.latents import LatentCache
-from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
-from igae.data.shards import ShardWriter
-from igae.data.streams import ViewBatch
+from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
 from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE
-from igae.recipe import Recipe
-from igae.scenes import SceneBank
-from igae.shares import Data, own_data
-from igae.stage import Stage
-from igae.strategies import Strategy
+from igae.shares import own_data
 
 Figures = dict[str, float]
 
-ROOT = Path(__file__).resolve().parent.parent
-AUTOENCODER = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-}
-VIEWS = 2  # of a scene
-STEP = 20_000  # where in training the planes' optimizer is
 WARM = 10  # steps that are not counted
-
-
-def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) -> str:
-    """Shards of `scenes` scenes and 1,000 photographs, with few different pictures in them."""
-    root = folder / f"shards-{scenes}"
-    root.mkdir()
-    rng, poses = np.random.default_rng(0), orbit(16, 1.3, 0.4).tolist()
-    pictures = []
-    for _ in range(16):
-        out = io.BytesIO()
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((size, size), Image.Resampling.BICUBIC).save(out, "PNG")
-        pictures.append(out.getvalue())
-    lens = [[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]
-    shards: list[Shard] = []
-    for start in range(0, scenes, shard_scenes):
-        name = f"scenes-{len(shards):05d}.tar"
-        writer = ShardWriter(str(root / name), name, "scenes")
-        with writer:
-            for view in range(VIEWS):
-                for scene in range(start, min(start + shard_scenes, scenes)):
-                    place = (scene * 7 + view * 5) % 16
-                    camera = json.dumps({"cam2world": poses[place], "intrinsics": lens}).encode()
-                    members = {"png": pictures[place], "json": camera}
-                    writer.add(f"scene_{scene}/{view}", members, f"scene_{scene}")
-        shards.append(writer.entry())
-    writer = ShardWriter(str(root / "images-00000.tar"), "images-00000.tar", "images")
-    with writer:
-        for i in range(1000):
-            writer.add(f"images/{i}", {"png": pictures[i % 16]})
-    listed = [Scene(i, f"scene_{i}", "toys", VIEWS, 0) for i in range(scenes)]
-    cameras = CameraSummary(1.3, 1.3, 1.3, 1.1)
-    manifest = Manifest(1, (size, size), 0, "toys", [*shards, writer.entry()], listed, 1000, cameras)
-    (root / "manifest.json").write_bytes(manifest.to_json())
-    return str(root)
-
-
-def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
-    settings = [
-        f"data.root={shards}",
-        "data.categories=null",
-        f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
-        "train.joint.weights.photo_lpips=0",  # its weights are a download
-        "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
-        *overrides,
-    ]
-    return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
-
-
-def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache:
-    """A cache as after encoding, without the time that it takes."""
-    scene = torch.tensor([scene.id for scene in data.owned]).repeat(VIEWS)
-    cameras = orbit(16, 1.3, 0.4)[torch.arange(len(scene)) % 16]
-    lens = torch.tensor([[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]).expand(len(scene), 3, 3).contiguous()
-    views = ViewBatch(torch.zeros(len(scene), 1), scene, scene, cameras, lens)
-    return LatentCache([views], lambda _: torch.randn(len(scene), *model.latent_shape, device=device), device)
 
 
 def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: int, overrides: list[str]) -> Figures:
     """Time and memory of steps of this rank, of this process's part of the scenes."""
-    recipe, device = recipe_of(stage_name, shards, overrides), engine.device
-    data = own_data(recipe)
+    device = engine.device
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    # Planes of all scenes at once: one generator a scene takes long on one core.
-    small = recipe.planes.model_copy(update={"resolution": 2, "features": 1})
-    bank = SceneBank(small, [scene.id for scene in data.owned], 0, device)
-    side, features = recipe.planes.resolution, recipe.planes.features
-    bank.planes = torch.empty(len(bank), 3, side, side, features, device=device).normal_(0, 0.1)
-    igae.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
-    stage = Stage("warmup" if stage_name == "warmup" else "joint", recipe, engine, model, bank, data, {})
-    optimizer, count = stage.plane_adam, len(bank)
-    optimizer.exp_avg.normal_(0, 1e-6)
-    optimizer.exp_avg_sq.fill_(1e-10)
-    last = STEP - torch.randint(0, max(1, count // stage.config.batch_size), (count,))
-    optimizer.updated, optimizer.visited, optimizer.step_count = last.clone(), last.clone(), STEP
-    optimizer._rates = torch.full((2 * STEP,), 1e-4, dtype=torch.float64)
+    stage = prepare(engine, model, stage_name, recipe_of(stage_name, shards, overrides))
     times = []
     for step in range(steps + WARM):
         if device.type == "cuda":
@@ -145,7 +51,7 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-        assert outcome.finite
+        assert outcome.read()[0]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     stage.close()
     engine.finish()
@@ -156,18 +62,9 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
     first works and the others wait."""
     engine, channel, world = Engine(), Channel(), world_size()
-    alone: Engine = object.__new__(Engine)
-    alone.device, alone._strategy = engine.device, Strategy(engine.device)
+    single = alone(engine)
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
-    model = IGAE(
-        load_autoencoder(first.autoencoder),
-        torch.Generator().manual_seed(0),
-        first.planes.features,
-        first.render,
-        own_data(first).manifest.image_size,
-        bf16=first.train.precision == "bf16",
-    ).to(engine.device)
-    model.refresh_background()
+    model = model_of(first, own_data(first).manifest.image_size, engine.device)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
@@ -175,7 +72,7 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
             figures = None
             if int(ranks) == world or rank() == 0:
                 os.environ["WORLD_SIZE"] = ranks
-                chosen = engine if int(ranks) == world else alone
+                chosen = engine if int(ranks) == world else single
                 figures = measure(chosen, model, stage, f"{folder}/shards-{scenes}", steps, overrides)
                 os.environ["WORLD_SIZE"] = str(world)
             every = [one for one in channel.gather(figures) if one is not None]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -55,6 +56,15 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * (torch.randn_like(self.mean) if noise is None else noise)
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Keeps the dtype of its input under autocast, which would go on in float32. Statistics are in float32 anyway."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))
+            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
 class Autoencoder(nn.Module):
     """A diffusers autoencoder and the normaliser of its latents, n(z) = tanh(s z).
 
@@ -68,6 +78,9 @@ class Autoencoder(nn.Module):
     def __init__(self, net: nn.Module | None, scale: float | None) -> None:
         super().__init__()
         self.net = net
+        for module in net.modules() if net is not None else ():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = _GroupNorm
         self.register_buffer("scale", torch.tensor(float("nan") if scale is None else scale))
         self.scale: Tensor
 
@@ -75,11 +88,24 @@ class Autoencoder(nn.Module):
     def is_identity(self) -> bool:
         return self.net is None
 
+    def speed_up(self, *, compile: bool, channels_last: bool) -> None:
+        """Change how the network is computed, and nothing of what: with torch.compile, and with channels as the last
+        dimension in memory. Without gradients it is never compiled: there batches have many sizes."""
+        if self.net is None:
+            return
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if compile:
+            for name in ("encoder", "decoder"):
+                if (part := getattr(self.net, name, None)) is not None:
+                    part.compile(dynamic=False)
+
     def posterior(self, images: Tensor) -> Posterior:
         """Encode images [B, 3, H, W] in [-1, 1]."""
         if self.net is None:
             return Posterior(images, None)
-        encoded = self.net.encode(images)
+        with torch.compiler.set_stance("default" if torch.is_grad_enabled() else "force_eager"):
+            encoded = self.net.encode(images)
         if hasattr(encoded, "latent_dist"):
             # The moments in fp32 also under autocast: exp(logvar) overflows half formats.
             mean, logvar = encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
@@ -90,7 +116,8 @@ class Autoencoder(nn.Module):
         """Images [B, 3, H, W], about [-1, 1], of latents [B, c, h, w]."""
         if self.net is None:
             return latents
-        images: Tensor = self.net.decode(latents).sample
+        with torch.compiler.set_stance("default" if torch.is_grad_enabled() else "force_eager"):
+            images: Tensor = self.net.decode(latents).sample
         return images.float()
 
     def normalise(self, latents: Tensor) -> Tensor:

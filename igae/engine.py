@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from igae import distributed
-from igae.strategies import DDP, FSDP, Groups, Sharded, Strategy, adam, finite
+from igae.strategies import DDP, FSDP, Groups, Rates, Sharded, Strategy, adam, finite
 
 LAUNCH = "launch with one of the files in launch/accelerate, e.g. `accelerate launch --config_file "
 
@@ -35,12 +35,13 @@ class Engine:
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
+        run_ahead: on a GPU, leave steps out on the device, without telling the host first.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self, timeout: float = 600.0, run_ahead: bool = False) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -59,11 +60,12 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        self._strategy: Strategy = Strategy(self.device)
+        run_ahead = run_ahead and on_gpu
+        self._strategy: Strategy = Strategy(self.device, run_ahead)
         if deepspeed:
             self._strategy = _DeepSpeed(self.device, self._accelerator)
         elif world > 1:
-            self._strategy = (FSDP if _switch("ACCELERATE_USE_FSDP") else DDP)(self.device)
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, run_ahead)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
 
@@ -71,12 +73,34 @@ class Engine:
     def strategy(self) -> str:
         return self._strategy.name
 
-    def agree(self, *flags: bool | Tensor) -> list[bool]:
-        """Of each flag, whether it is set on all ranks. Collective."""
-        values = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+    @property
+    def replicated(self) -> bool:
+        """Each rank has all of the module."""
+        return not isinstance(self._strategy, Sharded)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Steps can be left out by the device alone: the host need not know whether they were."""
+        return self._strategy.run_ahead
+
+    @property
+    def capturable(self) -> bool:
+        """Forward, backward and step can be captured in a CUDA graph: nothing in them asks the host."""
+        return self.asynchronous and distributed.world_size() == 1
+
+    def agree(self, *flags: bool | Tensor) -> Tensor:
+        """Of each flag, whether it is set on all ranks: 1 or 0, float32 on the device. Collective."""
+        values = torch.stack(
+            [
+                flag.to(self.device, torch.float32)
+                if isinstance(flag, Tensor)
+                else torch.full((), float(flag), device=self.device)
+                for flag in flags
+            ]
+        )
         if distributed.world_size() > 1:
             dist.all_reduce(values, dist.ReduceOp.MIN)
-        return [value > 0 for value in values.tolist()]
+        return values
 
     def prepare(self, module: nn.Module, groups: Groups, *, all_reached: bool = True) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.
@@ -104,11 +128,11 @@ class Engine:
         """Of the shared gradients that this rank holds: a boolean on the device."""
         return finite(self._strategy.gradients(), self.device)
 
-    def step(self, learning_rates: dict[str, float], apply: bool = True) -> bool:
-        """Adam's step with a learning rate for each group (or nothing, without ``apply``), and gradients cleared.
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
+        """Adam's step with a learning rate for each group (or nothing, where ``apply`` is 0), and gradients cleared.
 
         Returns:
-            Whether it was applied: DeepSpeed leaves steps out whose gradients are not finite.
+            1 or 0 on the device, whether it was applied: DeepSpeed leaves steps out whose gradients are not finite.
         """
         return self._strategy.step(learning_rates, apply)
 
@@ -223,7 +247,7 @@ class _DeepSpeed(Sharded):
     def gradients(self) -> list[Tensor]:
         return []  # DeepSpeed looks at them itself
 
-    def step(self, learning_rates: dict[str, float], apply: bool) -> bool:
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:
             return apply
         from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
@@ -240,7 +264,7 @@ class _DeepSpeed(Sharded):
                 gradient.view(-1)[0] = torch.nan
                 safe_set_local_grad(parameter, gradient)
         self.wrapped.step()
-        return not self.optimizer.overflow
+        return torch.full_like(apply, not self.optimizer.overflow)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 """The module that is trained: autoencoder and decoding MLP; views and plane rows in, losses out."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,7 @@ class IGAE(nn.Module):
         background: RGB colour in [0, 1] that fills the views where no object is.
         perceptual: the LPIPS network where a weight asks for it; it is not part of the state.
         bf16: the autoencoder's arithmetic in training is bfloat16; its weights are not.
+        renderer: the backend of `igae.rendering.render`.
     """
 
     def __init__(
@@ -99,9 +101,10 @@ class IGAE(nn.Module):
         background: tuple[float, float, float] = (1.0, 1.0, 1.0),
         perceptual: LPIPS | None = None,
         bf16: bool = False,
+        renderer: Literal["auto", "cuda", "torch"] = "auto",
     ) -> None:
         super().__init__()
-        self.autoencoder, self.options, self.bf16 = autoencoder, options, bf16
+        self.autoencoder, self.options, self.bf16, self.renderer = autoencoder, options, bf16, renderer
         colour = torch.tensor(background).view(1, 3, 1, 1)
         self.register_buffer("plain", (2.0 * colour - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
         channels, height, width = _latent_shape(autoencoder, self.plain)
@@ -110,8 +113,15 @@ class IGAE(nn.Module):
         self.register_buffer("background", torch.zeros(height, width, channels))
         self.plain: Tensor
         self.background: Tensor
+        self._total_variation = total_variation
         # In a tuple, so that it is no submodule: neither trained, nor saved, nor sharded.
         self._perceptual = (perceptual,)
+
+    def speed_up(self, *, compile: bool, channels_last: bool) -> None:
+        """Change how things are computed, not what; see :meth:`Autoencoder.speed_up`."""
+        self.autoencoder.speed_up(compile=compile, channels_last=channels_last)
+        if compile:  # it reads planes many times over otherwise
+            self._total_variation = torch.compile(total_variation)
 
     @torch.no_grad()
     def refresh_background(self) -> None:
@@ -138,6 +148,7 @@ class IGAE(nn.Module):
                 background=self.background,
                 scene=views.index,
                 seed=seed,
+                backend=self.renderer,
             )
         return rendered.features.permute(0, 3, 1, 2), rendered.depth, rendered.opacity
 
@@ -207,7 +218,7 @@ class IGAE(nn.Module):
                 # Planes count by their views: so the loss is a mean over views, however these are split into batches.
                 share = torch.full((len(views.index),), 1 / len(views.index), device=rows.device)
                 shares = torch.zeros(len(rows), device=rows.device).index_add(0, views.index, share)
-                losses["planes_tv"] = total_variation(rows, (2, 3), shares)
+                losses["planes_tv"] = self._total_variation(rows, (2, 3), shares)
             if weights.depth_tv > 0:
                 losses["depth_tv"] = total_variation(depth, (-2, -1))
             if images is not None and weights.rgb > 0:

@@ -122,6 +122,17 @@ class StageConfig(Section):
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
+    renderer: Literal["auto", "cuda", "torch"] = "torch"
+    """`torch`: the plain renderer, the definition; `cuda`: fused kernels; `auto`: cuda where it can. What training with
+    the kernels reaches has not been measured yet."""
+    compile: bool = False
+    """Compile encoder and decoder with torch.compile, a minute at the start. Not where a strategy shards them."""
+    channels_last: bool = False
+    """Weights and activations of the autoencoder with channels as the last dimension in memory; not where sharded."""
+    run_ahead: bool = False
+    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
+    cuda_graph: bool = False
+    """With run_ahead, on one GPU: steps on cached latents are captured in a CUDA graph."""
     warmup: StageConfig
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"
@@ -134,6 +145,12 @@ class TrainConfig(Section):
     """The run stops after so many steps in a row whose loss or gradient was not finite."""
     lpips_weights: str | None = None
     """File with VGG16's weights for LPIPS; fetched into torch's hub cache if left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.cuda_graph and not self.run_ahead:
+            raise ValueError("cuda_graph needs run_ahead: set it to true as well")
+        return self
 
 
 class CheckpointConfig(Section):

@@ -4,32 +4,52 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from igae.captured import CapturedStep
+from igae.data.decoding import to_device
 from igae.data.latents import LatentBatch, LatentCache, LatentLoader
 from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
 from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
-from igae.scenes import RowAdam, SceneBank
+from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
 
 
-@dataclass
 class Outcome:
-    """What a step gave: this rank's losses (on the device, not read); whether they and all gradients of all ranks were
-    finite (where they were not, nothing has been changed); whether a rank was asked to stop."""
+    """What a step gave, without waiting for the device.
 
-    losses: dict[str, Tensor]
-    finite: bool
-    stop: bool
+    Args:
+        losses: of this rank, on the device.
+        applied: 1 where all losses and gradients of all ranks were finite; nothing has been changed where it is 0.
+        go_on: 1 where no rank was asked to stop.
+    """
+
+    def __init__(self, losses: dict[str, Tensor], applied: Tensor, go_on: Tensor) -> None:
+        self.losses = losses
+        flags = torch.stack([applied, go_on])
+        self._ready: torch.cuda.Event | None = None
+        if flags.is_cuda:
+            self._flags = torch.empty(2, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._flags = flags
+
+    def read(self) -> tuple[bool, bool]:
+        """Whether the step was applied, and whether to stop; waits until the device has made it."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        applied, go_on = self._flags.tolist()
+        return applied > 0, go_on == 0
 
 
 class Stage:
@@ -66,6 +86,7 @@ class Stage:
         # Before the engine takes the model apart: cached latents are encoded with it.
         self._streams = dict(self._open_streams(data))
         self._prepare_optimizers()
+        self._captured: CapturedStep | None = None
         self.data_wait = 0.0  # seconds spent waiting for data since it was last set to 0
 
     def _prepare_optimizers(self) -> None:
@@ -77,7 +98,7 @@ class Stage:
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
-        self.plane_adam = RowAdam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
+        self.plane_adam = make_row_adam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
 
     def _open_streams(self, data: Data) -> Iterator[tuple[str, Any]]:
         settings, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")
@@ -153,14 +174,15 @@ class Stage:
             stop: this rank was asked to stop after the step.
             refresh: take the field's background from the autoencoder as it is now.
         """
+        if self._can_be_captured():
+            return self._captured_step(step, stop)
         alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
         photos = self._take("photos", not (alternate and step % 2 == 0))
         batches = self._take("views", not (alternate and step % 2 == 1))
         rows, leaf, places = None, None, None
         if batches is not None:
             rows, index = self.bank.rows_of(torch.cat([batch.scene for batch in batches]))
-            self.plane_adam.catch_up(rows)
-            leaf = self.bank.planes[rows.to(device)]
+            leaf = self.plane_adam.visit(rows)
             leaf.requires_grad_(self.config.learning_rates.planes > 0)
             places = index.split([len(batch.scene) for batch in batches])
         total: dict[str, Tensor] = {}
@@ -171,7 +193,7 @@ class Stage:
             losses: dict[str, Tensor] = self.engine.forward(
                 leaf,
                 _views_on(batches[i], places[i], device) if batches is not None and places is not None else None,
-                photos[i].to(device, non_blocking=True) if photos is not None else None,
+                to_device(photos[i], device) if photos is not None else None,
                 self.config.weights,
                 self.recipe.autoencoder.latents == "sample",
                 seed,
@@ -188,14 +210,40 @@ class Stage:
         agreed, go_on = self.engine.agree(finite, not stop)
         rates = self.learning_rates(step)
         applied = self.engine.step(rates, agreed)
-        if applied and gradient is not None:
+        if gradient is not None:
             assert rows is not None
-            self.plane_adam.step(rows, gradient / world_size(), rates["planes"])
-        return Outcome(total, applied, not go_on)
+            self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / world_size(), apply=applied)
+        return Outcome(total, applied, go_on)
+
+    def _can_be_captured(self) -> bool:
+        """Whether all that a step does can be in a CUDA graph."""
+        config = self.config
+        fits = self.engine.capturable and config.uses_cached_latents and not config.photos and config.accumulate == 1
+        fits = fits and config.learning_rates.planes > 0 and isinstance(self.plane_adam, CudaRowAdam)
+        return fits and self.recipe.train.cuda_graph
+
+    def _captured_step(self, step: int, stop: bool) -> Outcome:
+        loader, rates = self._streams["views"], self.learning_rates(step)
+        if self._captured is None:
+            self.plane_adam.reserve(self.plane_adam.step_count + self.steps)
+            self._captured = CapturedStep(
+                self.engine,
+                self.model,
+                self.plane_adam,
+                loader.cache,
+                self.config.weights,
+                self.config.batch_size,
+                list(rates),
+            )
+        view = loader.take()
+        self.consumed["views"] += len(view)
+        rows, index = self.bank.rows_of(loader.cache.scene[view])
+        seed = derive_seed(self.recipe.seed, self.name, step, rank(), 0)
+        return Outcome(*self._captured(rows, index, view, seed, stop, rates))
 
 
 def _views_on(batch: ViewBatch | LatentBatch, index: Tensor, device: torch.device) -> Views:
-    index = index.to(device, non_blocking=True)
+    index = to_device(index, device)
     if isinstance(batch, LatentBatch):
         return Views(index, batch.cam2world, batch.intrinsics, latents=batch.latents)
     batch = batch.to(device, non_blocking=True)
@@ -209,7 +257,7 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
     @torch.no_grad()
     def encode(batch: ViewBatch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
-            posterior = model.autoencoder.posterior(to_signed(batch.images.to(device, non_blocking=True)))
+            posterior = model.autoencoder.posterior(to_signed(to_device(batch.images, device)))
         if not sample:
             return posterior.mean
         noise, generator = torch.empty(posterior.mean.shape), torch.Generator()

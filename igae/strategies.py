@@ -4,7 +4,7 @@
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 Groups = Sequence[tuple[str, list[nn.Parameter]]]
 """Named groups of parameters, one for each learning rate."""
+Rates = Mapping[str, float | Tensor]
+"""Learning rates by the names of groups; as tensors only where steps are captured in a CUDA graph."""
 
 
 def finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -24,9 +26,13 @@ def finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).sum().isfinite()
 
 
-def adam(groups: Groups, device: torch.device) -> torch.optim.Adam:
-    settings = [{"params": parameters, "name": name, "lr": 0.0} for name, parameters in groups]
-    return torch.optim.Adam(settings, fused=device.type == "cuda")
+def adam(groups: Groups, device: torch.device, capturable: bool = False) -> torch.optim.Adam:
+    """With `capturable`, which a CUDA graph needs, learning rates are tensors on the device."""
+    settings = [
+        {"params": parameters, "name": name, "lr": torch.zeros((), device=device) if capturable else 0.0}
+        for name, parameters in groups
+    ]
+    return torch.optim.Adam(settings, fused=device.type == "cuda", capturable=capturable)
 
 
 class Strategy:
@@ -34,8 +40,8 @@ class Strategy:
 
     name = "one process"
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
+        self.device, self.run_ahead = device, run_ahead
         self.optimizer: Any = None
         self.module: nn.Module = nn.Module()  # what was given to prepare
         self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
@@ -44,7 +50,7 @@ class Strategy:
     def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
         self.drop()
         self.module = self.trained = module
-        self.optimizer = adam(groups, self.device) if groups else None
+        self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
         self.wrapped = self.wrap(module, all_reached) if groups else module
 
     def wrap(self, module: nn.Module, all_reached: bool) -> Any:
@@ -67,12 +73,20 @@ class Strategy:
         grads = [p.grad for p in self.parameters().values() if p.grad is not None]
         return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 
-    def step(self, learning_rates: dict[str, float], apply: bool) -> bool:
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:
             return apply
-        if apply:
+        if self.run_ahead:
+            self.optimizer.found_inf = 1.0 - apply  # a fused Adam looks at it there: gradient scalers do the same
+        if self.run_ahead or apply:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rates[group["name"]]
+                rate = learning_rates[group["name"]]
+                if not self.run_ahead:
+                    group["lr"] = rate
+                elif isinstance(rate, Tensor):
+                    group["lr"].copy_(rate)
+                else:
+                    group["lr"].fill_(rate)
                 for parameter in group["params"]:
                     # All parameters step together, as in DeepSpeed's flat ones: one that a step does not reach still
                     # moves by its momentum.

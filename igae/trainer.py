@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,12 +33,14 @@ from igae.recipe import Recipe, StageName
 from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
 from igae.shares import log_ranks, own_data, scene_bytes
-from igae.stage import Stage, fit_scale
+from igae.stage import Outcome, Stage, fit_scale
 from igae.tracking import Tracker
 
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
 # Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
 BACKGROUND_EVERY = 50
+# Steps that the host may be ahead of what it knows of the device's.
+LAG = 2
 SHOWN = (
     "heldout/rgb_psnr",
     "heldout/constant_psnr",
@@ -70,7 +73,7 @@ class Trainer:
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
         self.data = own_data(recipe)
-        self.engine = Engine(recipe.train.timeout)
+        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead)
         self.channel = Channel(recipe.train.timeout)
         device, owned = self.engine.device, self.data.owned
         if rank() == 0:
@@ -87,7 +90,10 @@ class Trainer:
             recipe.data.background,
             perceptual.to(device) if perceptual is not None else None,
             bf16=recipe.train.precision == "bf16",
+            renderer=recipe.train.renderer,
         ).to(device)
+        if self.engine.replicated:
+            self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)
         self.bank = SceneBank(recipe.planes, [scene.id for scene in owned], recipe.seed, device)
         digest = hashlib.sha256("".join(shard.sha256 for shard in self.data.manifest.shards).encode()).hexdigest()
@@ -227,6 +233,8 @@ class Trainer:
     def _loop(self, stage: Stage) -> None:
         recipe, progress = self.recipe, self.progress
         refresh = stage.config.learning_rates.encoder > 0
+        lag = LAG if self.engine.asynchronous else 0
+        open_steps: deque[tuple[int, Outcome]] = deque()
         with _progress_bar(stage.name, progress.step, stage.steps) as bar:
             self.model.train()
             start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
@@ -235,32 +243,41 @@ class Trainer:
                 outcome = stage.step(step, asked, refresh and step % BACKGROUND_EVERY == 0)
                 progress.step, progress.total = step + 1, progress.total + 1
                 progress.consumed = dict(stage.consumed)
-                progress.skipped += not outcome.finite
-                progress.skipped_in_a_row = 0 if outcome.finite else progress.skipped_in_a_row + 1
-                if progress.skipped_in_a_row >= recipe.train.max_skipped:
-                    raise TrainingError(
-                        f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to "
-                        f"step {progress.total}: lower train.{stage.name}.learning_rates or use train.precision=fp32; "
-                        f"the last good checkpoint is in {self.checkpoints}"
-                    )
-                if progress.step % recipe.tracking.every == 0 or progress.step == stage.steps:
+                open_steps.append((progress.total, outcome))
+                due = [progress.step % n == 0 for n in (recipe.tracking.every, recipe.checkpoint.every)]
+                evaluates = recipe.evaluation.every > 0 and progress.step % recipe.evaluation.every == 0
+                settle_all = any(due) or evaluates or progress.step == stage.steps
+                while len(open_steps) > (0 if settle_all or self._stopped else lag):
+                    self._settle(stage, *open_steps.popleft())
+                if due[0] or progress.step == stage.steps:
                     seconds = time.perf_counter() - start
                     note = self._report(stage, outcome.losses, progress.step - first, seconds)
                     bar.set_postfix_str(note, refresh=False)
                     start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
                 bar.update()
-                if outcome.stop:
-                    self._stopped = True
-                    return
-                if progress.step == stage.steps:
+                if self._stopped or progress.step == stage.steps:
                     return
                 # Before the checkpoint: evaluation catches the planes up, and a resumed run must find them so.
-                if recipe.evaluation.every and progress.step % recipe.evaluation.every == 0:
+                if evaluates:
                     stage.plane_adam.catch_up()
                     self._evaluate(stage.name, last=False)
                 # While steps are skipped, what makes them fail may be in the weights: keep the checkpoints from before.
-                if progress.step % recipe.checkpoint.every == 0 and not progress.skipped_in_a_row:
+                if due[1] and not progress.skipped_in_a_row:
                     self._save(stage)
+
+    def _settle(self, stage: Stage, total: int, outcome: Outcome) -> None:
+        """Take note of how a step went; the same on all ranks."""
+        applied, stop = outcome.read()
+        self._stopped |= stop
+        progress = self.progress
+        progress.skipped += not applied
+        progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
+        if progress.skipped_in_a_row >= self.recipe.train.max_skipped:
+            raise TrainingError(
+                f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
+                f"{total}: lower train.{stage.name}.learning_rates or use train.precision=fp32; the last good "
+                f"checkpoint is in {self.checkpoints}"
+            )
 
     def _report(self, stage: Stage, losses: dict[str, Tensor], steps: int, seconds: float) -> str:
         """Write down the means over the ranks of some steps' figures; returns a note for the progress bar."""

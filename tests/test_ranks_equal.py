@@ -119,7 +119,7 @@ def train(
     for step in range(STEPS):
         poison = step == POISONED
         outcome = stage.step(step, refresh=step % 10 == 0)
-        assert outcome.finite == (not poison) and not outcome.stop
+        assert outcome.read() == (not poison, False)
         if step == 0:
             with engine.weights():
                 still = [name for name, value in model.named_parameters() if torch.equal(value, start[name])]

@@ -343,6 +343,8 @@ def test_mlp_initialisation_and_ranges() -> None:
         ({"noise": (torch.zeros(60, 6), torch.zeros(60, 4))}, r"noise\[1\] is \[60, 4\]; it must be \[60, 5\]"),
         ({"noise": (torch.zeros(60, 6), torch.zeros(60, 5)), "seed": 1}, "both seed and noise"),
         ({"backend": "metal"}, "backend is 'metal'"),
+        ({"backend": "cuda"}, "backend is cuda, but planes are on cpu"),
+        ({"planes": torch.zeros(2, 3, 6, 6, 4).bfloat16()}, "torch.bfloat16, which only the cuda backend takes"),
     ],
 )
 def test_render_refuses(change: dict[str, Any], message: str) -> None:

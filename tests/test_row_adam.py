@@ -370,3 +370,21 @@ def test_rows_may_come_in_any_order() -> None:
     plain, _ = run(moves)
     turned, _ = run([(rows.flip(0), gradient.flip(0), rate) for rows, gradient, rate in moves])
     assert (plain - turned).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_visits_padding_scales_and_steps_that_are_not_made(mode: str) -> None:
+    moves = history(13, 60)
+    plain, adam = run(moves, mode)
+    parameters = start()
+    other = RowAdam(parameters, mode=mode)  # type: ignore[arg-type]
+    for rows, gradient, rate in moves:
+        padded, more = torch.cat([rows, torch.tensor([-1])]), torch.cat([gradient, torch.full((1, *SHAPE), torch.nan)])
+        copies = other.visit(padded)
+        assert torch.equal(copies[:-1], parameters[rows]) and not copies[-1].any()
+        copies.fill_(torch.nan)
+        other.step(padded, torch.full_like(more, torch.nan), 1.0, apply=torch.tensor(False))
+        other.step(padded, 4 * more, torch.tensor(rate, dtype=torch.float64), scale=0.25, apply=torch.tensor(1))
+    other.reserve(5000)
+    assert torch.equal(plain, parameters) and other.step_count == len(moves)
+    assert [name for name, value in adam.state().items() if not torch.equal(value, other.state()[name])] == []

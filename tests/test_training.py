@@ -18,9 +18,11 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train
-from igae import checkpoint, config
+from igae import captured, checkpoint, config
+from igae.engine import Engine
 from igae.recipe import Recipe
-from igae.trainer import Trainer
+from igae.stage import Stage
+from igae.trainer import LAG, Trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,7 +211,45 @@ def _poison_from(trainer: Trainer, total: int) -> None:
     trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
 
 
-def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str) -> None:
+@pytest.fixture(params=[False, True], ids=["host waits", "host ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the host learns how a step went while later ones are made, as on a GPU."""
+    if request.param:
+        monkeypatch.setattr(Engine, "asynchronous", property(lambda _: True))
+    return bool(request.param)
+
+
+def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["train.warmup.epochs=1", "train.joint.epochs=2", "tracking.every=7", "checkpoint.every=5"]
+    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=waits"])).run()
+    monkeypatch.setattr(Engine, "asynchronous", property(lambda _: True))
+    recipe = config.load(Recipe, recipe_file, [*short, "experiment=ahead"])
+    first = Trainer(recipe)
+    _stop_after(first, 7)
+    first.run()
+    assert 7 <= first.progress.total <= 7 + LAG  # the stop is seen a little later, and the steps until then are made
+    Trainer(recipe).run()
+    waits, ahead = _tensors(_newest(recipe_file, "waits")), _tensors(_newest(recipe_file, "ahead"))
+    assert waits.keys() == ahead.keys()
+    assert [name for name in waits if not torch.equal(waits[name], ahead[name])] == []
+
+
+def test_the_step_that_is_captured_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its padded rows, and what it is told in one tensor; the CUDA graph itself is tested on a GPU."""
+    short = ["train.warmup.epochs=3", "train.joint.epochs=0", "tracking.every=7"]
+    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=plain"])).run()
+    monkeypatch.setattr(captured, "EAGER_CALLS", 10**9)
+    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
+    trainer = Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"]))
+    _stop_after(trainer, 7)
+    trainer.run()
+    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"])).run()
+    plain, other = _tensors(_newest(recipe_file, "plain")), _tensors(_newest(recipe_file, "captured"))
+    assert plain.keys() == other.keys()
+    assert [name for name in plain if not torch.equal(plain[name], other[name])] == []
+
+
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str, ahead: bool) -> None:
     recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.joint.epochs=1", "train.max_skipped=3"])
     trainer = Trainer(recipe)
     trainer.run("warmup")
@@ -223,7 +263,7 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: 
     assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
 
 
-def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(recipe_file: str) -> None:
+def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(recipe_file: str, ahead: bool) -> None:
     options = ["train.warmup.epochs=1", "train.joint.epochs=0", "checkpoint.every=1", "checkpoint.keep=9"]
     trainer = Trainer(config.load(Recipe, recipe_file, options))
     _poison_from(trainer, 5)
@@ -237,7 +277,7 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
     "overrides",
     [
         ["train.joint.alternate=true"],
-        ["train.precision=bf16"],
+        ["train.precision=bf16", "train.channels_last=true"],
         ["train.joint.weights.depth_tv=0.01", "autoencoder.latents=mean", "autoencoder.scale=0.5"],
         [
             "train.joint.learning_rates={decoder: 1.0e-4}",

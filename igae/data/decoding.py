@@ -16,6 +16,13 @@ from torch.utils.data import Dataset
 from igae.data.shards import Record, ShardError, wrong
 
 
+def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+    """A tensor of the CPU on another device. A copy from memory that is not pinned would wait for the device."""
+    if non_blocking and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
+
+
 @dataclass
 class ViewBatch:
     """Views of scenes.
@@ -36,7 +43,7 @@ class ViewBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
         """The batch on another device."""
-        return ViewBatch(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+        return ViewBatch(**{name: to_device(value, device, non_blocking) for name, value in vars(self).items()})
 
 
 B = TypeVar("B", ViewBatch, Tensor)

@@ -61,7 +61,8 @@ class LatentLoader(Iterator[LatentBatch]):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "latents", epoch))
         return torch.randperm(len(self.cache), generator=generator)
 
-    def __next__(self) -> LatentBatch:
+    def take(self) -> Tensor:
+        """Places in the cache, int64 [batch_size] on the CPU, of the views of the next batch."""
         epoch, position, parts, missing = self.state.epoch, self.state.position, [], self.batch_size
         while missing > 0:
             if position == len(self.cache):
@@ -71,7 +72,10 @@ class LatentLoader(Iterator[LatentBatch]):
             parts.append(part)
             position, missing = position + len(part), missing - len(part)
         self.state = StreamState(epoch, position)
-        view = torch.cat(parts)
+        return torch.cat(parts)
+
+    def __next__(self) -> LatentBatch:
+        view = self.take()
         index = view.to(self.cache.latents.device)
         return LatentBatch(
             self.cache.latents[index],

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`render`: checks the arguments and hands them to a backend."""
 
+import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from igae.rendering.cuda import render_cuda, unsupported
 from igae.rendering.mlp import DecodingMLP
 from igae.rendering.options import Rendered, RenderOptions
 from igae.rendering.reference import render_torch
 
-BACKENDS = {"torch": render_torch}
+BACKENDS = {"torch": render_torch, "cuda": render_cuda}
+
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 def render(
@@ -25,13 +30,13 @@ def render(
     scene: Tensor | None = None,
     seed: int | Tensor | None = None,
     noise: tuple[Tensor, Tensor] | None = None,
-    backend: Literal["auto", "torch"] = "auto",
+    backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> Rendered:
     """Render B views of S tri-planes.
 
     Args:
-        planes: [S, 3, R, R, C], float32 or float64. Axes: scene, plane, row, column, feature; of plane axes (a, b) the
-            coordinate a runs along columns and b along rows.
+        planes: [S, 3, R, R, C], float32, float64 (torch backend) or bfloat16 (cuda backend). Axes: scene, plane, row,
+            column, feature; of plane axes (a, b) the coordinate a runs along columns and b along rows.
         mlp: from C features to a density and c colour channels.
         cam2world: [B, 4, 4], OpenCV cameras (x right, y down, z forward).
         intrinsics: [B, 3, 3], normalised by the image's width and height.
@@ -42,10 +47,10 @@ def render(
         seed: makes the samples' jitter, together with the ray's place in the batch: an integer, or a 0-d int64 tensor.
         noise: the jitter itself, [B * h * w, coarse_samples] and [B * h * w, fine_samples] in [0, 1). With neither
             seed nor noise every jitter is 1/2.
-        backend: "auto" takes the best that is there.
+        backend: "auto" takes cuda where it can, and says in the log, once, which it took and why.
 
     Gradients flow to planes, mlp and background; cameras and positions of samples get none. Under autocast only the
-    MLP runs in the lower precision.
+    MLP runs in the lower precision (torch backend), or nothing does (cuda backend: see RenderOptions.precision).
 
     Raises:
         ValueError: a shape, dtype or device that does not fit, which it names.
@@ -71,8 +76,17 @@ def render(
             raise ValueError(f"{name} is on {tensor.device} and planes are on {planes.device}; move them together")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
-    run = BACKENDS["torch" if backend == "auto" else backend]
-    return run(planes, mlp, cam2world, intrinsics, size, options, background, scene, seed, noise)
+    chosen = backend
+    if backend == "auto":
+        why = unsupported(planes, mlp, size, options)
+        chosen = "cuda" if why is None else "torch"
+        message = f"the renderer uses {chosen}: {why or 'the kernels support this'}"
+        if not torch.compiler.is_compiling() and message not in _said:
+            _said.add(message)
+            _log.info(message)
+    if chosen == "torch" and planes.dtype == torch.bfloat16:
+        raise ValueError("planes are torch.bfloat16, which only the cuda backend takes")
+    return BACKENDS[chosen](planes, mlp, cam2world, intrinsics, size, options, background, scene, seed, noise)
 
 
 def _check(
@@ -86,8 +100,8 @@ def _check(
     shape = list(planes.shape)
     if planes.ndim != 5 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape:
         raise ValueError(f"planes are {shape}; they must be [scenes, 3, R, R, C]")
-    if planes.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"planes are {planes.dtype}; they must be torch.float32 or torch.float64")
+    if planes.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"planes are {planes.dtype}; they must be torch.float32, torch.float64 or torch.bfloat16")
     if shape[4] != mlp.in_channels:
         raise ValueError(f"planes are {shape} with {shape[4]} features and the MLP takes {mlp.in_channels}")
     if cam2world.ndim != 3 or cam2world.shape[1:] != (4, 4) or cam2world.shape[0] == 0:

@@ -32,6 +32,12 @@ class RenderOptions:
     reduce: Literal["sum", "product"] = "sum"
     """How the features of the three planes become one."""
 
+    precision: Literal["fp32", "tf32"] = "tf32"
+    """Of the CUDA kernels' matrix products; tf32 rounds their operands to 11 bits. The torch backend ignores it."""
+    deterministic: bool = False
+    """Whether the CUDA kernels' gradients are the same bits each time, which is slower.
+    `torch.use_deterministic_algorithms` asks for the same."""
+
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
@@ -39,6 +45,7 @@ class RenderOptions:
             ("spacing", self.spacing, ("depth", "disparity")),
             ("axes", self.axes, ("orthogonal", "eg3d")),
             ("reduce", self.reduce, ("sum", "product")),
+            ("precision", self.precision, ("fp32", "tf32")),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
@@ -58,7 +65,7 @@ class RenderOptions:
 
 
 class Rendered(NamedTuple):
-    """Images of B views, h x w pixels, c channels, in the dtype of the planes."""
+    """Images of B views, h x w pixels, c channels, in the dtype of the planes (float32 for bfloat16 ones)."""
 
     features: Tensor
     """[B, h, w, c] in [-1, 1], up to the 0.002 by which colours may overshoot."""

@@ -3,5 +3,6 @@
 
 from igae.scenes.bank import PlanesConfig, SceneBank
 from igae.scenes.row_adam import RowAdam
+from igae.scenes.row_adam_cuda import CudaRowAdam, make_row_adam
 
-__all__ = ["PlanesConfig", "RowAdam", "SceneBank"]
+__all__ = ["CudaRowAdam", "PlanesConfig", "RowAdam", "SceneBank", "make_row_adam"]

@@ -15,6 +15,13 @@ SPREAD = 1.2
 NODES = 3
 
 
+def horizon_of(betas: tuple[float, float]) -> int:
+    """Steps after which a row without gradient rests. Raises ValueError for betas that are out of range."""
+    if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
+        raise ValueError(f"optimizer of the planes: betas must be in [0, 1) and (0, 1), not {betas}")
+    return math.ceil(math.log(1e-9) / math.log(betas[0])) if betas[0] > 0 else 1
+
+
 class RowAdam:
     """Adam (Kingma & Ba, ICLR 2015) for a tensor of which each step has gradients of a few rows only.
 
@@ -28,7 +35,9 @@ class RowAdam:
 
     ``lazy`` leaves a row as it is between its visits; its bias correction counts its own visits.
 
-    Neither :meth:`catch_up` nor :meth:`step` waits for the device.
+    Rows are int64 [S], distinct; entries of -1 are padding and stand for no row. No method waits for the device, but
+    :meth:`state` and :meth:`load_state` and what is given rows, a rate or a flag there. For planes on a GPU
+    :class:`igae.scenes.CudaRowAdam` does the same and waits for nothing.
 
     Args:
         parameters: [N, ...], float32 or float64. Updated in place.
@@ -43,32 +52,41 @@ class RowAdam:
         eps: float = 1e-8,
         mode: Literal["exact", "lazy"] = "exact",
     ) -> None:
-        if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
-            raise ValueError(f"optimizer of the planes: betas must be in [0, 1) and (0, 1), not {betas}")
+        self.horizon = horizon_of(betas)
         self.parameters = parameters
         self.exp_avg = torch.zeros_like(parameters)
         self.exp_avg_sq = torch.zeros_like(parameters)
         self.betas, self.eps, self.mode = betas, eps, mode
-        self.horizon = math.ceil(math.log(1e-9) / math.log(betas[0])) if betas[0] > 0 else 1
         count = len(parameters)
         # On the CPU: they decide what is launched, and reading them must not wait for the device.
         self.updated = torch.zeros(count, dtype=torch.int64)  # exact: last step applied; lazy: number of visits
         self.visited = torch.zeros(count, dtype=torch.int64)  # exact: step of the last gradient, 0 = never
-        self.step_count = 0
+        self._steps = 0
         self._rates = torch.zeros(1024, dtype=torch.float64)  # learning rate of every step so far, grown by doubling
         self._eps = torch.full((), eps, dtype=parameters.dtype, device=parameters.device)
+
+    @property
+    def step_count(self) -> int:
+        """Steps so far."""
+        return self._steps
+
+    def reserve(self, steps: int) -> None:
+        """Make room for the learning rates of so many steps in all, those that were made among them."""
+        if steps > len(self._rates):
+            self._rates = torch.cat([self._rates, torch.zeros(steps - len(self._rates), dtype=torch.float64)])
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
         """Apply the moves that rows still owe, up to the current step (exact mode; nothing to do in lazy mode).
 
         Args:
-            rows: int64 [S] on the CPU, distinct; None for all rows.
+            rows: None for all rows.
         """
         if self.mode == "lazy":
             return
-        rows = torch.arange(len(self.parameters)) if rows is None else rows
-        until = (self.visited[rows] + self.horizon).clamp(max=self.step_count)
+        rows = torch.arange(len(self.parameters)) if rows is None else rows.cpu()
+        rows = rows[rows >= 0]
+        until = (self.visited[rows] + self.horizon).clamp(max=self._steps)
         owed = torch.where(self.visited[rows] > 0, until - self.updated[rows], 0)
         rows, owed = rows[owed > 0], owed[owed > 0]
         for some, left in zip(rows.split(CHUNK), owed.split(CHUNK), strict=True):
@@ -76,11 +94,20 @@ class RowAdam:
                 left = left - self._move(some, left)
                 some, left = some[left > 0], left[left > 0]
 
+    @torch.no_grad()
+    def visit(self, rows: Tensor) -> Tensor:
+        """Catch rows up and return copies of them, [S, ...]; zeros for padding."""
+        rows = rows.cpu()
+        self.catch_up(rows)
+        copies = self.parameters[self._sent(rows.clamp(min=0))]
+        padding = (rows < 0).nonzero()[:, 0]
+        return copies.index_fill_(0, self._sent(padding), 0.0) if len(padding) > 0 else copies
+
     def _move(self, rows: Tensor, owed: Tensor) -> Tensor:
         """Make the first of the owed moves that can be made in one go; returns their number, [S], at least 1."""
         past = torch.arange(1, int(owed.max()) + 1)[:, None]
         steps = self.updated[rows] + past
-        rates = self._rates[(steps - 1).clamp(max=self.step_count - 1)]
+        rates = self._rates[(steps - 1).clamp(max=self._steps - 1)]
         # In a step without gradient the moments are decayed by the steps since the last one that was applied.
         size, root = self._factors(steps, rates)
         size, root = size * self.betas[0] ** past.double(), root * self.betas[1] ** (0.5 * past.double())
@@ -105,14 +132,18 @@ class RowAdam:
 
     def _send(self, rows: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Rows, and factors [S] or [K, S] of them, on the device; factors as [S, 1, ...] or [K, S, 1, ...]."""
-        device = self.parameters.device
-        table = torch.cat([torch.atleast_2d(factor) for factor in factors]).to(self.parameters.dtype)
-        if device.type == "cuda":  # a copy of pageable memory would wait for all work before it
-            rows, table = rows.pin_memory(), table.pin_memory()
-        rows, table = rows.to(device, non_blocking=True), table.to(device, non_blocking=True)
+        table = self._sent(torch.cat([torch.atleast_2d(factor) for factor in factors]).to(self.parameters.dtype))
         table = table[(...,) + (None,) * (self.parameters.ndim - 1)]
         parts = table.split([1 if factor.ndim == 1 else len(factor) for factor in factors])
-        return rows, [part[0] if factor.ndim == 1 else part for factor, part in zip(factors, parts, strict=True)]
+        return self._sent(rows), [
+            part[0] if factor.ndim == 1 else part for factor, part in zip(factors, parts, strict=True)
+        ]
+
+    def _sent(self, table: Tensor) -> Tensor:
+        """A tensor of the CPU, on the device."""
+        if self.parameters.device.type == "cuda":  # a copy of pageable memory would wait for all work before it
+            table = table.pin_memory()
+        return table.to(self.parameters.device, non_blocking=True)
 
     def _apply(self, p: Tensor, m: Tensor, v: Tensor, weights: Tensor, scales: Tensor) -> None:
         """Subtract the sum over k of weights[k] m / (scales[k] sqrt(v) + eps)."""
@@ -123,20 +154,38 @@ class RowAdam:
         p.addcmul_(m, total, value=-1)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, gradient: Tensor, lr: float) -> None:
+    def step(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        lr: float | Tensor,
+        *,
+        scale: float = 1.0,
+        apply: Tensor | None = None,
+    ) -> None:
         """One Adam step of the whole tensor, of which only some rows have a gradient.
 
         Args:
-            rows: int64 [S] on the CPU, distinct. In exact mode they must have been caught up since the last step:
-                their gradient was taken where they stand now.
-            gradient: [S, ...].
-            lr: learning rate of this step.
+            rows: in exact mode they must have been caught up since the last step: their gradient was taken where they
+                stand now. What the gradient is of padding doesn't matter.
+            gradient: [S, ...], of the loss times 1 / scale.
+            lr: learning rate of this step, a number or 0-d.
+            scale: factor of the gradient.
+            apply: 0-d; where it is zero there is no step and nothing changes.
         """
-        if self.step_count == len(self._rates):
-            self._rates = torch.cat([self._rates, torch.zeros(max(1024, self.step_count), dtype=torch.float64)])
-        self._rates[self.step_count] = lr
-        self.step_count += 1
-        now = self.step_count
+        if apply is not None and not apply:
+            return
+        rows, rate = rows.cpu(), float(lr)
+        if scale != 1:
+            gradient = gradient * scale
+        kept = (rows >= 0).nonzero()[:, 0]
+        if len(kept) < len(rows):
+            rows, gradient = rows[kept], gradient[self._sent(kept)]
+        if self._steps == len(self._rates):
+            self.reserve(max(1024, 2 * self._steps))
+        self._rates[self._steps] = rate
+        self._steps += 1
+        now = self._steps
         if self.mode == "exact":
             steps = torch.full_like(rows, now)
             # Steps beyond the horizon moved nothing, but the moments decayed in them.
@@ -144,24 +193,24 @@ class RowAdam:
         else:
             steps = self.updated[rows] + 1
             decayed = torch.ones_like(rows)
-        size, root = self._factors(steps, torch.full(rows.shape, lr, dtype=torch.float64))
-        where, (weight, scale, decay1, decay2) = self._send(rows, size[None], root[None], *self._decays(decayed))
+        size, root = self._factors(steps, torch.full(rows.shape, rate, dtype=torch.float64))
+        where, (weight, place, decay1, decay2) = self._send(rows, size[None], root[None], *self._decays(decayed))
         p, m, v = self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where]
         m.mul_(decay1).add_(gradient, alpha=1 - self.betas[0])
         v.mul_(decay2).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        self._apply(p, m, v, weight, scale)
+        self._apply(p, m, v, weight, place)
         self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where] = p, m, v
         self.updated[rows] = steps
         self.visited[rows] = now
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the parameters, by name; rows first in all but ``learning_rates``."""
+        """Everything but the parameters, by name; rows first in all but ``learning_rates`` (on the CPU)."""
         return {
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
             "updated": self.updated,
             "visited": self.visited,
-            "learning_rates": self._rates[: self.step_count].clone(),
+            "learning_rates": self._past_rates(),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -171,8 +220,14 @@ class RowAdam:
             if own.shape != state[name].shape:
                 raise ValueError(f"optimizer of the planes: {name} is {list(state[name].shape)}, not {list(own.shape)}")
             own.copy_(state[name])
-        self._rates = state["learning_rates"].clone()
-        self.step_count = len(self._rates)
+        self._load_rates(state["learning_rates"])
+
+    def _past_rates(self) -> Tensor:
+        return self._rates[: self._steps].clone()
+
+    def _load_rates(self, rates: Tensor) -> None:
+        self._rates = rates.to("cpu", torch.float64, copy=True)
+        self._steps = len(rates)
 
 
 def quadrature(masses: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps for benchmarks: shards, a model of Stable Diffusion's size with random weights, and stages that are in
+the middle of a long training."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import igae.stage
+from igae import config
+from igae.autoencoder import load_autoencoder
+from igae.cameras import orbit
+from igae.data.latents import LatentCache
+from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
+from igae.data.shards import ShardWriter
+from igae.data.streams import ViewBatch
+from igae.engine import Engine
+from igae.model import IGAE
+from igae.recipe import Recipe
+from igae.scenes import SceneBank
+from igae.shares import Data, own_data
+from igae.stage import Stage
+from igae.strategies import Strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+
+AUTOENCODER = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 16,
+}
+VIEWS = 2  # of a scene
+STEP = 20_000  # where in training the planes' optimizer is
+
+
+def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) -> str:
+    """Shards of `scenes` scenes and 1,000 photographs, with few different pictures in them."""
+    root = folder / f"shards-{scenes}"
+    root.mkdir()
+    rng, poses = np.random.default_rng(0), orbit(16, 1.3, 0.4).tolist()
+    pictures = []
+    for _ in range(16):
+        out = io.BytesIO()
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(out, "PNG")
+        pictures.append(out.getvalue())
+    lens = [[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]
+    shards: list[Shard] = []
+    for start in range(0, scenes, shard_scenes):
+        name = f"scenes-{len(shards):05d}.tar"
+        writer = ShardWriter(str(root / name), name, "scenes")
+        with writer:
+            for view in range(VIEWS):
+                for scene in range(start, min(start + shard_scenes, scenes)):
+                    place = (scene * 7 + view * 5) % 16
+                    camera = json.dumps({"cam2world": poses[place], "intrinsics": lens}).encode()
+                    members = {"png": pictures[place], "json": camera}
+                    writer.add(f"scene_{scene}/{view}", members, f"scene_{scene}")
+        shards.append(writer.entry())
+    writer = ShardWriter(str(root / "images-00000.tar"), "images-00000.tar", "images")
+    with writer:
+        for i in range(1000):
+            writer.add(f"images/{i}", {"png": pictures[i % 16]})
+    listed = [Scene(i, f"scene_{i}", "toys", VIEWS, 0) for i in range(scenes)]
+    cameras = CameraSummary(1.3, 1.3, 1.3, 1.1)
+    manifest = Manifest(1, (size, size), 0, "toys", [*shards, writer.entry()], listed, 1000, cameras)
+    (root / "manifest.json").write_bytes(manifest.to_json())
+    return str(root)
+
+
+def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
+    settings = [
+        f"data.root={shards}",
+        "data.categories=null",
+        f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
+        "train.joint.weights.photo_lpips=0",  # its weights are a download
+        "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
+        *overrides,
+    ]
+    return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
+
+
+def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache:
+    """A cache as after encoding, without the time that it takes."""
+    scene = torch.tensor([scene.id for scene in data.owned]).repeat(VIEWS)
+    cameras = orbit(16, 1.3, 0.4)[torch.arange(len(scene)) % 16]
+    lens = torch.tensor([[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]).expand(len(scene), 3, 3).contiguous()
+    views = ViewBatch(torch.zeros(len(scene), 1), scene, scene, cameras, lens)
+    return LatentCache([views], lambda _: torch.randn(len(scene), *model.latent_shape, device=device), device)
+
+
+def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
+    model = IGAE(
+        load_autoencoder(recipe.autoencoder),
+        torch.Generator().manual_seed(0),
+        recipe.planes.features,
+        recipe.render,
+        image_size,
+        bf16=recipe.train.precision == "bf16",
+        renderer=recipe.train.renderer,
+    ).to(device)
+    model.refresh_background()
+    return model
+
+
+def alone(engine: Engine, run_ahead: bool = False) -> Engine:
+    """An engine of this process only, beside one that may have others."""
+    single: Engine = object.__new__(Engine)
+    single.device, single._strategy = engine.device, Strategy(engine.device, run_ahead)
+    return single
+
+
+def prepare(engine: Engine, model: IGAE, stage: str, recipe: Recipe) -> Stage:
+    """A stage of this process's part of the scenes, in the middle of a long training."""
+    data, device = own_data(recipe), engine.device
+    # Planes of all scenes at once: one generator a scene takes long on one core.
+    small = recipe.planes.model_copy(update={"resolution": 2, "features": 1})
+    bank = SceneBank(small, [scene.id for scene in data.owned], 0, device)
+    side, features = recipe.planes.resolution, recipe.planes.features
+    bank.planes = torch.empty(len(bank), 3, side, side, features, device=device).normal_(0, 0.1)
+    igae.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
+    result = Stage("warmup" if stage == "warmup" else "joint", recipe, engine, model, bank, data, {})
+    moments = result.plane_adam.state()
+    count = len(bank)
+    last = STEP - torch.randint(0, max(1, count // result.config.batch_size), (count,))
+    moments["exp_avg"].normal_(0, 1e-6)
+    moments["exp_avg_sq"].fill_(1e-10)
+    rates = torch.full((STEP,), 1e-4, dtype=torch.float64)
+    result.plane_adam.load_state({**moments, "updated": last, "visited": last, "learning_rates": rates})
+    return result

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the CUDA kernels with NVRTC, at first use or ahead of time, and keeps the results on disk.
+
+    python -m igae.rendering.build --arch 80 90
+
+needs `pip install igae[cuda]`, but neither a GPU nor a driver nor nvcc. A kernel is compiled for one variant (sizes and
+conventions, see `Variant`); the command compiles those that its options name. `IGAE_KERNEL_CACHE` is the folder of the
+results, by default `~/.cache/igae/kernels`.
+"""
+
+import argparse
+import functools
+import hashlib
+import io
+import itertools
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Kernel = Literal["forward", "backward"]
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+"""Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
+
+HIDDEN = 64
+SOURCES = Path(__file__).parent / "kernels"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is specialised for."""
+
+    features: int = 32
+    colours: int = 16
+    coarse: int = 48
+    fine: int = 48
+    eg3d: bool = False
+    product: bool = False
+    disparity: bool = False
+    bf16: bool = False
+    """Planes in bfloat16, not float32."""
+    fp32: bool = False
+    """Matrix products as three TF32 ones, not one."""
+    deterministic: bool = False
+
+
+class Shape(NamedTuple):
+    """How a kernel is launched."""
+
+    warps: int
+    """In a block; each has a ray."""
+    blocks: int
+    """On a multiprocessor, at least: it bounds the registers."""
+    shared: int
+    """Bytes of dynamic shared memory of a block."""
+
+
+class Usage(NamedTuple):
+    """What the assembler reports of a kernel."""
+
+    registers: int
+    spilled: int
+    """Bytes of spill stores and loads."""
+
+
+def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
+    """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
+    samples, steps, tiles = variant.coarse + variant.fine, 2 * -(-variant.features // 16), variant.colours // 8 + 1
+    weights = 64 * 8 * (steps + tiles) + HIDDEN + 8 * tiles
+    if kernel == "forward":
+        per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
+    else:
+        per_warp = _up(3 * (samples + 2), 4) + 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2))
+        per_warp += _up(8 * tiles + 14, 4)
+    limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
+    for warps in (4, 2, 1):
+        shared = 4 * (weights + warps * per_warp)
+        if shared <= limit:
+            small = variant.features <= 32 and variant.colours <= 16 and not variant.fp32 and warps == 4
+            fits = (limit + 1024) // (shared + 1024)
+            return Shape(warps, min(fits, (4 if kernel == "forward" else 3) if small else 2), shared)
+    raise ValueError(f"{variant} needs {shared} bytes of shared memory on sm_{arch}, which has {limit}")
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def partial_size(variant: Variant) -> int:
+    """Floats of all gradients of the MLP."""
+    return HIDDEN * variant.features + HIDDEN + (1 + variant.colours) * (HIDDEN + 1)
+
+
+def macros(kernel: Kernel, variant: Variant, arch: int) -> dict[str, int]:
+    launch = shape(kernel, variant, arch)
+    return {
+        "C": variant.features,
+        "OUT": variant.colours,
+        "K": variant.coarse,
+        "KF": variant.fine,
+        "EG3D": variant.eg3d,
+        "PRODUCT": variant.product,
+        "DISPARITY": variant.disparity,
+        "BF16": variant.bf16,
+        "FP32": variant.fp32,
+        "DETERMINISTIC": variant.deterministic,
+        "WARPS": launch.warps,
+        f"{kernel.upper()}_BLOCKS": launch.blocks,
+        "SHARED_BYTES": launch.shared,
+    }
+
+
+def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, Usage]:
+    """A cubin for sm_<arch>, and what it uses. It is not kept: see `cubin`. Raises what `compile_source` does."""
+    return compile_source(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+
+
+def compile_source(path: Path, defines: dict[str, int], arch: int) -> tuple[bytes, Usage]:
+    """A cubin of a source that includes files of its folder, and the most that one of its kernels uses.
+
+    Raises:
+        ModuleNotFoundError: cuda-core is not installed.
+        RuntimeError: NVRTC refused the source; its log is in the message.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        std="c++17",
+        arch=f"sm_{arch}",
+        include_path=str(path.parent),
+        define_macro=[(name, str(int(value))) for name, value in defines.items()] or None,
+        ptxas_options=["-v"],
+    )
+    log = io.StringIO()
+    try:
+        code = Program(path.read_text(), code_type="c++", options=options).compile("cubin", logs=log).code
+    except Exception as error:
+        raise RuntimeError(f"NVRTC did not compile {path.stem} for sm_{arch}: {error}\n{log.getvalue()}") from error
+    report = log.getvalue()
+    registers = re.findall(r"Used (\d+) registers", report)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    return bytes(code), Usage(max(map(int, registers), default=-1), sum(map(int, spilled)))
+
+
+@functools.cache
+def _fingerprint(folder: Path) -> bytes:
+    """Of everything but the variant that decides a cubin: the sources and the compiler."""
+    from cuda.bindings import nvrtc
+
+    digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()[1:]).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
+
+
+def cubin(kernel: Kernel, variant: Variant, arch: int) -> bytes:
+    """The compiled kernel, from disk if it is there. Raises what `compile_kernel` does."""
+    return source_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+
+
+def source_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
+    """What `compile_source` makes, from disk if it is there.
+
+    Any number of processes may ask at once: each that finds nothing compiles, and moves its whole result into place. A
+    folder that cannot be written costs a compilation in each process and is otherwise fine.
+    """
+    key = hashlib.sha256(_fingerprint(source.parent) + repr(sorted(defines.items())).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{source.stem}-sm{arch}-{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        code, _ = compile_source(source, defines, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        os.replace(name, path)
+    except OSError:
+        pass
+    return code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
+    parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
+    parser.add_argument("--colours", type=int, nargs="+", default=[16], help="channels of the image")
+    parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
+    parser.add_argument("--precision", nargs="+", choices=["tf32", "fp32"], default=["tf32"])
+    for switch in ("eg3d", "product", "disparity", "bf16", "deterministic"):
+        parser.add_argument(f"--{switch}", action="store_true")
+    args = parser.parse_args()
+    for arch, features, colours, precision in itertools.product(args.arch, args.features, args.colours, args.precision):
+        variant = Variant(
+            features, colours, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
+            precision == "fp32", args.deterministic,
+        )  # fmt: skip
+        for kernel in ("forward", "backward"):
+            start = time.perf_counter()
+            code = cubin(kernel, variant, arch)
+            print(f"{kernel} sm_{arch} {features} -> {colours} {precision}: {len(code)} bytes, "
+                  f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

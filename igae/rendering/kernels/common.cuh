@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both kernels share: arguments, warp primitives, activations, tensor-core products, the decoding MLP's weights.
+//
+// The build defines: C features, OUT colours, K coarse and KF fine samples, WARPS a block, and the switches EG3D, PRODUCT,
+// DISPARITY, BF16 (planes), FP32 (three TF32 products for one), DETERMINISTIC. No CUDA header is included: NVRTC has none.
+//
+// One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:
+// it holds rows g and g + 8, and of each 16 features the four from 4 q on, which is a 16-byte read.
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+#define DEV static __device__ __forceinline__
+
+constexpr u32 ALL = 0xffffffffu;
+constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
+constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
+constexpr int TILES = (OUT + 8) / 8;                                 // 8s of the colours and, after them, the density
+constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
+constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
+constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
+constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + HIDDEN + 8 * TILES;
+
+struct Params {
+  const void *planes;
+  const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background, *noise_coarse, *noise_fine;
+  const long long *scene, *seed;
+  float *features, *depth, *opacity;                                  // forward: results
+  const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients, or null
+  void *g_planes;                                                     // float, or 64-bit integers if DETERMINISTIC
+  float *partial;                                                     // [blocks, PARTIAL] sums of the MLP's gradients
+  u32 *largest;                                                       // DETERMINISTIC: bits of the largest addend
+  u64 seed_value;
+  int rays, height, width, resolution, background_stride, jitter, measure;
+  float near, far, box;
+};
+enum { JITTER_HALF, JITTER_VALUE, JITTER_TENSOR, JITTER_NOISE };
+
+// --- warp ---
+
+DEV int lane_id() { return threadIdx.x & 31; }
+// By way of a shuffle and a vote the compiler learns that a value is the same in all lanes.
+DEV int warp_id() { return __shfl_sync(ALL, threadIdx.x >> 5, 0); }
+DEV bool all_lanes(bool x) { return __all_sync(ALL, x); }
+
+DEV float warp_sum(float v) {
+#pragma unroll
+  for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(ALL, v, d);
+  return v;
+}
+
+// Scans of COUNT values a lane, each on its own: together, because one alone would mostly wait.
+template <int COUNT>
+DEV void scan_sum(float (&v)[COUNT]) {  // inclusive
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    float other[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) other[i] = __shfl_up_sync(ALL, v[i], d);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += lane_id() >= d ? other[i] : 0.f;
+  }
+}
+
+template <int COUNT>
+DEV void suffix_sum(float (&v)[COUNT]) {  // inclusive, from the last lane
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    float other[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) other[i] = __shfl_down_sync(ALL, v[i], d);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) v[i] += lane_id() + d < 32 ? other[i] : 0.f;
+  }
+}
+
+// --- activations ---
+
+DEV float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEV float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEV float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+DEV float fast_exp(float x) { return fast_exp2(LOG2E * x); }
+// The hidden layer's numbers are counted in units of ln 2, before and after the activation: load_mlp scales the weights.
+// Absolute error about 2e-7.
+DEV float softplus2(float x) { return fmaxf(x, 0.f) + fast_log2(1.f + fast_exp2(-fabsf(x))); }
+DEV float sigmoid2(float x) { return fast_reciprocal(1.f + fast_exp2(-x)); }  // of x ln 2
+// Of the density, where small values count.
+DEV float softplus_exact(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
+
+// --- tensor cores ---
+
+DEV float round_tf32(float x) {
+  u32 y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
+
+// What an operand is multiplied by before a product, which cuts off all but 10 bits of it: makes up for the mean of what
+// is cut off. One instruction instead of the three of a rounding, with nearly its error, and NaN stays NaN.
+constexpr float CUT = FP32 ? 1.f : 1.000352f;
+DEV float to_tf32(float x) { return FP32 ? x : CUT * x; }
+
+DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#if FP32
+DEV void split(float x, u32 &high, u32 &low) {
+  float rounded = round_tf32(x);
+  high = __float_as_uint(rounded);
+  low = __float_as_uint(x - rounded);
+}
+#endif
+
+// d[16x8] += a[16x8] b[8x8]. Rows g, g + 8 of d are d[0..1], d[2..3], columns 2 q, 2 q + 1. a0, a1 are rows g, g + 8 and a2,
+// a3 the same rows again: an inner index belongs to (q, first | second), and how many of what it counts is the caller's
+// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come from to_tf32, weights rounded.
+DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+#if FP32
+  u32 ah[4], al[4], bh[2], bl[2];
+  split(a0, ah[0], al[0]);
+  split(a1, ah[1], al[1]);
+  split(a2, ah[2], al[2]);
+  split(a3, ah[3], al[3]);
+  split(b0, bh[0], bl[0]);
+  split(b1, bh[1], bl[1]);
+  mma_tf32(d, al, bh[0], bh[1]);
+  mma_tf32(d, ah, bl[0], bl[1]);
+  mma_tf32(d, ah, bh[0], bh[1]);
+#else
+  u32 a[4] = {__float_as_uint(a0), __float_as_uint(a1), __float_as_uint(a2), __float_as_uint(a3)};
+  mma_tf32(d, a, __float_as_uint(b0), __float_as_uint(b1));
+#endif
+}
+
+// --- the decoding MLP ---
+
+// Weights lie in shared memory as 8x8 blocks; where row n of a block lies is chosen so that neither reading rows (a lane
+// takes columns 2 q, 2 q + 1 of row g) nor reading columns (column g of rows 2 q and 2 q + 1) meets a bank twice.
+DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | (n & 4)); }
+
+struct Mlp {
+  const float *w1, *w2, *b1, *b2;  // w1 blocks [hidden / 8][features / 8], w2 blocks [out / 8][hidden / 8]
+};
+
+// Colours come first and the density after them, so that colours fill whole tiles.
+DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
+
+DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
+
+// Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
+// of the colours' rows of w2 with h; the density's row gives the raw density itself.
+DEV float out_unit(int n) { return n < OUT ? 1.f : LN2; }
+
+// The feature that column `column` of block `step` of w1 belongs to, and its inverse.
+DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column >> 1) + 2 * (step & 1) + (column & 1); }
+DEV int step_of(int c) { return 2 * (c >> 4) + (c >> 1 & 1); }
+DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
+
+DEV Mlp load_mlp(float *shared, const Params &p) {
+  constexpr int WIDTH = 16 * CHUNKS;
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
+    int h = i / WIDTH, c = i % WIDTH;
+    float w = c < C ? p.w1[h * C + min(c, C - 1)] : 0.f;
+    w1[(h / 8 * STEPS + step_of(c)) * 64 + block_row(h & 7) + column_of(c)] = weight_operand(LOG2E * w);
+  }
+#pragma unroll 8
+  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
+    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n);
+    float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
+    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
+  }
+  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) b1[i] = LOG2E * p.b1[i];
+  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS)
+    b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+  __syncthreads();
+  return {w1, w2, b1, b2};
+}
+
+// --- matrices of a tile in shared memory ---
+
+// 8 rows of pairs (sample g, sample g + 8) of columns. A lane writes the four numbers that it has of 8 columns, in the order
+// in which a product takes them, and reads a pair. Columns are permuted by row so that neither meets a bank twice:
+// writing, two rows of 16 floats; reading, four rows of 8.
+constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
+
+DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
+
+DEV float4 *quad(float *matrix, int row_length, int tile) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+  return (float4 *)(matrix + g * row_length + permuted(g, 16 * (tile & 1) + 4 * q) + 32 * (tile >> 1));
+}
+
+DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, float c, float d) {
+  *quad(matrix, row_length, tile) = {a, b, c, d};
+}
+
+// f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
+// Colours come before their sigmoid2. Activations, rounded, go to the
+// matrix `hidden` if it is there.
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll
+  for (int j = 0; j < TILES; ++j) {
+    float2 bias = *(const float2 *)(mlp.b2 + 8 * j + 2 * q);
+    out[j][0] = out[j][2] = bias.x;
+    out[j][1] = out[j][3] = bias.y;
+  }
+  int row = block_row(g) + 2 * q;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
+    float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
+    float h[4] = {bias.x, bias.y, bias.x, bias.y};
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+      float2 w = *(const float2 *)(mlp.w1 + (n * STEPS + s) * 64 + row);
+      int i = s >> 1, b = 2 * (s & 1);
+      mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
+    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[2], h[1], h[3]);
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) {
+      float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);
+      mma(out[j], h[0], h[2], h[1], h[3], w.x, w.y);
+    }
+  }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward pass: one warp a ray, nothing but the images is written.
+#include "ray.cuh"
+
+constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
+constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;
+constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
+static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
+
+// Densities and colours of `count` samples at t.
+DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int count,
+                  Cells *cells, float *raw, float *colour) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 16) {
+    int k = first + g;
+    float f[2][CHUNKS][4], out[TILES][4];
+    find_cells(p, ray, t + first, count - first, cells);
+    gather(p, base, cells, f);
+    mlp_forward(mlp, f, nullptr, out);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (k + 8 * half >= count) continue;
+      if (q == DENSE_Q) raw[k + 8 * half] = out[DENSE_TILE][2 * half + DENSE_E];
+#pragma unroll
+      for (int j = 0; j < COLOUR_TILES; ++j) {
+        float2 c = {fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f)};
+        *(float2 *)(colour + (k + 8 * half) * COLOUR_ROW + 8 * j + 2 * q) = c;
+      }
+    }
+  }
+  __syncwarp();
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_forward(const Params p) {
+  extern __shared__ float4 shared4[];
+  float *shared = (float *)shared4;
+  Mlp mlp = load_mlp(shared, p);
+  int warp = warp_id(), lane = lane_id();
+  float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
+  float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the cells' place
+  Cells *cells = (Cells *)share;
+  float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
+
+  for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
+    Ray ray = make_ray(p, index);
+    const float *background = p.background + (long long)ray.pixel * p.background_stride;
+    float *features = p.features + (long long)index * OUT;
+    if (!all_lanes(ray.hit)) {
+      if (lane < OUT) features[lane] = 2.f * background[lane] - 1.f + (ray.near - ray.near);  // NaN stays NaN
+      if (lane == 0) {
+        p.depth[index] = ray.near;
+        p.opacity[index] = 0.f;
+      }
+      continue;
+    }
+    const void *base = scene_planes(p, ray);
+    coarse_depths(p, ray, index, t);
+    float *weight = sorted_raw + 1;  // while the samples are not sorted yet
+    const float *ordered_t = t, *ordered_raw = raw;
+    Places places = {};
+#pragma unroll 1
+    for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {  // one copy of the code for coarse and fine samples
+      asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+#if KF > 0
+      if (stage == 1) {
+        interval_weights<K>(t, raw, weight, nullptr);
+        places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
+      }
+#endif
+      int first = stage * K;
+      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, colour + first * COLOUR_ROW);
+    }
+#if KF > 0
+#pragma unroll
+    for (int i = 0; i < ALL_ROUNDS; ++i) {
+      int k = sample_of(i), place = place_of(places, i);
+      if (k < 0) continue;
+      sorted_t[place] = t[k];
+      sorted_raw[place] = raw[k];
+    }
+    __syncwarp();
+    ordered_t = sorted_t;
+    ordered_raw = sorted_raw;
+    weight = t + 1;  // no longer needed
+#endif
+    interval_weights<N>(ordered_t, ordered_raw, weight, nullptr);
+    if (lane == 0) weight[-1] = weight[N - 1] = 0.f;
+    __syncwarp();
+    Totals sum = totals<N>(ordered_t, weight);
+    // A sample gets half of each of its intervals' weights.
+#pragma unroll
+    for (int i = 0; i < ALL_ROUNDS; ++i) {
+      int k = sample_of(i), place = place_of(places, i);
+      if (k >= 0) share[k] = 0.5f * (weight[place - 1] + weight[place]);
+    }
+    __syncwarp();
+    // PARTS groups of lanes share the samples; a lane of a group has a colour.
+    constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
+    int channel = lane % WIDTH;
+    float seen = 0.f;
+    if (channel < OUT)
+      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], colour[k * COLOUR_ROW + channel], seen);
+#pragma unroll
+    for (int d = WIDTH; d < 32; d <<= 1) seen += __shfl_xor_sync(ALL, seen, d);
+    if (lane < OUT) features[lane] = 2.f * (seen + (1.f - sum.opacity) * background[lane]) - 1.f;
+    if (lane == 0) {
+      p.depth[index] = sum.depth;
+      p.opacity[index] = sum.opacity;
+    }
+    __syncwarp();
+  }
+}

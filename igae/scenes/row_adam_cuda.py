@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows' Adam as CUDA kernels (kernels/row_adam.cu), with all that it keeps of rows and steps on the device."""
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from igae.rendering import build
+from igae.rendering.cuda import INSTALLED
+from igae.rendering.launch import Library, architecture, pointer
+from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
+
+SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"
+RECORD = 8
+"""Floats of a slot's head and of each of its parts."""
+THREADS, ITEMS = 256, 2
+MOST_PARTS = 256
+
+Backend = Literal["auto", "cuda", "torch"]
+
+
+class Params(ctypes.Structure):
+    """The kernels' argument: `struct Params` in kernels/row_adam.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "p m v copies gradient rows updated visited steps rates".split()),
+        *((name, ctypes.c_void_p) for name in "records lr apply".split()),
+        *((name, ctypes.c_int64) for name in "count size slots capacity horizon".split()),
+        *((name, ctypes.c_double) for name in "lr_value log1 log2".split()),
+        *((name, ctypes.c_float) for name in "eps scale new1 new2".split()),
+        *((name, ctypes.c_int) for name in "parts lazy".split()),
+    ]
+
+
+@functools.cache
+def _library(device: int) -> tuple[Library, dict[str, Any]]:
+    """The kernels, compiled if need be, by name. The device must be the current one."""
+    library = Library(build.source_cubin(SOURCE, {}, architecture(device)), device)
+    names = ("plan", "begin", "move1", "move4", "update1", "update4")
+    return library, {name: library.function(name) for name in names}
+
+
+def most_parts(betas: tuple[float, float], horizon: int) -> int:
+    """Parts that owed steps are taken in, at most: as `RowAdam` does after a first step, and two for rounding."""
+    steps = torch.arange(2, horizon + 2, dtype=torch.float64)
+    decay = math.log(betas[1])
+    places = 0.5 * torch.log1p(-torch.exp(decay * steps)) - 0.5 * decay * steps  # minus the logarithms: they rise
+    parts, start = 0, 0
+    while start < horizon and parts < MOST_PARTS:
+        start = int(torch.searchsorted(places, places[start] + math.log(SPREAD), right=True))
+        parts += 1
+    return parts + 2
+
+
+def unsupported(parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> str | None:
+    """Why the kernels cannot do this, in a sentence; None: they can."""
+    if parameters.device.type != "cuda":
+        return f"parameters are on {parameters.device}, not on a CUDA device"
+    if not INSTALLED:
+        return "cuda-core is not installed (pip install igae[cuda])"
+    if torch.cuda.get_device_properties(parameters.device).major < 8:
+        return "the GPU has a compute capability below 8.0"
+    if parameters.dtype != torch.float32:
+        return f"parameters are {parameters.dtype}; the kernels take torch.float32"
+    if not parameters.is_contiguous():
+        return "parameters are not contiguous"
+    if most_parts(betas, horizon_of(betas)) > MOST_PARTS:
+        return f"with betas of {betas} the owed steps of a row can't be taken together"
+    return None
+
+
+class CudaRowAdam(RowAdam):
+    """`RowAdam` for float32 on a CUDA device. Results differ from its by rounding; equal calls give equal bits.
+
+    Nothing but :meth:`state` and :attr:`step_count` waits for the device. ``visit``, ``catch_up`` and ``step`` can be
+    captured in a CUDA graph, with rows on the device and after :meth:`reserve`; what they capture is good for as many
+    steps in all as were reserved, and one more ends in an error of the device. They run on the current stream. An index
+    of a row on the device that is out of range ends in such an error, too.
+
+    Args:
+        parameters: [N, ...], contiguous. Updated in place.
+
+    Raises:
+        ValueError: with the sentence of `unsupported`.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        mode: Literal["exact", "lazy"] = "exact",
+    ) -> None:
+        super().__init__(parameters, betas, eps, mode)
+        why = unsupported(parameters, betas)
+        if why is not None:
+            raise ValueError(f"optimizer of the planes: {why}")
+        self._device = device = parameters.device
+        self.updated, self.visited = self.updated.to(device), self.visited.to(device)
+        self._made = torch.zeros((), dtype=torch.int64, device=device)
+        self._rates = self._rates.to(device)
+        self._at_most = 0  # steps that were made, as far as the host knows
+        self._reserved, self._captured = False, False
+        self._size = parameters[0].numel() if len(parameters) > 0 else 0
+        with torch.cuda.device(device):
+            self._kernels, self._functions = _library(device.index)
+        self._params = Params(
+            p=pointer(parameters),
+            m=pointer(self.exp_avg),
+            v=pointer(self.exp_avg_sq),
+            updated=pointer(self.updated),
+            visited=pointer(self.visited),
+            steps=pointer(self._made),
+            count=len(parameters),
+            size=self._size,
+            horizon=self.horizon,
+            log1=math.log(betas[0]) if betas[0] > 0 else -1e100,
+            log2=math.log(betas[1]),
+            eps=eps,
+            new1=1 - betas[0],
+            new2=1 - betas[1],
+            parts=most_parts(betas, self.horizon) if mode == "exact" else 1,
+            lazy=mode == "lazy",
+        )
+
+    @property
+    def step_count(self) -> int:
+        """Steps so far. Waits for the device."""
+        return int(self._made)
+
+    def reserve(self, steps: int) -> None:
+        """Make room for the learning rates of so many steps in all, those that were made among them.
+
+        Raises RuntimeError where there is less room and a graph that was captured counts on where it is.
+        """
+        if steps > len(self._rates):
+            if self._captured:
+                raise RuntimeError(
+                    f"optimizer of the planes: {steps} steps are more than the {len(self._rates)} that were reserved, "
+                    "and a graph was captured"
+                )
+            self._rates = torch.cat([self._rates, self._rates.new_zeros(steps - len(self._rates))])
+        self._reserved = True
+
+    @torch.no_grad()
+    def catch_up(self, rows: Tensor | None = None) -> None:
+        """See :meth:`RowAdam.catch_up`."""
+        if self.mode == "exact":
+            with torch.cuda.device(self._device):
+                self._catch_up(None if rows is None else self._on_device(rows), None)
+
+    @torch.no_grad()
+    def visit(self, rows: Tensor) -> Tensor:
+        """See :meth:`RowAdam.visit`. Each row is read once and written once."""
+        with torch.cuda.device(self._device):
+            rows = self._on_device(rows)
+            copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
+            self._catch_up(rows, copies)
+        return copies
+
+    def _catch_up(self, rows: Tensor | None, copies: Tensor | None) -> None:
+        slots = len(self.parameters) if rows is None else len(rows)
+        if slots * self._size == 0:
+            return
+        records = self._prepare(rows, slots)
+        self._params.copies = pointer(copies)
+        self._kernels.launch(self._functions["plan"], slots, 32, self._params)
+        self._elements("move", slots, copies)
+        del records  # after the launches
+
+    def _prepare(self, rows: Tensor | None, slots: int) -> Tensor:
+        """Fill in what all kernels read; returns the slots' records, which must live until they are launched."""
+        self._captured |= torch.cuda.is_current_stream_capturing()
+        records = torch.empty(slots * (1 + self._params.parts) * RECORD, device=self._device)
+        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
+        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+        return records
+
+    def _elements(self, kernel: str, slots: int, other: Tensor | None) -> None:
+        """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""
+        tensors = [self.parameters] if other is None else [self.parameters, other]
+        width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
+        blocks = slots * -(-self._size // (THREADS * ITEMS * width))
+        self._kernels.launch(self._functions[f"{kernel}{width}"], blocks, THREADS, self._params)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ValueError(f"rows must be int64 [S], not {rows.dtype} {list(rows.shape)}")
+        if rows.device.type == "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("rows are on the CPU: a CUDA graph would keep those of its capture")
+            if len(rows) > 0 and int(rows.max()) >= len(self.parameters):
+                raise IndexError(f"row {int(rows.max())} of {len(self.parameters)}")
+            rows = self._sent(rows)
+        return rows.contiguous()
+
+    @torch.no_grad()
+    def step(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        lr: float | Tensor,
+        *,
+        scale: float = 1.0,
+        apply: Tensor | None = None,
+    ) -> None:
+        """See :meth:`RowAdam.step`. Raises RuntimeError where a graph is captured and nothing was reserved."""
+        if gradient.shape != (len(rows), *self.parameters.shape[1:]):
+            wanted = [len(rows), *self.parameters.shape[1:]]
+            raise ValueError(f"the gradient of the planes is {list(gradient.shape)}, not {wanted}")
+        if apply is not None and not apply.is_cuda:
+            if not apply:
+                return
+            apply = None
+        with torch.cuda.device(self._device):
+            rows, gradient = self._on_device(rows), gradient.to(self._device, torch.float32).contiguous()
+            self._make_room()
+            records = self._prepare(rows, len(rows))
+            if isinstance(lr, Tensor) and lr.is_cuda:
+                lr = lr.double()
+                self._params.lr = pointer(lr)
+            else:
+                self._params.lr, self._params.lr_value = None, float(lr)
+            apply = apply if apply is None or apply.dtype == torch.bool else apply != 0
+            self._params.apply, self._params.scale, self._params.gradient = pointer(apply), scale, pointer(gradient)
+            self._kernels.launch(self._functions["begin"], 1, min(1024, max(32, len(rows))), self._params)
+            if gradient.numel() > 0:
+                self._elements("update", len(rows), gradient)
+            del records  # after the launches
+
+    def _make_room(self) -> None:
+        """For the rate of one more step."""
+        if torch.cuda.is_current_stream_capturing() and not self._reserved:
+            raise RuntimeError("a step is captured in a CUDA graph: call reserve(steps) before")
+        self._at_most += 1
+        if self._at_most > len(self._rates) and not self._captured:
+            self.reserve(2 * len(self._rates))
+
+    def _past_rates(self) -> Tensor:
+        return self._rates[: self.step_count].cpu()
+
+    def _load_rates(self, rates: Tensor) -> None:
+        if len(rates) > len(self._rates):
+            reserved = self._reserved
+            self.reserve(len(rates))
+            self._reserved = reserved
+        self._rates[: len(rates)] = rates.to(self._device)
+        self._made.fill_(len(rates))
+        self._at_most = len(rates)
+
+
+def make_row_adam(
+    parameters: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    mode: Literal["exact", "lazy"] = "exact",
+    backend: Backend = "auto",
+) -> RowAdam:
+    """The optimizer of rows: `CudaRowAdam` where it can do it (``auto``), or the one that is asked for.
+
+    Raises ValueError where ``cuda`` is asked for and can't do it, and where `RowAdam` does.
+    """
+    if backend == "torch" or (backend == "auto" and unsupported(parameters, betas) is not None):
+        return RowAdam(parameters, betas, eps, mode)
+    return CudaRowAdam(parameters, betas, eps, mode)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is faster on a GPU is the same training."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from accelerate.state import AcceleratorState
+
+from igae import config
+from igae.recipe import Recipe
+from igae.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+FAST = [
+    "train.renderer=cuda",
+    *(f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")),
+]
+SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_run_a_process() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpu")
+    return str(runs.recipe_file(folder, runs.packed_data(folder)))
+
+
+def run(recipe_file: str, *settings: str) -> dict[str, torch.Tensor]:
+    """Weights and planes at the end of a run."""
+    name = f"experiment=run-{len(list(Path(recipe_file).parent.glob('outputs/*')))}"
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, name, *settings]))
+    trainer.run()
+    assert trainer.progress.skipped == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {**trainer.model.state_dict(), "planes": trainer.bank.planes}
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative distance of a tensor."""
+    # Biases of an attention's keys have no gradient but rounding.
+    names = [name for name in a if not name.endswith("to_k.bias")]
+    return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-3)) for name in names)
+
+
+def test_a_host_that_is_ahead_computes_the_same(recipe_file: str) -> None:
+    waits, ahead = run(recipe_file), run(recipe_file, "train.run_ahead=true")
+    worst = difference(ahead, waits)
+    print("MEASURED ahead", worst)
+    assert worst < 2e-2  # atomic additions come in another order each time, and Adam divides small by small
+
+
+def test_fast_training_is_the_same_training(recipe_file: str) -> None:
+    plain, fast = run(recipe_file), run(recipe_file, *FAST)
+    worst = difference(plain, fast)
+    print("MEASURED fast", worst)
+    assert worst < 5e-2
+
+
+def test_compiled_networks_compute_the_same() -> None:
+    plain = runs.create_autoencoder("AutoencoderKL").cuda()
+    fast = copy.deepcopy(plain)
+    fast.speed_up(compile=True, channels_last=True)
+    images = torch.randn(3, 3, 16, 16, device="cuda")
+    found = []
+    for model in (plain, fast):
+        decoded = model.decode(model.posterior(images).mean)
+        (decoded - images).square().mean().backward()
+        found.append([decoded.detach(), *(p.grad for n, p in model.named_parameters() if "to_k" not in n)])
+    errors = [float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in zip(*found, strict=True)]
+    print("MEASURED compiled", max(errors))
+    assert max(errors) < 1e-3
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_skipped_steps_change_nothing(recipe_file: str, ahead: bool) -> None:
+    """With a host that runs ahead the device alone leaves them out."""
+    settings = [f"experiment=skips-{ahead}", "train.max_skipped=3", f"train.run_ahead={ahead}"]
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *settings]))
+    trainer.run("warmup")
+    before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    planes = trainer.bank.planes.clone()
+    forward = trainer.model.forward
+
+    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
+        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
+        return losses | {"total": losses["total"] * float("nan")}
+
+    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        trainer.run("joint")
+    assert torch.equal(trainer.bank.planes, planes)
+    assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
