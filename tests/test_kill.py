@@ -84,7 +84,9 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
             if kills < KILLS:
                 shutil.rmtree(killed_run)
         else:
-            assert -9 in codes and all(code != 0 for code in codes), (codes, (tmp_path / "killed.log").read_text())
+            # A rank that ends well has seen the end of the run: the other one was killed on its way out.
+            good = -9 in codes and (0 not in codes or _digests(killed_run) == expected)
+            assert good, (codes, (tmp_path / "killed.log").read_text())
             assert time.monotonic() - began < STOP_WITHIN
     # The kills were spread over the run, not all before its first checkpoint.
     assert len(resumed_in) >= 3, resumed_in
