@@ -29,7 +29,7 @@ from igae.stage import Stage
 
 SLOW = {
     "train.precision": "fp32",
-    "train.renderer": "torch",
+    "train.kernels": "torch",
     "train.channels_last": "false",
     "train.compile": "false",
     "train.run_ahead": "false",
@@ -38,7 +38,7 @@ SLOW = {
 VARIANTS = {
     "plain (TF32)": {},
     "+ bf16": {"train.precision": "bf16"},
-    "+ fused renderer": {"train.renderer": "cuda"},
+    "+ fused kernels": {"train.kernels": "cuda"},
     "+ host runs ahead": {"train.run_ahead": "true"},
     "+ channels last": {"train.channels_last": "true"},
     "+ compiled": {"train.compile": "true"},

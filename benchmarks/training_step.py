@@ -104,7 +104,7 @@ def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) 
         recipe.render,
         image_size,
         bf16=recipe.train.precision == "bf16",
-        renderer=recipe.train.renderer,
+        renderer=recipe.train.kernels,
     ).to(device)
     model.refresh_background()
     return model

@@ -16,7 +16,7 @@ from benchmarks.joint_step import main
 
 VARIANTS = {
     "plain": {},
-    "+ fused renderer": {"train.renderer": "cuda"},
+    "+ fused kernels": {"train.kernels": "cuda"},
     "+ compiled losses": {"train.compile": "true"},
     "+ host runs ahead": {"train.run_ahead": "true"},
     "+ CUDA graph": {"train.cuda_graph": "true"},

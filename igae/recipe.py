@@ -122,9 +122,9 @@ class StageConfig(Section):
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder; weights and the renderer are fp32 in both (matrix products in TF32 on GPUs)."""
-    renderer: Literal["auto", "cuda", "torch"] = "torch"
-    """`torch`: the plain renderer, the definition; `cuda`: fused kernels; `auto`: cuda where it can. What training with
-    the kernels reaches has not been measured yet."""
+    kernels: Literal["auto", "cuda", "torch"] = "torch"
+    """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
+    kernels; `auto`: in kernels where they can. What training with them reaches has not been measured yet."""
     compile: bool = False
     """Compile encoder and decoder with torch.compile, a minute at the start. Not where a strategy shards them."""
     channels_last: bool = False
@@ -132,7 +132,7 @@ class TrainConfig(Section):
     run_ahead: bool = False
     """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
     cuda_graph: bool = False
-    """With run_ahead, on one GPU: steps on cached latents are captured in a CUDA graph."""
+    """With run_ahead and kernels, on one GPU: steps on cached latents are captured in a CUDA graph."""
     warmup: StageConfig
     joint: StageConfig
     plane_optimizer: Literal["exact", "lazy"] = "exact"
@@ -148,8 +148,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.cuda_graph and not self.run_ahead:
-            raise ValueError("cuda_graph needs run_ahead: set it to true as well")
+        if self.cuda_graph and (not self.run_ahead or self.kernels == "torch"):
+            raise ValueError("cuda_graph needs run_ahead=true and kernels=auto or cuda: set them as well")
         return self
 
 

@@ -98,7 +98,8 @@ class Stage:
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
-        self.plane_adam = make_row_adam(self.bank.planes, mode=self.recipe.train.plane_optimizer)
+        train = self.recipe.train
+        self.plane_adam = make_row_adam(self.bank.planes, mode=train.plane_optimizer, backend=train.kernels)
 
     def _open_streams(self, data: Data) -> Iterator[tuple[str, Any]]:
         settings, seed = self.recipe.data, derive_seed(self.recipe.seed, self.name, "stream")

@@ -90,7 +90,7 @@ class Trainer:
             recipe.data.background,
             perceptual.to(device) if perceptual is not None else None,
             bf16=recipe.train.precision == "bf16",
-            renderer=recipe.train.renderer,
+            renderer=recipe.train.kernels,
         ).to(device)
         if self.engine.replicated:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)

@@ -99,7 +99,6 @@ def test_resharding(tmp_path: Path, chain: list[tuple[int, str]]) -> None:
             different = [name for name in old if not torch.equal(old[name], new[name])]
             assert different == []
             for name, value in before[0]["figures at end"].items():
-                print("FIG", abs(results[0]["figures at start"][name] - value))
                 assert results[0]["figures at start"][name] == pytest.approx(value, abs=1e-4), name
         ends.append(len(losses(metrics)))
         before = results

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 FAST = [
-    "train.renderer=cuda",
+    "train.kernels=cuda",
     *(f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")),
 ]
 SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
