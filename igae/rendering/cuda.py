@@ -30,15 +30,23 @@ def _installed() -> bool:
 INSTALLED = _installed()
 
 
+def unavailable(what: str, tensor: Tensor) -> str | None:
+    """Why no kernel can run where a tensor, which `what` stands for, is; None: they can."""
+    if tensor.device.type != "cuda":
+        return f"{what} are on {tensor.device}, not on a CUDA device"
+    if not INSTALLED:
+        return "cuda-core is not installed (pip install igae[cuda])"
+    if torch.cuda.get_device_properties(tensor.device).major < 8:
+        return "the GPU has a compute capability below 8.0"
+    return None
+
+
 def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], options: RenderOptions) -> str | None:
     """Why the kernels cannot do this, in a sentence; None: they can."""
     features, resolution = planes.shape[4], planes.shape[2]
-    if planes.device.type != "cuda":
-        return f"planes are on {planes.device}, not on a CUDA device"
-    if not INSTALLED:
-        return "cuda-core is not installed (pip install igae[cuda])"
-    if torch.cuda.get_device_properties(planes.device).major < 8:
-        return "the GPU has a compute capability below 8.0"
+    why = unavailable("planes", planes)
+    if why is not None:
+        return why
     if planes.dtype not in (torch.float32, torch.bfloat16):
         return f"planes are {planes.dtype}; the kernels take torch.float32 and torch.bfloat16"
     if not isinstance(mlp, DecodingMLP) or mlp.hidden != build.HIDDEN:

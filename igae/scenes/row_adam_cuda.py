@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from igae.rendering import build
-from igae.rendering.cuda import INSTALLED
+from igae.rendering.cuda import unavailable
 from igae.rendering.launch import Library, architecture, pointer
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
@@ -59,12 +59,9 @@ def most_parts(betas: tuple[float, float], horizon: int) -> int:
 
 def unsupported(parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> str | None:
     """Why the kernels cannot do this, in a sentence; None: they can."""
-    if parameters.device.type != "cuda":
-        return f"parameters are on {parameters.device}, not on a CUDA device"
-    if not INSTALLED:
-        return "cuda-core is not installed (pip install igae[cuda])"
-    if torch.cuda.get_device_properties(parameters.device).major < 8:
-        return "the GPU has a compute capability below 8.0"
+    why = unavailable("parameters", parameters)
+    if why is not None:
+        return why
     if parameters.dtype != torch.float32:
         return f"parameters are {parameters.dtype}; the kernels take torch.float32"
     if not parameters.is_contiguous():
