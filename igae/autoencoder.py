@@ -53,7 +53,9 @@ class Posterior(NamedTuple):
         """Latents; `noise` is N(0, 1) of the mean's shape, from torch's generator if left out."""
         if self.logvar is None:
             return self.mean
-        return self.mean + torch.exp(0.5 * self.logvar) * (torch.randn_like(self.mean) if noise is None else noise)
+        if noise is None:  # not randn_like: which number an element gets would depend on the layout in memory
+            noise = torch.randn(self.mean.shape, device=self.mean.device)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
 class _GroupNorm(nn.GroupNorm):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,13 @@ class Engine:
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
-        run_ahead: on a GPU, leave steps out on the device, without telling the host first.
+        run_ahead: on a GPU, leave steps out on the device, without telling the host first; "auto": with one process.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0, run_ahead: bool = False) -> None:
+    def __init__(self, timeout: float = 600.0, run_ahead: bool | Literal["auto"] = False) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -60,12 +60,12 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        run_ahead = run_ahead and on_gpu
-        self._strategy: Strategy = Strategy(self.device, run_ahead)
+        ahead = on_gpu and (world == 1 if run_ahead == "auto" else run_ahead)
+        self._strategy: Strategy = Strategy(self.device, ahead)
         if deepspeed:
             self._strategy = _DeepSpeed(self.device, self._accelerator)
         elif world > 1:
-            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, run_ahead)
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from igae.rendering import DecodingMLP, RenderOptions, build, cuda, render
 from igae.rendering.reference import render_torch
 
-INPUTS = 20  # of the operator; the first five are planes and weights, number 7 is the background
+INPUTS = 21  # of the operator; the first five are planes and weights, number 7 is the background
 
 
 def reference(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The operator's definition by way of `render_torch`."""
     planes, w1, b1, w2, b2, cam2world, intrinsics, background, scene, seed, coarse, fine, value, jitter = inputs[:14]
-    height, width, near, far, box, variant = inputs[14:]
+    height, width, near, far, box, _, variant = inputs[14:]
     mlp = DecodingMLP(w1.shape[1], w2.shape[0] - 1)
     weights = dict(zip(("w1", "b1", "w2", "b2"), (w1, b1, w2, b2), strict=True))
 
@@ -38,12 +38,18 @@ def reference(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
     )
 
 
-def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features, depth, opacity = (x.contiguous() for x in reference(inputs))
-    return features, depth, opacity
+    keep, variant = inputs[19:]
+    return features, depth, opacity, torch.zeros(opacity.numel() if keep else 0, variant[2] + variant[3])
 
 
-def gradients(g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, *inputs: Any) -> Any:
+def gradients(
+    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, densities: Tensor, *inputs: Any
+) -> Any:
+    assert len(densities) == inputs[5].shape[0] * inputs[14] * inputs[15]  # they were kept
+    inputs = (*inputs[:-1], True, inputs[-1])
+
     def run() -> Any:
         leaves = [x.detach().requires_grad_() for x in inputs[:5]]
         out = reference((*leaves, *inputs[5:]))

@@ -47,12 +47,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
         "train.joint",
         "nothing to train on",
     ),
-    "a graph, and a host that waits": (
-        {"train.cuda_graph": True, "train.kernels": "auto"},
-        "train",
-        "cuda_graph needs run_ahead",
-    ),
-    "a graph without kernels": ({"train.cuda_graph": True, "train.run_ahead": True}, "train", "kernels=auto or cuda"),
     "alternate without photos": (
         {"train.joint.alternate": True, "train.joint.photos": 0, "train.joint.weights": {"latent": 1}},
         "train.joint",

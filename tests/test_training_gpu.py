@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+PLAIN = ["train.kernels=torch", "train.run_ahead=false", "train.cuda_graph=false"]
 FAST = [
     "train.kernels=cuda",
     *(f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")),
@@ -48,27 +49,36 @@ def run(recipe_file: str, *settings: str) -> dict[str, torch.Tensor]:
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest relative distance of a tensor."""
-    # Biases of an attention's keys have no gradient but rounding.
-    names = [name for name in a if not name.endswith("to_k.bias")]
-    return max(float((a[name] - b[name]).norm() / a[name].norm().clamp(min=1e-3)) for name in names)
+    """Largest relative distance of planes, decoding MLP or autoencoder.
+
+    Not of single tensors: Adam moves one whose gradient is all but 0 by its rounding.
+    """
+    found = []
+    for part in ("planes", "mlp", "autoencoder"):
+        names = [name for name in a if name.startswith(part)]
+        x, y = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (a, b))
+        found.append(float((x - y).norm() / x.norm()))
+    return max(found)
 
 
 def test_a_host_that_is_ahead_computes_the_same(recipe_file: str) -> None:
-    waits, ahead = run(recipe_file), run(recipe_file, "train.run_ahead=true")
+    waits, ahead = run(recipe_file, *PLAIN), run(recipe_file, *PLAIN, "train.run_ahead=true")
     worst = difference(ahead, waits)
     print("MEASURED ahead", worst)
     assert worst < 2e-2  # atomic additions come in another order each time, and Adam divides small by small
 
 
 def test_fast_training_is_the_same_training(recipe_file: str) -> None:
-    plain, fast = run(recipe_file), run(recipe_file, *FAST)
+    plain, fast = run(recipe_file, *PLAIN), run(recipe_file, *FAST)
     worst = difference(plain, fast)
     print("MEASURED fast", worst)
     assert worst < 5e-2
 
 
-def test_compiled_networks_compute_the_same() -> None:
+def test_compiled_networks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # TF32 rounds to 5e-4, and other kernels round other sums.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     plain = runs.create_autoencoder("AutoencoderKL").cuda()
     fast = copy.deepcopy(plain)
     fast.speed_up(compile=True, channels_last=True)

@@ -74,15 +74,14 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
-        per_warp = _up(3 * (samples + 2), 4) + 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2))
-        per_warp += _up(8 * tiles + 14, 4)
+        per_warp = 4 * (samples + 2) + 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2)) + 8 * tiles + 36
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
         if shared <= limit:
             small = variant.features <= 32 and variant.colours <= 16 and not variant.fp32 and warps == 4
             fits = (limit + 1024) // (shared + 1024)
-            return Shape(warps, min(fits, (4 if kernel == "forward" else 3) if small else 2), shared)
+            return Shape(warps, min(fits, 4 if small and kernel == "forward" else 2), shared)
     raise ValueError(f"{variant} needs {shared} bytes of shared memory on sm_{arch}, which has {limit}")
 
 

@@ -93,7 +93,8 @@ def render_cuda(
     value = seed if isinstance(seed, int) else 0
     # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
     run: Any = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
-    features, depth, opacity = run(
+    trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
+    features, depth, opacity, _ = run(
         planes.contiguous(),
         *(x.float().contiguous() for x in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)),
         *(x.detach().float().contiguous() for x in (cam2world, intrinsics)),
@@ -108,6 +109,7 @@ def render_cuda(
         float(options.near) if numbers else -1.0,
         float(options.far) if numbers else -1.0,
         options.box,
+        torch.is_grad_enabled() and any(x.requires_grad for x in trained),
         [int(entry) for entry in variant],
     )
     return Rendered(features, depth, opacity)
@@ -135,16 +137,19 @@ def _params(
 def _forward(
     planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
     background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
-    seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, variant: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, keep: bool,
+    variant: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Images, and what the backward pass needs of the samples if ``keep``: their raw densities."""
     params = _params(
         planes, w1, b1, w2, b2, cam2world, intrinsics, background, scene, seed, noise_coarse, noise_fine, seed_value,
         jitter, height, width, near, far, box,
     )  # fmt: skip
     with torch.cuda.device(planes.device):
         kernel = load("forward", _variant(variant), planes.device.index)
-        results = _empty_images(cam2world, height, width, variant[1])
-        params.features, params.depth, params.opacity = map(pointer, results)
+        results = _empty_results(cam2world, height, width, variant, keep)
+        params.features, params.depth, params.opacity, densities = map(pointer, results)
+        params.densities = densities if keep else None
         kernel(params)
     return results
 
@@ -154,17 +159,25 @@ def _variant(entries: list[int]) -> build.Variant:
     return build.Variant(features, colours, coarse, fine, *map(bool, entries[4:]))
 
 
-def _empty_images(cam2world: Tensor, height: int, width: int, colours: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (cam2world.shape[0], height, width)
-    return cam2world.new_empty((*shape, colours)), cam2world.new_empty(shape), cam2world.new_empty(shape)
+def _empty_results(
+    cam2world: Tensor, height: int, width: int, variant: list[int], keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, (_, colours, coarse, fine, *_) = (cam2world.shape[0], height, width), variant
+    rays = cam2world.shape[0] * height * width if keep else 0
+    return (
+        cam2world.new_empty((*images, colours)),
+        cam2world.new_empty(images),
+        cam2world.new_empty(images),
+        cam2world.new_empty(rays, coarse + fine),
+    )
 
 
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_images(args[5], args[14], args[15], args[19][1])
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(args[5], args[14], args[15], args[20], args[19])
 
 
 def _gradients(
-    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None,
+    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, densities: Tensor,
     planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
     background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
     seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, variant: list[int],
@@ -176,6 +189,7 @@ def _gradients(
     )  # fmt: skip
     given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity)]
     params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
+    params.densities = pointer(densities)
     specialised = _variant(variant)
     with torch.cuda.device(planes.device):
         kernel = load("backward", specialised, planes.device.index)
@@ -199,35 +213,37 @@ def _gradients(
 
 
 def _fake_gradients(*args: Any) -> tuple[Tensor, Tensor]:
-    planes, w1, variant = args[3], args[4], args[-1]
+    planes, w1, variant = args[4], args[5], args[-1]
     return torch.empty_like(planes, dtype=torch.float32), w1.new_empty(build.partial_size(_variant(variant)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:12], output[2])
-    ctx.rest = inputs[12:]
+    ctx.save_for_backward(*inputs[:12], output[2], output[3])
+    *ctx.rest, _, ctx.variant = inputs[12:]
 
 
-def _backward(run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None) -> Any:
-    *inputs, opacity = ctx.saved_tensors
+def _backward(
+    run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, _: Tensor | None
+) -> Any:
+    *inputs, opacity, densities = ctx.saved_tensors
     _, w1, b1, w2, b2, _, _, background = inputs[:8]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = run(g_features, g_depth, g_opacity, *inputs, *ctx.rest)
+        g_planes, flat = run(g_features, g_depth, g_opacity, densities, *inputs, *ctx.rest, ctx.variant)
         parts = flat.split([w1.numel(), b1.numel(), w2.numel(), b2.numel()])
         g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, (w1, b1, w2, b2), strict=True))
     g_background = None
     if ctx.needs_input_grad[7] and g_features is not None:
         share = 2 * (1 - opacity)[..., None] * g_features
         g_background = share.sum(0) if background.ndim == 3 else share.flatten(0, 2).sum(0)
-    return (g_planes, *g_mlp, None, None, g_background, *(None,) * 12)
+    return (g_planes, *g_mlp, None, None, g_background, *(None,) * 13)
 
 
 class _Render(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output

@@ -26,6 +26,7 @@ struct Params {
   const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background, *noise_coarse, *noise_fine;
   const long long *scene, *seed;
   float *features, *depth, *opacity;                                  // forward: results
+  float *densities;                                                   // [rays, N], raw, coarse ones first; or null: not kept
   const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients, or null
   void *g_planes;                                                     // float, or 64-bit integers if DETERMINISTIC
   float *partial;                                                     // [blocks, PARTIAL] sums of the MLP's gradients
@@ -59,18 +60,6 @@ DEV void scan_sum(float (&v)[COUNT]) {  // inclusive
     for (int i = 0; i < COUNT; ++i) other[i] = __shfl_up_sync(ALL, v[i], d);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) v[i] += lane_id() >= d ? other[i] : 0.f;
-  }
-}
-
-template <int COUNT>
-DEV void suffix_sum(float (&v)[COUNT]) {  // inclusive, from the last lane
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    float other[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) other[i] = __shfl_down_sync(ALL, v[i], d);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] += lane_id() + d < 32 ? other[i] : 0.f;
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward pass: one warp a ray, nothing but the images is written.
+// Forward pass: one warp a ray. Images are written, and for a backward pass one number a sample: its raw density.
 #include "ray.cuh"
 
 constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
@@ -15,8 +15,8 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[TILES][4];
-    find_cells(p, ray, t + first, count - first, cells);
-    gather(p, base, cells, f);
+    find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
+    gather<2>(p, base, cells, f);
     mlp_forward(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -64,13 +64,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
 #if KF > 0
       if (stage == 1) {
-        interval_weights<K>(t, raw, weight, nullptr);
+        interval_weights<K, false>(t, raw, weight, nullptr, nullptr);
         places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
       }
 #endif
       int first = stage * K;
       evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, colour + first * COLOUR_ROW);
     }
+    if (p.densities)
+      for (int k = lane; k < N; k += 32) p.densities[(long long)index * N + k] = raw[k];
 #if KF > 0
 #pragma unroll
     for (int i = 0; i < ALL_ROUNDS; ++i) {
@@ -84,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     ordered_raw = sorted_raw;
     weight = t + 1;  // no longer needed
 #endif
-    interval_weights<N>(ordered_t, ordered_raw, weight, nullptr);
+    interval_weights<N, false>(ordered_t, ordered_raw, weight, nullptr, nullptr);
     if (lane == 0) weight[-1] = weight[N - 1] = 0.f;
     __syncwarp();
     Totals sum = totals<N>(ordered_t, weight);

@@ -113,26 +113,34 @@ DEV Interval interval(const float *t, const float *raw, int k) {
   return {mean, length, softplus_exact(mean) * length};
 }
 
-// Weights of the COUNT - 1 intervals between sorted samples, and (if wanted) what light reaches each.
-template <int COUNT>
-DEV void interval_weights(const float *t, const float *raw, float *weight, float *reach) {
+// Weights of the COUNT - 1 intervals between sorted samples. With SLOPES also how the gradient of an interval's mean raw
+// density follows from that of its weight, g, and from the sum h of gradient times weight of all intervals behind it:
+// direct g - hidden h. (hidden may be where raw is.)
+template <int COUNT, bool SLOPES>
+DEV void interval_weights(const float *t, const float *raw, float *weight, float *direct, float *hidden) {
   constexpr int ROUNDS = (COUNT + 30) / 32;
-  float depth[ROUNDS], sum[ROUNDS], passed = 0.f;
+  Interval in[ROUNDS];
+  float sum[ROUNDS], passed = 0.f;
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     int k = 32 * i + lane_id();
-    depth[i] = k < COUNT - 1 ? interval(t, raw, k).depth : 0.f;
-    float high = fmaxf(-depth[i], LOG_LEAK), gap = fabsf(-depth[i] - LOG_LEAK);
+    in[i] = k < COUNT - 1 ? interval(t, raw, k) : Interval{0.f, 0.f, 0.f};
+    float high = fmaxf(-in[i].depth, LOG_LEAK), gap = fabsf(-in[i].depth - LOG_LEAK);
     sum[i] = high + LN2 * fast_log2(1.f + fast_exp(-gap));
   }
   scan_sum(sum);
+  if (SLOPES) __syncwarp();
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     int k = 32 * i + lane_id();
     float before = __shfl_up_sync(ALL, sum[i], 1), light = fast_exp(passed + (lane_id() == 0 ? 0.f : before));
     if (k < COUNT - 1) {
-      weight[k] = -expm1f(-depth[i]) * light;
-      if (reach) reach[k] = light;
+      weight[k] = -expm1f(-in[i].depth) * light;
+      if (SLOPES) {
+        float through = fast_exp(-in[i].depth), slope = through * in[i].length * sigmoid2(LOG2E * in[i].mean);
+        direct[k] = slope * light;
+        hidden[k] = slope * fast_reciprocal(through + LEAK);
+      }
     }
     passed += __shfl_sync(ALL, sum[i], 31);
   }
@@ -273,9 +281,9 @@ struct Cells {
 };
 constexpr int CELL_FLOATS = 16 * sizeof(Cells) / 4;
 
-DEV void find_cells(const Params &p, const Ray &ray, const float *t, int count, Cells *cells) {
+// at: depth of sample lane % 16 of the tile.
+DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   int sample = lane_id() & 15, size = p.resolution, place[3];
-  float at = t[min(sample, count - 1)];
   Cells found;
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
@@ -298,14 +306,16 @@ DEV void find_cells(const Params &p, const Ray &ray, const float *t, int count, 
 }
 
 // Features of a tile, rounded for the products; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for
-// the samples that are rows of theirs; then neighbours swap what the other's row needs.
+// the samples that are rows of theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on
+// are not wanted.
+template <int HALVES>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
   long long next_row = p.resolution * C;
   const void *mine = advance(base, feature);
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
+  for (int row = 0; row < HALVES; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
     float read[2][WIDE][4];
 #pragma unroll

@@ -120,11 +120,11 @@ DEV float4 sum_taps(float4 v) {  // over the four parities
 
 DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 
-// Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes.
+// Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes, the last sample first.
 DEV void scatter(const Params &p, const Ray &ray, const int2 *table, const float *g_f, int count, Accumulator &acc) {
   int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
   Sum *g_base = scene_sums(p, ray);
-  for (int s = 0; s < count; ++s) {
+  for (int s = count - 1; s >= 0; --s) {
     int2 tap[3];
 #pragma unroll
     for (int plane = 0; plane < 3; ++plane) {
