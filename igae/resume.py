@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from igae import checkpoint
-from igae.checkpoint import Progress
+from igae.checkpoint import RATES, Progress
 from igae.distributed import Channel, rank, world_size
 from igae.guards import check_changes
 from igae.model import IGAE
@@ -16,7 +16,6 @@ from igae.recipe import Recipe
 from igae.scenes import SceneBank
 from igae.shares import Data, steps_per_epoch
 
-RATES = "planes/learning_rates"
 log = logging.getLogger("igae")
 
 

@@ -40,7 +40,9 @@ LAYERS = {
     "captured": 6,
     "guards": 6,
     "shares": 6,
+    "export": 6,
     "resume": 7,
+    "published": 7,
     "stage": 7,
     "trainer": 8,
 }

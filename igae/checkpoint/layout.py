@@ -16,6 +16,8 @@ from igae.secrets import hide_credentials
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
+RATES = "planes/learning_rates"
+"""The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
 FOLDER = re.compile(r"step-(\d{8,})(-end)?")
 
 

@@ -2,7 +2,7 @@
 """Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,8 +47,11 @@ class Loaded:
         """Ids of all scenes."""
         return frozenset(self._ids.tolist())
 
-    def rows(self, ids: Sequence[int]) -> dict[str, Tensor]:
+    def rows(self, ids: Sequence[int], names: Container[str] | None = None) -> dict[str, Tensor]:
         """The rows of some scenes, in the order asked: name -> [len(ids), ...]. Nothing else is read.
+
+        Args:
+            names: which tensors; all if left out.
 
         Raises:
             ValueError: scenes that are not there, or damaged files.
@@ -62,7 +65,7 @@ class Loaded:
                 "train the scenes that it has, or use a new experiment=NAME"
             )
         where = np.searchsorted(self._ids, wanted)
-        entries = {name: self._files[0].entries[name] for name in self._files[0].row_names()}
+        entries = {n: self._files[0].entries[n] for n in self._files[0].row_names() if names is None or n in names}
         result = {n: torch.empty((len(wanted), *entry.shape[1:]), dtype=entry.dtype) for n, entry in entries.items()}
         for number in np.unique(self._file[where]):
             places = np.flatnonzero(self._file[where] == number)

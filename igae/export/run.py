@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run or one of its checkpoints to what an export is made of."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igae import checkpoint, config
+from igae.autoencoder import load_autoencoder
+from igae.checkpoint import RATES, Loaded
+from igae.checkpoint.layout import CONFIG, STATE
+from igae.data.manifest import Manifest, join
+from igae.data.store import Missing, StoreError, read_whole
+from igae.export.layout import MAX_JSON
+from igae.export.writer import Content
+from igae.model import IGAE
+from igae.recipe import Recipe
+from igae.scenes import make_row_adam
+from igae.secrets import hide_credentials
+
+log = logging.getLogger("igae")
+
+
+def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
+    """The newest complete checkpoint of a run, or the one that is named. Planes are read as they are asked for.
+
+    Args:
+        run: path or URL of a run's folder, of its checkpoints, or of one checkpoint.
+        overrides: ``key=value``, of what is elsewhere now than the saved configuration says (``data.root``,
+            ``autoencoder.path``).
+
+    Raises:
+        ValueError: there is no checkpoint, it is damaged, or what it was trained on can't be found.
+    """
+    folder = _find(run)
+    loaded = checkpoint.load(folder)
+    progress = loaded.progress
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / CONFIG
+        path.write_text(loaded.config)
+        recipe = config.load(Recipe, path, overrides)
+    manifest = Manifest.load(recipe.data.root)
+    scenes = manifest.select(recipe.data.categories)
+    where, root = hide_credentials(folder), hide_credentials(recipe.data.root)
+    if manifest.digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
+        raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
+    model = IGAE(
+        load_autoencoder(recipe.autoencoder),
+        torch.Generator(),  # its draws are replaced by the checkpoint's weights
+        recipe.planes.features,
+        recipe.render,
+        manifest.image_size,
+        recipe.data.background,
+        renderer="torch",
+    )
+    try:
+        model.load_state_dict(loaded.shared)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{where} has weights of another autoencoder or MLP than its configuration says ({last}): name the right "
+            "one, autoencoder.path=..."
+        ) from error
+    if not progress.finished:
+        log.warning("%s is in the middle of a stage: its planes are finished as an evaluation would", where)
+    ids = [scene.id for scene in scenes]
+    return Content(
+        model,
+        recipe.data.background,
+        [scene.name for scene in scenes],
+        lambda start, stop: _planes(loaded, recipe, ids[start:stop]),
+        f"From run `{recipe.experiment}`, step {progress.total} ({progress.stage}).",
+        loaded.config,
+        _figures(folder, loaded),
+        (manifest.cameras.mean_distance, manifest.cameras.mean_focal) if manifest.cameras else (1.3, 1.1),
+    )
+
+
+def _planes(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
+    if loaded.progress.finished:
+        return loaded.rows(ids, {"planes"})["planes"]
+    rows = loaded.rows(ids)
+    planes = rows.pop("planes")
+    # In the middle of a stage rows owe the moves of steps that did not visit them.
+    optimizer = make_row_adam(planes, mode=recipe.train.plane_optimizer, backend="torch")
+    optimizer.load_state({**rows, "learning_rates": loaded.optimizer[RATES]})
+    optimizer.catch_up()
+    return planes
+
+
+def _find(run: str) -> str:
+    """The folder of the checkpoint that is meant."""
+    run = run.rstrip("/") or run
+    if _read(join(run, STATE)) is not None:
+        return run
+    roots = [join(run, "checkpoints"), run]
+    settings = _read(join(run, CONFIG))
+    if settings is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / CONFIG
+            path.write_bytes(settings)
+            elsewhere = config.load(Recipe, path).checkpoint.root
+        roots = [elsewhere] if elsewhere else roots
+    for root in roots:
+        if complete := checkpoint.list_complete(root):
+            return complete[-1]
+    raise ValueError(
+        f"{hide_credentials(run)} holds no complete checkpoint: give the folder of a run (outputs/NAME) or of one of "
+        "its checkpoints"
+    )
+
+
+def _figures(folder: str, loaded: Loaded) -> dict[str, float]:
+    """The figures of the run's metrics.json that are of this checkpoint."""
+    progress = loaded.progress
+    data = _read(join(folder.rpartition("/")[0].rpartition("/")[0], "metrics.json")) if progress.finished else None
+    try:
+        stages: Any = json.loads(data) if data is not None else {}
+        figures = stages.get(progress.stage, {})
+        if figures.get("step") != progress.total:
+            return {}
+        return {str(name): float(value) for name, value in figures.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        log.warning("the figures of %s are left out: metrics.json is damaged", hide_credentials(folder))
+        return {}
+
+
+def _read(url: str) -> bytes | None:
+    """A small file, or None where there is none."""
+    where = hide_credentials(url)
+    try:
+        return read_whole(url, where, MAX_JSON)
+    except Missing:
+        return None
+    except StoreError as error:
+        raise ValueError(str(error)) from None
