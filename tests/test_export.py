@@ -239,7 +239,7 @@ def test_a_checkpoint_in_the_middle_of_a_stage_is_finished_first(made: Made) -> 
     torch.testing.assert_close(torch.cat([content.planes(0, 1), content.planes(1, 4)]), planes)
 
 
-def test_the_card(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card(made: Made) -> None:
     text = (made.export / "README.md").read_text()
     card = huggingface_hub.ModelCard(text)
     assert card.data.library_name == "igae" and "license" not in card.data.to_dict()
