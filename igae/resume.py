@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from igae import checkpoint
-from igae.checkpoint import RATES, Progress
+from igae.checkpoint import Progress
+from igae.checkpoint.layout import RATES as RATES
 from igae.distributed import Channel, rank, world_size
 from igae.guards import check_changes
 from igae.model import IGAE

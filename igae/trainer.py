@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from its configuration to its results: stages one after another, checkpoints, evaluation, progress."""
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from igae import checkpoint
 from igae.autoencoder import load_autoencoder
-from igae.checkpoint import RATES, Progress
+from igae.checkpoint import Progress
 from igae.distributed import Channel, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
@@ -29,7 +30,7 @@ from igae.guards import check_memory, check_shared, lock_run, public_settings
 from igae.losses import LPIPS
 from igae.model import IGAE
 from igae.recipe import Recipe, StageName
-from igae.resume import Restored, find, restore
+from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
 from igae.shares import log_ranks, own_data, scene_bytes
 from igae.stage import Outcome, Stage, fit_scale
@@ -95,7 +96,7 @@ class Trainer:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)
         self.bank = SceneBank(recipe.planes, [scene.id for scene in owned], recipe.seed, device)
-        digest = self.data.manifest.digest
+        digest = hashlib.sha256("".join(shard.sha256 for shard in self.data.manifest.shards).encode()).hexdigest()
         self.progress = Progress(STAGES[0], 0, 0, data=digest, world=world_size())
         self._restored: Restored | None = None
         if found is not None:

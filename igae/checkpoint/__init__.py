@@ -12,8 +12,8 @@ URL, of
   with it is complete, and no file that it does not list counts.
 """
 
-from igae.checkpoint.layout import FORMAT, RATES, Progress, folder_of, list_complete
+from igae.checkpoint.layout import FORMAT, Progress, folder_of, list_complete
 from igae.checkpoint.reader import Loaded, load
 from igae.checkpoint.writer import Writer
 
-__all__ = ["FORMAT", "RATES", "Loaded", "Progress", "Writer", "folder_of", "list_complete", "load"]
+__all__ = ["FORMAT", "Loaded", "Progress", "Writer", "folder_of", "list_complete", "load"]

@@ -2,7 +2,6 @@
 """The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
 
 import difflib
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,11 +118,6 @@ class Manifest:
         except _Inconsistent as error:
             raise ValueError(f"{where} is damaged ({error}): pack the data again") from error
         return manifest
-
-    @property
-    def digest(self) -> str:
-        """What tells data from other data: a checksum of the shards' checksums, 64 hexadecimal digits."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     def to_json(self) -> bytes:
         """The text of `manifest.json`; the same manifest always gives the same bytes."""

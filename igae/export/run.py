@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a run or one of its checkpoints to what an export is made of."""
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from igae import checkpoint, config
 from igae.autoencoder import load_autoencoder
-from igae.checkpoint import RATES, Loaded
-from igae.checkpoint.layout import CONFIG, STATE
+from igae.checkpoint import Loaded
+from igae.checkpoint.layout import CONFIG, RATES, STATE
 from igae.data.manifest import Manifest, join
 from igae.data.store import Missing, StoreError, read_whole
 from igae.export.layout import MAX_JSON
@@ -48,7 +49,8 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     manifest = Manifest.load(recipe.data.root)
     scenes = manifest.select(recipe.data.categories)
     where, root = hide_credentials(folder), hide_credentials(recipe.data.root)
-    if manifest.digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    if digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
         raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
     model = IGAE(
         load_autoencoder(recipe.autoencoder),
