@@ -2,6 +2,7 @@
 """What of the data each rank owns: scenes and photographs, and the steps that follow from it."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from igae import ownership
@@ -65,8 +66,8 @@ def own_data(recipe: Recipe) -> Data:
 
 
 def scene_bytes(recipe: Recipe) -> int:
-    """Memory of a scene on its owner: planes and their two moments, float32."""
-    return 3 * 4 * 3 * recipe.planes.resolution**2 * recipe.planes.features
+    """Memory of a scene on its owner: its row and two moments, float32."""
+    return 3 * 4 * math.prod(recipe.planes.row_shape)
 
 
 def log_ranks(recipe: Recipe, data: Data, strategy: str) -> None:

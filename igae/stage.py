@@ -95,6 +95,7 @@ class Stage:
             ("encoder", [p for _, p in parts["encoder"]], rates.encoder),
             ("decoder", [p for _, p in parts["decoder"]], rates.decoder),
             ("mlp", list(self.model.mlp.parameters()), rates.mlp),
+            ("base_planes", [] if self.model.base is None else [self.model.base.planes], rates.base_planes),
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)

@@ -20,15 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from igae import checkpoint
-from igae.autoencoder import load_autoencoder
+from igae.assembly import build_model
 from igae.checkpoint import Progress
-from igae.distributed import Channel, derive_seed, rank, world_size
+from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator
 from igae.guards import check_memory, check_shared, lock_run, public_settings
-from igae.losses import LPIPS
-from igae.model import IGAE
 from igae.recipe import Recipe, StageName
 from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
@@ -79,19 +77,7 @@ class Trainer:
         if rank() == 0:
             log_ranks(recipe, self.data, self.engine.strategy)
         found = find(self.checkpoints, resume, self.channel)
-        needs_lpips = any(s.epochs and s.weights.photo_lpips for s in (recipe.train.warmup, recipe.train.joint))
-        perceptual = LPIPS(recipe.train.lpips_weights) if needs_lpips else None
-        self.model = IGAE(
-            load_autoencoder(recipe.autoencoder, derive_seed(recipe.seed, "autoencoder")),
-            torch.Generator().manual_seed(derive_seed(recipe.seed, "mlp")),
-            recipe.planes.features,
-            recipe.render,
-            self.data.manifest.image_size,
-            recipe.data.background,
-            perceptual.to(device) if perceptual is not None else None,
-            bf16=recipe.train.precision == "bf16",
-            renderer=recipe.train.kernels,
-        ).to(device)
+        self.model = build_model(recipe, self.data.manifest.image_size, device)
         if self.engine.replicated:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)

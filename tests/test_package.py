@@ -37,6 +37,7 @@ LAYERS = {
     "checkpoint": 4,
     "evaluation": 4,
     "recipe": 5,
+    "assembly": 6,
     "captured": 6,
     "guards": 6,
     "shares": 6,

@@ -159,10 +159,12 @@ def test_the_published_recipe() -> None:
     nothing = dict.fromkeys(type(recipe.train.joint.weights).model_fields, 0.0)
     warmup, joint = recipe.train.warmup, recipe.train.joint
     assert (warmup.epochs, warmup.batch_size, warmup.photos, warmup.mlp_epochs) == (50, 32, 0, 45)
-    assert warmup.learning_rates.model_dump() == {"encoder": 0, "decoder": 0, "mlp": 1e-3, "planes": 1e-3}
+    frozen = dict.fromkeys(type(warmup.learning_rates).model_fields, 0.0)
+    assert warmup.learning_rates.model_dump() == {**frozen, "mlp": 1e-3, "planes": 1e-3}
     assert warmup.weights.model_dump() == {**nothing, "latent": 1, "planes_tv": 1e-5}
     assert (joint.epochs, joint.batch_size, joint.photos, joint.mlp_epochs) == (75, 12, 3, None)
-    assert joint.learning_rates.model_dump() == {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
+    rates = {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
+    assert joint.learning_rates.model_dump() == {**frozen, **rates}
     assert joint.weights.model_dump() == {
         **nothing,
         "latent": 1,
