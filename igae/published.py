@@ -17,9 +17,9 @@ channels; M base planes of G features and L own features where there are global 
 ``renderer/decoder.net.2.weight``    [1 + c, 64]         ``.bias`` [1 + c]; the density comes first
 ===================================  ==================  ==============================================
 
-A scene's planes are local_planes, then (or plus, with ``fusion_mode: sum``) sum_k coefs_k global_planes_k + bias. They
-are stored as such: the base planes are multiplied out. How rays are sampled is in the ``config.yaml`` that the code
-writes beside the file.
+A scene's planes are local_planes, then (or plus, with ``fusion_mode: sum``) sum_k coefs_k global_planes_k + bias, which
+is `igae.scenes.planes` with other names. How rays are sampled is in the ``config.yaml`` that the code writes beside
+the file.
 
 Two things are otherwise than there. Samples by importance are stratified and drawn from the intervals themselves, which
 moves a pixel by no more than another draw does; and the decoder gets latents clamped at 1 - 1e-3, not 1 - 1e-4.
@@ -38,8 +38,9 @@ from torch import Tensor
 
 from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.export import Content, write
-from igae.model import IGAE
+from igae.export.reader import bare_model
 from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
 from igae.secrets import hide_credentials
 
 SCALE = 0.02
@@ -71,25 +72,21 @@ def read_published(path: Path, settings: Mapping[str, Any] | None = None, config
         raise ValueError(f"{path} holds RGB scenes (rgb_override), and only latent ones can be imported")
     options, background = _sampling(settings, path)
     mlp = _decoder(renderer, path)
-    planes = _planes(nerfs, settings, path)
+    planes, rows = _planes(nerfs, settings, path)
     features, channels = mlp["w1"].shape[1], len(mlp["b2"]) - 1
-    if planes(0, 1).shape[-1] != features:
+    if planes.features != features:
         raise ValueError(
-            f"{path}: its scenes have {planes(0, 1).shape[-1]} features and its decoder takes {features}; features of "
+            f"{path}: its scenes have {planes.features} features and its decoder takes {features}; features of "
             "coordinates or directions can't be imported, and fusion_mode has to be that of config.yaml"
         )
     size = int(_get(settings, "dataset.img_size", 128))
-    model = IGAE(
-        _autoencoder(vae, config, float(_get(settings, "vae.normalization.scale", SCALE)), path),
-        torch.Generator(),
-        features,
-        options,
-        (size, size),
-        renderer="torch",
-    )
+    autoencoder = _autoencoder(vae, config, float(_get(settings, "vae.normalization.scale", SCALE)), path)
+    model = bare_model(autoencoder, planes, options, (size, size), (1.0, 1.0, 1.0))
     if model.latent_shape[0] != channels:
         raise ValueError(f"{path}: its decoder makes {channels} channels and its latents have {model.latent_shape[0]}")
     model.mlp.load_state_dict(mlp)
+    if model.base is not None:
+        model.base.load_state_dict({"planes": nerfs["global_planes"].float().permute(0, 1, 3, 4, 2)})
     background = WHITE.get(channels) if background is None else background
     if background is None:
         model.refresh_background()
@@ -97,7 +94,7 @@ def read_published(path: Path, settings: Mapping[str, Any] | None = None, config
         model.background.copy_(torch.tensor(background, dtype=torch.float32).expand_as(model.background))
     names = [f"scene-{i:05d}" for i in range(len(nerfs["local_planes"]))]
     source = f"From `{path.name}`, weights of the code published with the paper (github.com/k-kassab/igae)."
-    return Content(model, (1.0, 1.0, 1.0), names, planes, source)
+    return Content(model, (1.0, 1.0, 1.0), names, planes, rows, source)
 
 
 def _parts(path: Path) -> list[dict[str, Tensor]]:
@@ -164,28 +161,36 @@ def _decoder(renderer: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     return mlp
 
 
-def _planes(nerfs: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path) -> Callable[[int, int], Tensor]:
-    """Planes [stop - start, 3, R, R, features] of scenes."""
+def _planes(
+    nerfs: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path
+) -> tuple[PlanesConfig, Callable[[int, int], Tensor]]:
+    """What a scene's row is, and rows [stop - start, *row_shape]."""
     own, base = nerfs.get("local_planes"), nerfs.get("global_planes")
     if own is None or own.ndim != 5 or own.shape[1] != 3 or own.shape[3] != own.shape[4] or not len(own):
         raise ValueError(f"{path} has no nerfs/local_planes [scenes, 3, features, R, R]")
-    coefs, bias = nerfs.get("coefs"), nerfs.get("bias", torch.zeros(len(own), 1, 1, 1, 1))
-    if base is not None:
-        good = base.ndim == 5 and base.shape[1:] == (3, base.shape[2], *own.shape[3:])
-        if not good or coefs is None or coefs.shape != (len(own), len(base)) or bias.shape != (len(own), 1, 1, 1, 1):
-            raise ValueError(f"{path}: nerfs/global_planes, coefs and bias don't fit its {len(own)} scenes")
+    scenes, _, micro, resolution, _ = own.shape
+    channels_last = (0, 1, 3, 4, 2)
+    if base is None:
+        plain = PlanesConfig(resolution=resolution, features=micro)
+        return plain, lambda start, stop: own[start:stop].float().permute(channels_last).contiguous()
+    coefs, bias = nerfs.get("coefs"), nerfs.get("bias", torch.zeros(scenes, 1, 1, 1, 1))
+    good = base.ndim == 5 and base.shape[1:] == (3, base.shape[2], resolution, resolution)
+    if not good or coefs is None or coefs.shape != (scenes, len(base)) or bias.shape != (scenes, 1, 1, 1, 1):
+        raise ValueError(f"{path}: nerfs/global_planes, coefs and bias don't fit its {scenes} scenes")
     added = _get(settings, "global_latent_nerf.fusion_mode", "concat") == "sum"
-    if base is not None and added and base.shape[2] != own.shape[2]:
+    if added and base.shape[2] != micro:
         raise ValueError(f"{path}: fusion_mode is sum, and its local and global planes have different features")
-
-    def planes(start: int, stop: int) -> Tensor:
-        result = own[start:stop].float()
-        if base is not None and coefs is not None:
-            shared = torch.tensordot(coefs[start:stop].float(), base.float(), 1) + bias[start:stop].float()
-            result = result + shared if added else torch.cat((result, shared), 2)
-        return result.permute(0, 1, 3, 4, 2).contiguous()
-
-    return planes
+    parts = [own.permute(channels_last).flatten(1), coefs, bias.flatten(1)] if micro else [coefs, bias.flatten(1)]
+    config = PlanesConfig(
+        resolution=resolution,
+        features=micro if added else micro + base.shape[2],
+        base_planes=len(base),
+        micro_features=micro,
+        macro_features=base.shape[2],
+        fusion="sum" if added else "concat",
+        bias=True,
+    )
+    return config, lambda start, stop: torch.cat([part[start:stop].float() for part in parts], 1)
 
 
 def _autoencoder(vae: Mapping[str, Tensor], config: str | None, scale: float, path: Path) -> Autoencoder:

@@ -30,10 +30,11 @@ from igae.export import Content, Export, load_model, read_run, write, writer
 from igae.export.__main__ import main
 from igae.model import IGAE
 from igae.rendering import DecodingMLP, RenderOptions, render
-from igae.scenes import RowAdam
+from igae.scenes import PlanesConfig, RowAdam
 
 NAMES = ["scene_0", "scene_1", "scene_2", "scene_3"]
 CAMERAS = orbit(3, 1.3, 0.4)
+PLANES = PlanesConfig(resolution=4, features=4)
 LENS = torch.tensor([[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]])
 
 
@@ -196,13 +197,13 @@ def test_a_scene_is_read_without_the_others(
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", noting)
     export = Export(memory)
-    assert torch.equal(export.planes(["scene_1"])[0], expected[1])
+    assert torch.equal(export.rows(["scene_1"])[0], expected[1])
     planes = [(a, b) for name, a, b in touched if name.startswith("scenes-0") and b > first]
     assert "scenes-00001.safetensors" not in [name for name, _, _ in touched]
     # Its own row, and the checksums at the file's end, 4 bytes a scene.
     assert sorted(planes) == [(first + row, first + 2 * row), (first + 3 * row, first + 3 * row + 12)]
 
-    assert torch.equal(export.planes(["scene_3", "scene_1", "scene_3"]), expected[[3, 1, 3]])
+    assert torch.equal(export.rows(["scene_3", "scene_1", "scene_3"]), expected[[3, 1, 3]])
     with pytest.raises(ValueError, match=r"scenes-00000.safetensors is damaged: the checksum of row 2"):
         export.scene("scene_2")
 
@@ -236,7 +237,7 @@ def test_a_checkpoint_in_the_middle_of_a_stage_is_finished_first(made: Made) -> 
     adam.load_state({**rows, "learning_rates": loaded.optimizer["planes/learning_rates"]})
     adam.catch_up()
     assert not torch.equal(stored, planes)
-    torch.testing.assert_close(torch.cat([content.planes(0, 1), content.planes(1, 4)]), planes)
+    torch.testing.assert_close(torch.cat([content.rows(0, 1), content.rows(1, 4)]), planes)
 
 
 def test_the_card(made: Made) -> None:
@@ -258,16 +259,46 @@ def test_the_card(made: Made) -> None:
     assert isinstance(names["images"], Tensor) and names["images"].shape == (8, 16, 16, 3)
 
 
+def test_scenes_that_share_base_planes(made: Made, tmp_path: Path) -> None:
+    planes = "planes={resolution: 8, features: 8, base_planes: 3, micro_features: 3, macro_features: 5, bias: true}"
+    settings = [planes, "experiment=base", "train.warmup.epochs=1", "train.joint.epochs=0", "checkpoint.every=3"]
+    assert train.main(["--config", str(made.recipe), *settings]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = made.run.parent / "base"
+    for step, out in (("step-00000008-end", "end"), ("step-00000003", "middle")):
+        assert main([str(run / "checkpoints" / step), str(tmp_path / out)]) == 0
+    folder = run / "checkpoints/step-00000008-end"
+    shared, scenes = load_file(folder / "shared.safetensors"), load_file(folder / "scenes-00000.safetensors")
+    export = Export(str(tmp_path / "end"))
+    scene, row = export.scene("scene_2"), scenes["planes"][scenes["ids"].tolist().index(2)]
+    assert torch.equal(scene.row, row) and len(row) == 3 * 8 * 8 * 3 + 3 + 1
+    micro, weights, bias = row[:576].view(3, 8, 8, 3), row[576:579], row[579]
+    macro = sum(weights[k] * shared["base.planes"][k] for k in range(3)) + bias
+    torch.testing.assert_close(scene.planes, torch.cat([micro, macro], -1))
+
+    # The same as a scene with planes of its own.
+    plain = IGAE(export.model.autoencoder, torch.Generator(), 8, export.model.options, (16, 16))
+    plain.mlp, plain.background = export.model.mlp, export.model.background
+    own = PlanesConfig(resolution=8, features=8)
+    write(Content(plain, (1.0, 1.0, 1.0), ["a"], own, lambda a, b: scene.planes[None], ""), str(tmp_path / "plain"))
+    image = Export(str(tmp_path / "plain")).scene("a").image(CAMERAS, LENS)
+    difference = image.int() - scene.image(CAMERAS, LENS).int()
+    assert difference.abs().max() <= 1  # where rounding differs
+    # Base planes are there once, whatever the number of scenes.
+    assert load_file(tmp_path / "end/igae.safetensors")["base.planes"].shape == (3, 3, 8, 8, 5)
+    assert not torch.equal(Export(str(tmp_path / "middle")).rows(["scene_2"])[0], row)
+
+
 def test_rgb_scenes(tmp_path: Path) -> None:
     model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
     model.refresh_background()
     planes = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     names = ["Stuhl, grün", "b"]
-    write(Content(model, (0.0, 0.5, 1.0), names, lambda a, b: planes[a:b], "Made up."), str(tmp_path / "rgb"))
+    write(Content(model, (0.0, 0.5, 1.0), names, PLANES, lambda a, b: planes[a:b], "Made up."), str(tmp_path / "rgb"))
     export = Export(str(tmp_path / "rgb"))
     assert export.names == names and export.model.autoencoder.is_identity
     assert not (tmp_path / "rgb/config.json").exists()
-    assert torch.equal(export.planes(names), planes)
+    assert torch.equal(export.rows(names), planes)
     away = CAMERAS[0].clone()
     away[:3, 2] *= -1  # it looks into the other direction: only the background
     away[:3, 0] *= -1

@@ -16,6 +16,9 @@ from igae.export import Content, Export, load_model, read_run, write
 from igae.export.__main__ import main
 from igae.model import IGAE
 from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
+
+PLANES = PlanesConfig(resolution=4, features=4)
 
 
 def content(scenes: int = 3) -> Content:
@@ -24,7 +27,7 @@ def content(scenes: int = 3) -> Content:
     model.refresh_background()
     planes = torch.randn(scenes, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     names = [f"chair-{i}" for i in range(scenes)]
-    return Content(model, (1.0, 1.0, 1.0), names, lambda start, stop: planes[start:stop], "Made up.")
+    return Content(model, (1.0, 1.0, 1.0), names, PLANES, lambda start, stop: planes[start:stop], "Made up.")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +51,8 @@ def sentence(call: Callable[[], object]) -> str:
 
 def use_all(folder: Path) -> None:
     export = Export(str(folder))
-    export.planes(export.names)
     load_model(str(folder))
+    export.rows(export.names)
 
 
 def test_every_flipped_byte_of_every_file_is_noticed_or_harmless(export: Path) -> None:
@@ -75,8 +78,13 @@ def test_every_flipped_byte_of_every_file_is_noticed_or_harmless(export: Path) -
     ("change", "says"),
     [
         ({"format": 2}, "its format is 2, and this version reads 1"),
-        ({"features": "many"}, "is damaged: features"),
-        ({"features": 0}, "sizes are out of range"),
+        ({"planes": {"features": "many"}}, "is damaged: planes.features"),
+        ({"planes": {"resolution": 4, "features": 5}}, "its mlp.w1 is not that of the planes in igae.json"),
+        (
+            {"planes": {"resolution": 5, "features": 4}},
+            "scenes-00000.safetensors is damaged: it does not hold the planes",
+        ),
+        ({"planes": {"resolution": 1 << 20, "features": 4}}, "sizes are out of range"),
         ({"image_size": [16, 1 << 40]}, "sizes are out of range"),
         ({"render": {"near": 1, "far": 0}}, "is damaged: render"),
         ({"render": {"nearest": 1}}, "is damaged: render"),

@@ -175,7 +175,7 @@ def test_samples_by_importance_move_pixels_no_more_than_another_draw_does(tmp_pa
     draws = np.array([[draw(*ray) for ray in pixels] for _ in range(12)])
     views = Views(torch.zeros(1, dtype=torch.int64), CAMERAS[:1], LENS[None])
     with torch.no_grad():
-        latents, _, _ = content.model.render(content.planes(1, 2), views, 0)
+        latents, _, _ = content.model.render(content.rows(1, 2), views, 0)
     found = latents[0].permute(1, 2, 0).reshape(16, 4)[5:7].double().numpy()
     noise = np.sqrt(((draws - draws.mean(0)) ** 2).mean())
     # Measured: 0.0079 from their mean, and each of them 0.0073.

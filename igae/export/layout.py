@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
 from igae.tensorfile import Stamp
 
 FORMAT = 1
@@ -44,8 +45,8 @@ class Description:
     """(H, W) of the decoded images."""
     background: tuple[float, float, float]
     """RGB colour in [0, 1] behind the objects."""
-    features: int
-    """Features of a texel of the planes (C)."""
+    planes: PlanesConfig
+    """What a scene's row is."""
     autoencoder: str | None
     """diffusers' class of it; None for the identity (RGB scenes)."""
     render: RenderOptions
@@ -77,7 +78,7 @@ _DESCRIPTION, _SHARDS = TypeAdapter(Description), TypeAdapter(list[Shard])
 
 
 def dump_description(description: Description) -> bytes:
-    return (json.dumps(asdict(description), indent=1) + "\n").encode()
+    return _DESCRIPTION.dump_json(description, indent=1) + b"\n"
 
 
 def dump_scenes(shards: list[Shard]) -> bytes:
@@ -99,7 +100,9 @@ def parse_description(data: bytes, where: str) -> Description:
             raise _Wrong("the files that it lists are not those of an export")
         if (result.autoencoder is None) != (not result.autoencoder_files):
             raise _Wrong("the autoencoder's files do not fit its class")
-        if not all(0 < side <= MAX_SIDE for side in (*result.image_size, result.features)):
+        if not all(
+            0 < side <= MAX_SIDE for side in (*result.image_size, result.planes.resolution, result.planes.features)
+        ):
             raise _Wrong("sizes are out of range")
     except _Wrong as error:
         raise ValueError(f"{where} is damaged: {error}") from None

@@ -14,15 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igae.autoencoder import AutoencoderConfig, load_autoencoder
+from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.manifest import join
 from igae.data.store import Missing, StoreError, read_whole
 from igae.export.layout import INDEX, MAX_JSON, SCENES, SHARED, Description, Shard, parse_description, parse_scenes
 from igae.model import IGAE, Views
+from igae.rendering import RenderOptions
+from igae.scenes import BasePlanes, PlanesConfig
 from igae.secrets import hide_credentials
 from igae.tensorfile import TensorFile
 
 PLANES = "planes"
+HIDDEN = 64
+"""Hidden features of the decoding MLP."""
 CHUNK = 32
 """Views that are rendered and decoded at a time."""
 
@@ -68,21 +72,20 @@ class Export:
         """Names of all scenes, in the order of the run."""
         return list(self._places)
 
-    def planes(self, names: Sequence[str]) -> Tensor:
-        """Planes [len(names), 3, R, R, C] of scenes, in the order asked. No other scene's planes are read."""
+    def rows(self, names: Sequence[str]) -> Tensor:
+        """What files hold of scenes, in the order asked: [len(names), *row_shape] (see `igae.scenes.planes`). Of other
+        scenes nothing is read."""
         places = [self._place(name) for name in names]
-        out: Tensor | None = None
-        for shard in {id(shard): shard for shard, _ in places}.values():
-            file = self._file(shard)
-            if out is None:
-                out = torch.empty(len(names), *file.entries[PLANES].shape[1:])
-            chosen = [i for i, (other, _) in enumerate(places) if other is shard]
+        files = {shard.name: self._file(shard) for shard, _ in places}  # of which the sizes are right
+        out = torch.empty(len(names), *self.description.planes.row_shape)
+        for name, file in files.items():
+            chosen = [i for i, (shard, _) in enumerate(places) if shard.name == name]
             file.rows_into(PLANES, [places[i][1] for i in chosen], out, np.array(chosen, dtype=np.int64))
-        return (torch.empty(0) if out is None else out).to(self.device)
+        return out.to(self.device)
 
     def scene(self, name: str) -> "Scene":
         """A scene by its name; a ValueError names the nearest where there is none."""
-        return Scene(name, self.planes([name])[0], self.model)
+        return Scene(name, self.rows([name])[0], self.model)
 
     def _place(self, name: str) -> tuple[Shard, int]:
         if name not in self._places:
@@ -94,10 +97,8 @@ class Export:
     def _file(self, shard: Shard) -> TensorFile:
         if shard.name not in self._open:
             file = TensorFile(join(self.url, shard.name))
-            entry, first = file.entries.get(PLANES), next(iter(self._open.values()), file)
-            shape = (len(shard.scenes), 3, *(entry.shape[2:4] if entry else ()), self.description.features)
-            good = entry and entry.shape == shape and entry.dtype == torch.float32 and PLANES in file.row_names()
-            if not good or file.entries[PLANES].shape[1:] != first.entries[PLANES].shape[1:]:
+            entry, shape = file.entries.get(PLANES), (len(shard.scenes), *self.description.planes.row_shape)
+            if PLANES not in file.row_names() or not entry or (entry.shape, entry.dtype) != (shape, torch.float32):
                 raise ValueError(f"{hide_credentials(file.url)} is damaged: it does not hold the planes of its scenes")
             self._open[shard.name] = file
         return self._open[shard.name]
@@ -108,9 +109,15 @@ class Scene:
     """A scene of an export."""
 
     name: str
-    planes: Tensor
-    """[3, R, R, C]."""
+    row: Tensor = field(repr=False)
+    """What the file holds of it: its planes or, where scenes share base planes, what is its own."""
     model: IGAE = field(repr=False)
+
+    @property
+    def planes(self) -> Tensor:
+        """[3, R, R, C]."""
+        with torch.no_grad():
+            return self.model.planes_of(self.row[None])[0][0]
 
     @torch.no_grad()
     def render(self, cam2world: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,13 +127,13 @@ class Scene:
             cam2world: [B, 4, 4] or [4, 4], OpenCV cameras (x right, y down, z forward).
             intrinsics: [B, 3, 3] or [3, 3], divided by the image's width and height.
         """
-        poses = torch.as_tensor(cam2world, dtype=torch.float32, device=self.planes.device).reshape(-1, 4, 4)
-        lenses = torch.as_tensor(intrinsics, dtype=torch.float32, device=self.planes.device).reshape(-1, 3, 3)
+        poses = torch.as_tensor(cam2world, dtype=torch.float32, device=self.row.device).reshape(-1, 4, 4)
+        lenses = torch.as_tensor(intrinsics, dtype=torch.float32, device=self.row.device).reshape(-1, 3, 3)
         lenses = lenses.expand(len(poses), 3, 3)
         parts = []
         for pose, lens in zip(poses.split(CHUNK), lenses.split(CHUNK), strict=True):
             index = torch.zeros(len(pose), dtype=torch.int64, device=pose.device)
-            parts.append(self.model.render(self.planes[None], Views(index, pose, lens), None))
+            parts.append(self.model.render(self.row[None], Views(index, pose, lens), None))
         latents, depth, opacity = zip(*parts, strict=True)
         return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
 
@@ -145,31 +152,49 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
     Raises:
         ValueError: as :class:`Export`.
     """
-    described = _describe(url)
+    described, where = _describe(url), hide_credentials(join(url, SHARED))
+    tensors = TensorFile(join(url, SHARED), described.files[SHARED].stamp).tensors()
+    # Before anything is built by igae.json's sizes.
+    for name, size in sizes(described.planes).items():
+        if name not in tensors or tensors[name].shape != size:
+            raise ValueError(f"{where} is damaged: its {name} is not that of the planes in {INDEX}")
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         for name in described.autoencoder_files:
             (Path(folder) / name).write_bytes(_read(url, name, described))
         path = "identity" if described.autoencoder is None else folder
         try:
             autoencoder = load_autoencoder(AutoencoderConfig(path=path))
-            # What starts at random here is replaced below.
-            model = IGAE(
-                autoencoder,
-                torch.Generator(),
-                described.features,
-                described.render,
-                described.image_size,
-                described.background,
-                renderer=renderer,
+            model = bare_model(
+                autoencoder, described.planes, described.render, described.image_size, described.background, renderer
             )
         except ValueError as error:
             raise ValueError(f"the autoencoder of {hide_credentials(url)} can't be loaded: {error}") from error
-    tensors = TensorFile(join(url, SHARED), described.files[SHARED].stamp).tensors()
     shapes = {name: tensor.shape for name, tensor in shared_tensors(model).items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-        raise ValueError(f"{hide_credentials(join(url, SHARED))} is damaged: it does not hold this model's tensors")
+        raise ValueError(f"{where} is damaged: it does not hold this model's tensors")
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def bare_model(
+    autoencoder: Autoencoder,
+    planes: PlanesConfig,
+    render: RenderOptions,
+    image_size: tuple[int, int],
+    background: tuple[float, float, float],
+    renderer: Literal["auto", "cuda", "torch"] = "torch",
+) -> IGAE:
+    """A model without losses, whose weights (but the autoencoder's) are still to be put in."""
+    base = BasePlanes(planes, torch.Generator()) if planes.base_planes else None
+    return IGAE(
+        autoencoder, torch.Generator(), planes.features, render, image_size, background, renderer=renderer, base=base
+    )
+
+
+def sizes(planes: PlanesConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the shared tensors that follow from the planes' sizes."""
+    shape = (planes.base_planes, 3, planes.resolution, planes.resolution, planes.macro_features)
+    return {"mlp.w1": (HIDDEN, planes.features), **({"base.planes": shape} if planes.base_planes else {})}
 
 
 def shared_tensors(model: IGAE) -> dict[str, Tensor]:

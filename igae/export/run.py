@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from igae import checkpoint, config
@@ -19,8 +18,8 @@ from igae.checkpoint.layout import CONFIG, RATES, STATE
 from igae.data.manifest import Manifest, join
 from igae.data.store import Missing, StoreError, read_whole
 from igae.export.layout import MAX_JSON
+from igae.export.reader import bare_model
 from igae.export.writer import Content
-from igae.model import IGAE
 from igae.recipe import Recipe
 from igae.scenes import make_row_adam
 from igae.secrets import hide_credentials
@@ -52,15 +51,8 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     if digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
         raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
-    model = IGAE(
-        load_autoencoder(recipe.autoencoder),
-        torch.Generator(),  # its draws are replaced by the checkpoint's weights
-        recipe.planes.features,
-        recipe.render,
-        manifest.image_size,
-        recipe.data.background,
-        renderer="torch",
-    )
+    autoencoder = load_autoencoder(recipe.autoencoder)
+    model = bare_model(autoencoder, recipe.planes, recipe.render, manifest.image_size, recipe.data.background)
     try:
         model.load_state_dict(loaded.shared)
     except RuntimeError as error:
@@ -76,7 +68,8 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
         model,
         recipe.data.background,
         [scene.name for scene in scenes],
-        lambda start, stop: _planes(loaded, recipe, ids[start:stop]),
+        recipe.planes,
+        lambda start, stop: _rows(loaded, recipe, ids[start:stop]),
         f"From run `{recipe.experiment}`, step {progress.total} ({progress.stage}).",
         loaded.config,
         _figures(folder, loaded),
@@ -84,7 +77,7 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     )
 
 
-def _planes(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
+def _rows(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
     if loaded.progress.finished:
         return loaded.rows(ids, {"planes"})["planes"]
     rows = loaded.rows(ids)

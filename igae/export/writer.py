@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing exports: into a folder, to any fsspec URL, or as one commit to a hub repository."""
 
+import math
 import re
 import tempfile
 import zlib
@@ -34,6 +35,7 @@ from igae.export.layout import (
 )
 from igae.export.reader import PLANES, shared_tensors
 from igae.model import IGAE
+from igae.scenes import PlanesConfig
 from igae.secrets import hide_credentials
 
 SHARD_BYTES = 256 << 20
@@ -48,7 +50,8 @@ class Content:
     Args:
         background: RGB colour in [0, 1] behind the objects.
         scenes: names, all different.
-        planes: of the scenes from ``start`` to ``stop`` (exclusive), [stop - start, 3, R, R, C] float32.
+        planes: what a scene's row is.
+        rows: of the scenes from ``start`` to ``stop`` (exclusive), [stop - start, *row_shape] float32.
         source: where it comes from, as the card says it.
         config: the run's resolved configuration, YAML without credentials.
         figures: measured on held-out views and photographs, by names of ``metrics.json``.
@@ -58,7 +61,8 @@ class Content:
     model: IGAE
     background: tuple[float, float, float]
     scenes: Sequence[str]
-    planes: Callable[[int, int], Tensor] = field(repr=False)
+    planes: PlanesConfig
+    rows: Callable[[int, int], Tensor] = field(repr=False)
     source: str
     config: str | None = None
     figures: dict[str, float] = field(default_factory=dict)
@@ -127,7 +131,7 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str) -> Desc
         FORMAT,
         (height, width),
         content.background,
-        model.mlp.in_channels,
+        content.planes,
         None if net is None else type(net).__name__,
         model.options,
         len(content.scenes),
@@ -140,19 +144,13 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str) -> Desc
 
 def _write_scenes(content: Content, target: str) -> list[Shard]:
     shards: list[Shard] = []
-    start, step = 0, 1  # the first scene shows how large they are
-    while start < len(content.scenes):
-        stop = min(start + step, len(content.scenes))
-        if start == 0:
-            one = content.planes(0, 1)
-            step = max(1, SHARD_BYTES // (one.numel() * one.element_size()))
-            stop = min(step, len(content.scenes))
-        planes = content.planes(start, stop)
-        assert planes.dtype == torch.float32 and len(planes) == stop - start
+    step = max(1, SHARD_BYTES // (4 * math.prod(content.planes.row_shape)))
+    for start in range(0, len(content.scenes), step):
+        names = list(content.scenes[start : start + step])
+        rows = content.rows(start, start + len(names))
+        assert rows.dtype == torch.float32 and rows.shape == (len(names), *content.planes.row_shape)
         name = f"scenes-{len(shards):05d}.safetensors"
-        stamp = tensorfile.write(join(target, name), {}, {PLANES: planes})
-        shards.append(Shard(name, *stamp, list(content.scenes[start:stop])))
-        start = stop
+        shards.append(Shard(name, *tensorfile.write(join(target, name), {}, {PLANES: rows}), names))
     return shards
 
 
