@@ -38,12 +38,14 @@ LAYERS = {
     "evaluation": 4,
     "recipe": 5,
     "assembly": 6,
+    "pretrained": 6,
     "captured": 6,
     "guards": 6,
     "shares": 6,
     "resume": 7,
     "stage": 7,
     "trainer": 8,
+    "fit": 9,
 }
 ALONE = {"config", "rendering"}  # import nothing else of igae
 
