@@ -3,8 +3,8 @@
 
 A wave is a short training of some scenes by one rank: the warm-up stage, on latents that are encoded once, and the
 joint stage, which aligns decoded renders with the views. Waves need nothing of one another: what a scene becomes
-depends on the scenes of its wave and the seed, not on the number of ranks, nor on which of them fits it when. Ranks take
-waves in turns and don't wait for each other. The scenes of a wave are written when it ends.
+depends on the scenes of its wave and the seed, not on the number of ranks, nor on which of them fits it when. Ranks
+take waves in turns and don't wait for each other. The scenes of a wave are written when it ends.
 """
 
 import json
