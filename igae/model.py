@@ -209,13 +209,16 @@ class IGAE(nn.Module):
     ) -> dict[str, Tensor]:
         images = to_signed(views.images) if views is not None and views.images is not None else None
         natural = to_signed(photos) if photos is not None else None
-        latents, natural_latents, losses = None, None, {}
-        if images is not None or natural is not None:
+        latents = views.latents if views is not None else None
+        natural_latents, losses = None, {}
+        encoded = images if weights.latent + weights.ae > 0 else None
+        if encoded is not None or natural is not None:
             # One batch through the encoder, and one through the decoder below: launches cost more than pixels.
-            count = 0 if images is None else len(images)
-            posterior = self.autoencoder.posterior(torch.cat([x for x in (images, natural) if x is not None]))
+            count = 0 if encoded is None else len(encoded)
+            posterior = self.autoencoder.posterior(torch.cat([x for x in (encoded, natural) if x is not None]))
             drawn = posterior.sample() if sample else posterior.mean
-            latents = drawn[:count] if images is not None else None
+            if encoded is not None:
+                latents = drawn[:count]
             if natural is not None:
                 natural_latents = drawn[count:]
                 if weights.photo_kl > 0 and posterior.logvar is not None:
@@ -226,13 +229,12 @@ class IGAE(nn.Module):
         decode: dict[str, tuple[Tensor, Tensor]] = {}  # what is decoded: latents, the images that they should give
         if views is not None:
             assert rows is not None
-            latents = views.latents if latents is None else latents
-            assert latents is not None
             planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
             if base_loss is not None:
                 losses["base_orthogonality"] = base_loss
             rendered, depth, _ = self._render(planes, views, seed)
             if weights.latent > 0:
+                assert latents is not None
                 losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
             if weights.planes_tv > 0:
                 # Planes count by their views: so the loss is a mean over views, however these are split into batches.
@@ -243,7 +245,7 @@ class IGAE(nn.Module):
                 losses["depth_tv"] = total_variation(depth, (-2, -1))
             if images is not None and weights.rgb > 0:
                 decode["rgb"] = (self.autoencoder.denormalise(rendered), images)
-            if images is not None and weights.ae > 0:
+            if images is not None and latents is not None and weights.ae > 0:
                 decode["ae"] = (latents, images)
         if natural is not None and natural_latents is not None and weights.photo_ae + weights.photo_lpips > 0:
             decode["photo"] = (natural_latents, natural)

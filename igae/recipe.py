@@ -167,19 +167,34 @@ class CheckpointConfig(Section):
     """Write while training goes on; costs memory for a copy of the planes and their moments."""
 
 
+class FitConfig(Section):
+    wave: int = Field(default=256, ge=1)
+    """Scenes that a rank fits at a time: their rows, the rows' moments and the latents of their views are in memory."""
+
+
 class Recipe(Section):
     experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; everything it writes is in `outputs`/NAME."""
     outputs: str = "outputs"
     seed: int = Field(default=0, ge=0)
     data: DataConfig
+    model: str | None = None
+    """Run or checkpoint (folder or fsspec URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
+    them, scenes are fitted to them in waves (`fit`), however many there are."""
     autoencoder: AutoencoderConfig
     planes: PlanesConfig = PlanesConfig()
     render: RenderOptions = RenderOptions()
     train: TrainConfig
+    fit: FitConfig = FitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def fits_in_waves(self) -> bool:
+        """Whether scenes are all that is trained: what they share is the model's."""
+        rates = [s.learning_rates.model_dump() for s in (self.train.warmup, self.train.joint) if s.epochs]
+        return self.model is not None and not any(r for part in rates for name, r in part.items() if name != "planes")
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":

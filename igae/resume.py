@@ -84,6 +84,8 @@ def restore(
             f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
             "use a new experiment=NAME"
         ) from error
+    if RATES not in loaded.optimizer:
+        raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
     rows = loaded.rows(bank.scene_ids.tolist())
     bank.planes.copy_(rows.pop("planes"))
     rates = loaded.optimizer.pop(RATES)

@@ -38,6 +38,7 @@ LAYERS = {
     "evaluation": 4,
     "recipe": 5,
     "assembly": 6,
+    "pretrained": 6,
     "captured": 6,
     "guards": 6,
     "shares": 6,
@@ -46,6 +47,7 @@ LAYERS = {
     "published": 7,
     "stage": 7,
     "trainer": 8,
+    "fit": 9,
 }
 ALONE = {"config", "rendering"}  # import nothing else of igae
 

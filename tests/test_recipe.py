@@ -139,11 +139,20 @@ def test_a_stage_that_is_left_out_needs_nothing(tmp_path: Path) -> None:
     assert load_small(tmp_path, identity).autoencoder.path == "identity"
 
 
+def as_of_a_model(data: dict[str, Any]) -> None:
+    """What train.py adds to a configuration that names a model: here that of fused_planes_stage1.yaml."""
+    if "model" in data:
+        trained = yaml.safe_load(config.dump(config.load(Recipe, CONFIGS / "fused_planes_stage1.yaml")))
+        for name in ("autoencoder", "planes", "render"):
+            data[name] = {**trained[name], **data.get(name, {})}
+
+
 @pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_recipes_that_ship_load(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DATA_DIR", "/data")
     monkeypatch.setenv("IGAE_SHARDS", "/data/shards")
-    recipe = config.load(Recipe, CONFIGS / file)
+    monkeypatch.setenv("IGAE_MODEL", "/data/model")
+    recipe = config.load(Recipe, CONFIGS / file, complete=as_of_a_model)
     assert recipe.experiment == file.removesuffix(".yaml")
     copied = tmp_path / "resolved.yaml"
     copied.write_text(config.dump(recipe))

@@ -94,6 +94,15 @@ def list_complete(root: str) -> list[str]:
         raise ValueError(f"the checkpoints at {hide_credentials(root)} can't be listed: {reason(error)}") from error
 
 
+def is_complete(folder: str) -> bool:
+    """Whether a path or URL is a complete checkpoint. Raises ValueError where that can't be found out."""
+    try:
+        fs, path = fsspec.core.url_to_fs(folder)
+        return bool(fs.exists(join(path, STATE)))
+    except Exception as error:  # object stores have errors of their own, for credentials and for the network
+        raise ValueError(f"{hide_credentials(folder)} can't be read: {reason(error)}") from error
+
+
 def reason(error: Exception) -> str:
     """Why something failed, in a line and without credentials."""
     text = next(iter(str(error).strip().splitlines()), "")
