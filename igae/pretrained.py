@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model that another run starts from, or fits scenes to."""
+"""A trained model that another run starts from, or fits scenes to: of a checkpoint or an export."""
 
 import logging
 from typing import Any
 
 import yaml
 
-from igae import checkpoint
+from igae import checkpoint, export
 from igae.data.manifest import join
 from igae.model import IGAE
 from igae.secrets import hide_credentials
@@ -18,26 +18,28 @@ log = logging.getLogger("igae")
 
 
 def find_model(where: str) -> str:
-    """The checkpoint that a run's folder (its newest) or a checkpoint's own path or URL stands for.
+    """The export that is there, or the checkpoint that a run's folder (its newest) or its own path or URL stands for.
 
     Raises:
         ValueError: there is none.
     """
     where = where.rstrip("/")
+    if export.is_export(where):
+        return where
     for root in (join(where, "checkpoints"), where):
         if complete := checkpoint.list_complete(root):
             return complete[-1]
     if checkpoint.is_complete(where):
         return where
     raise ValueError(
-        f"model: {hide_credentials(where)} is neither a checkpoint nor the folder of a run that has one: give "
-        "outputs/NAME, or a folder step-... of its checkpoints"
+        f"model: {hide_credentials(where)} is neither a checkpoint nor the folder of a run that has one, and no "
+        "export: give outputs/NAME, or a folder step-... of its checkpoints"
     )
 
 
 def take_settings(data: dict[str, Any]) -> None:
-    """Where raw settings name a ``model``, put the checkpoint in its place and add what it determines: autoencoder,
-    planes and renderer (but for FREE).
+    """Where raw settings name a ``model``, put the checkpoint or export in its place and add what it determines:
+    autoencoder, planes and renderer (but for FREE).
 
     Raises:
         ValueError: there is no such model, or the settings have other values than it.
@@ -45,7 +47,10 @@ def take_settings(data: dict[str, Any]) -> None:
     if not isinstance(data.get("model"), str):
         return
     data["model"] = find_model(data["model"])
-    trained = yaml.safe_load(checkpoint.settings(data["model"]))
+    if export.is_export(data["model"]):
+        trained = export.load_settings(data["model"])
+    else:
+        trained = yaml.safe_load(checkpoint.settings(data["model"]))
     for name in SECTIONS:
         given, wanted = data.get(name) or {}, trained[name]
         if not isinstance(given, dict):
@@ -61,12 +66,15 @@ def take_settings(data: dict[str, Any]) -> None:
 
 
 def load_weights(folder: str, model: IGAE) -> None:
-    """Take autoencoder, normaliser, MLP and base planes from a checkpoint; the background is still to be taken.
+    """Take autoencoder, normaliser, MLP and base planes from a checkpoint or export; the background is left to take.
 
     Raises:
         ValueError: they are of another architecture.
     """
-    weights = checkpoint.load(folder, moments=False).shared
+    if export.is_export(folder):
+        weights = dict(export.load_model(folder).state_dict())
+    else:
+        weights = checkpoint.load(folder, moments=False).shared
     weights["background"] = model.background  # of the size of these views
     try:
         model.load_state_dict(weights)

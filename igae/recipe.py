@@ -179,7 +179,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     data: DataConfig
     model: str | None = None
-    """Run or checkpoint (folder or fsspec URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
+    """Run, checkpoint or export (folder or URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
     them, scenes are fitted to them in waves (`fit`), however many there are."""
     autoencoder: AutoencoderConfig
     planes: PlanesConfig = PlanesConfig()

@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
             known = name in hub.repos
             hub.repos.setdefault(name, {"main": {}})
-            hub.private |= {name} if wanted.get("private") else set()
+            hub.private |= {name} if wanted.get("private") or wanted.get("visibility") == "private" else set()
             self._json({"url": f"{hub.url}/{name}"}, 409 if known else 200)
         elif path == "/api/validate-yaml":
             self._json({"errors": [], "warnings": []})

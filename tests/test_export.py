@@ -289,6 +289,38 @@ def test_scenes_that_share_base_planes(made: Made, tmp_path: Path) -> None:
     assert not torch.equal(Export(str(tmp_path / "middle")).rows(["scene_2"])[0], row)
 
 
+def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path) -> None:
+    whole = yaml.safe_load(made.recipe.read_text())
+    stage = {"epochs": 1, "batch_size": 4, "learning_rates": {"planes": 1e-2}}
+    stages = {
+        "warmup": {**stage, "weights": {"latent": 1}},
+        "joint": {**stage, "weights": {"latent": 0, "rgb": 1}},
+    }
+    recipe = {
+        "experiment": "x",
+        "outputs": str(tmp_path),
+        "data": {**whole["data"], "workers": 0},
+        "train": stages,
+        "evaluation": {"pictures": 0, "orbits": 0},
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(recipe))
+    fitted = []
+    for name, model in (("run", made.run), ("export", made.export)):
+        assert train.main(["--config", str(tmp_path / "fit.yaml"), f"experiment={name}", f"model={model}"]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main([str(tmp_path / name), str(tmp_path / f"{name}-out")]) == 0
+        fitted.append(Export(str(tmp_path / f"{name}-out")))
+    assert torch.equal(fitted[0].rows(NAMES), fitted[1].rows(NAMES))
+    for name, value in fitted[1].model.state_dict().items():
+        assert torch.equal(value, fitted[0].model.state_dict()[name]), name
+    assert not torch.equal(fitted[1].rows(NAMES), Export(str(made.export)).rows(NAMES))
+    figures = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
+    assert f"{figures['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
+    # What belongs to the model is refused, as with a checkpoint.
+    arguments = ["--config", str(tmp_path / "fit.yaml"), f"model={made.export}", "planes={features: 9}"]
+    assert train.main(arguments) == 2
+
+
 def test_rgb_scenes(tmp_path: Path) -> None:
     model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
     model.refresh_background()

@@ -17,8 +17,8 @@ An export is a folder, at a local path, a fsspec URL or in a hub repository, of
     image = export.scene("chair-0017").image(cam2world, intrinsics)[0]  # uint8 [H, W, 3]
 """
 
-from igae.export.reader import Export, Scene, load_model
+from igae.export.reader import Export, Scene, is_export, load_model, load_settings
 from igae.export.run import read_run
 from igae.export.writer import Content, write
 
-__all__ = ["Content", "Export", "Scene", "load_model", "read_run", "write"]
+__all__ = ["Content", "Export", "Scene", "is_export", "load_model", "load_settings", "read_run", "write"]

@@ -74,7 +74,7 @@ def model_card(description: Description, where: str, content: "Content") -> str:
 
 
 def _autoencoder(cls: str, where: str) -> str:
-    repo, _, folder = where.removeprefix("hf://").partition("/")
+    repo, _, folder = where.rstrip("/").removeprefix("hf://").partition("/")
     name, _, rest = folder.partition("/")
     path, options = where, ""
     if where.startswith("hf://"):

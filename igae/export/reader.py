@@ -2,16 +2,18 @@
 """Reading exports: the model, and of the scenes those that are asked for."""
 
 import difflib
+import json
 import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
@@ -174,6 +176,32 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
         raise ValueError(f"{where} is damaged: it does not hold this model's tensors")
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def load_settings(url: str) -> dict[str, Any]:
+    """What a configuration says of the model of an export: its sections autoencoder, planes and render, as YAML has
+    them. Raises as :class:`Export`."""
+    described = _describe(url)
+    parts = {"planes": described.planes, "render": described.render}
+    sections = {name: TypeAdapter(type(part)).dump_python(part, mode="json") for name, part in parts.items()}
+    if described.autoencoder is None:
+        return {"autoencoder": {"path": "identity"}, **sections}
+    create = json.loads(_read(url, "config.json", described))
+    create = {key: value for key, value in create.items() if not key.startswith("_") or key == "_class_name"}
+    scale = TensorFile(join(url, SHARED), described.files[SHARED].stamp).tensors()["autoencoder.scale"]
+    return {"autoencoder": {"create": create, "scale": float(scale)}, **sections}
+
+
+def is_export(url: str) -> bool:
+    """Whether a path or URL is that of a complete export. Raises ValueError where that can't be found out."""
+    where = hide_credentials(join(url, INDEX))
+    try:
+        read_whole(join(url, INDEX), where, MAX_JSON)
+        return True
+    except Missing:
+        return False
+    except StoreError as error:
+        raise ValueError(str(error)) from None
 
 
 def bare_model(

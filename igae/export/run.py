@@ -118,7 +118,9 @@ def _figures(folder: str, loaded: Loaded) -> dict[str, float]:
     try:
         stages: Any = json.loads(data) if data is not None else {}
         figures = stages.get(progress.stage, {})
-        if figures.get("step") != progress.total:
+        if progress.total == 0:  # scenes that were fitted to a model
+            figures = stages.get("fit", {})
+        elif figures.get("step") != progress.total:
             return {}
         return {str(name): float(value) for name, value in figures.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
