@@ -201,7 +201,7 @@ def _autoencoder(vae: Mapping[str, Tensor], config: str | None, scale: float, pa
             found = diffusers.AutoencoderKL.load_config(config)
             create = {key: value for key, value in found.items() if not key.startswith("_")}
         else:
-            create = _architecture(vae)
+            create = architecture(vae)
         autoencoder = load_autoencoder(AutoencoderConfig(create=create, scale=scale))
         autoencoder.net.load_state_dict(vae)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -212,7 +212,7 @@ def _autoencoder(vae: Mapping[str, Tensor], config: str | None, scale: float, pa
     return autoencoder
 
 
-def _architecture(vae: Mapping[str, Tensor]) -> dict[str, Any]:
+def architecture(vae: Mapping[str, Tensor]) -> dict[str, Any]:
     """Settings of the AutoencoderKL that weights are of, as their shapes tell."""
     blocks = 1 + max(int(match[1]) for name in vae if (match := re.match(r"encoder\.down_blocks\.(\d+)\.", name)))
     layers = 1 + max(int(m[1]) for name in vae if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", name)))

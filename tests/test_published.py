@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from igae.cameras import orbit
 from igae.export import Export
 from igae.model import Views
-from igae.published import main, read_published
+from igae.published import architecture, main, read_published
 
 Array = NDArray[np.float64]
 KL = {
@@ -205,6 +205,26 @@ def test_the_rest_of_the_model(tmp_path: Path) -> None:
     original.save_config(config)
     named = read_published(path, {"dataset": {"img_size": SIZE}}, str(config)).model
     assert torch.equal(named.autoencoder.posterior(images).mean, latents)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_architectures_of_the_published_autoencoders(channels: int) -> None:
+    """Those of Stable Diffusion 1.5 (4 channels) and ostris/vae-kl-f8-d16, by their shapes."""
+    settings = {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": channels,
+        "norm_num_groups": 32,
+    }
+    with torch.device("meta"):
+        weights = AutoencoderKL(**settings).state_dict()
+        again = AutoencoderKL(**architecture(weights))
+    assert settings.items() <= architecture(weights).items()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in weights.items()
+    }
 
 
 class Evil:
