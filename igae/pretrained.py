@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 from igae import checkpoint, export
-from igae.data.manifest import join
 from igae.model import IGAE
 from igae.secrets import hide_credentials
 
@@ -26,15 +25,10 @@ def find_model(where: str) -> str:
     where = where.rstrip("/")
     if export.is_export(where):
         return where
-    for root in (join(where, "checkpoints"), where):
-        if complete := checkpoint.list_complete(root):
-            return complete[-1]
-    if checkpoint.is_complete(where):
-        return where
-    raise ValueError(
-        f"model: {hide_credentials(where)} is neither a checkpoint nor the folder of a run that has one, and no "
-        "export: give outputs/NAME, or a folder step-... of its checkpoints"
-    )
+    try:
+        return export.find_checkpoint(where)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
 
 
 def take_settings(data: dict[str, Any]) -> None:

@@ -156,9 +156,12 @@ def test_what_fails_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 def test_runs_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path}/nothing holds no complete checkpoint: give") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: {tmp_path}/nothing is neither a checkpoint nor the folder of a run")
+        and error.count("\n") == 1
+    )
     (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)  # a killed save
-    assert "holds no complete checkpoint" in sentence(lambda: read_run(str(tmp_path)))
+    assert "is neither a checkpoint nor the folder of a run" in sentence(lambda: read_run(str(tmp_path)))
     assert not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,17 @@ An export is a folder, at a local path, a fsspec URL or in a hub repository, of
 """
 
 from igae.export.reader import Export, Scene, is_export, load_model, load_settings
-from igae.export.run import read_run
+from igae.export.run import find_checkpoint, read_run
 from igae.export.writer import Content, write
 
-__all__ = ["Content", "Export", "Scene", "is_export", "load_model", "load_settings", "read_run", "write"]
+__all__ = [
+    "Content",
+    "Export",
+    "Scene",
+    "find_checkpoint",
+    "is_export",
+    "load_model",
+    "load_settings",
+    "read_run",
+    "write",
+]

@@ -14,7 +14,7 @@ from torch import Tensor
 from igae import checkpoint, config
 from igae.autoencoder import load_autoencoder
 from igae.checkpoint import Loaded
-from igae.checkpoint.layout import CONFIG, RATES, STATE
+from igae.checkpoint.layout import CONFIG, RATES
 from igae.data.manifest import Manifest, join
 from igae.data.store import Missing, StoreError, read_whole
 from igae.export.layout import MAX_JSON
@@ -38,8 +38,10 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     Raises:
         ValueError: there is no checkpoint, it is damaged, or what it was trained on can't be found.
     """
-    folder = _find(run)
-    loaded = checkpoint.load(folder)
+    folder = find_checkpoint(run)
+    loaded = checkpoint.load(folder, moments=False)
+    if not loaded.progress.finished:
+        loaded = checkpoint.load(folder)
     progress = loaded.progress
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
@@ -89,10 +91,14 @@ def _rows(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
     return planes
 
 
-def _find(run: str) -> str:
-    """The folder of the checkpoint that is meant."""
+def find_checkpoint(run: str) -> str:
+    """The checkpoint that a run's folder (its newest complete one), that of its checkpoints or its own stands for.
+
+    Raises:
+        ValueError: there is none.
+    """
     run = run.rstrip("/") or run
-    if _read(join(run, STATE)) is not None:
+    if checkpoint.is_complete(run):
         return run
     roots = [join(run, "checkpoints"), run]
     settings = _read(join(run, CONFIG))
@@ -106,8 +112,8 @@ def _find(run: str) -> str:
         if complete := checkpoint.list_complete(root):
             return complete[-1]
     raise ValueError(
-        f"{hide_credentials(run)} holds no complete checkpoint: give the folder of a run (outputs/NAME) or of one of "
-        "its checkpoints"
+        f"{hide_credentials(run)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
+        "a folder step-... of its checkpoints"
     )
 
 
