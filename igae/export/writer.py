@@ -90,28 +90,40 @@ def write(content: Content, target: str) -> Description:
     try:
         fs, path = fsspec.core.url_to_fs(target)
         fs.invalidate_cache()
-        if fs.exists(path) and (fs.isfile(path) or fs.ls(path, detail=False)):
+        new = not fs.exists(path)
+        if not new and (fs.isfile(path) or fs.ls(path, detail=False)):
             raise _Occupied
         fs.makedirs(path, exist_ok=True)
     except _Occupied:
         raise ValueError(f"{where} is not empty: remove what is there, or choose another folder") from None
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
         raise ValueError(f"{where} can't be written: {reason(error)}") from error
+    begun: list[str] = []
     try:
-        return _write(content, target, fs, path, target)
+        return _write(content, target, fs, path, target, begun)
     except BaseException as error:
-        with suppress(Exception):  # the reason is what has to be heard of
-            fs.rm(path, recursive=True)
+        # Own files alone, and without errors of their own: the reason is what has to be heard of.
+        for file in begun:
+            with suppress(Exception):
+                fs.rm_file(join(path, file))
+        if new:
+            with suppress(Exception):
+                fs.rmdir(path)
         if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         raise ValueError(f"{where} can't be written: {reason(error)}") from error
 
 
-def _write(content: Content, target: str, fs: Any, path: str, name: str) -> Description:
-    """Write all files, ``igae.json`` last; ``name`` is what the card calls the export."""
+def _write(content: Content, target: str, fs: Any, path: str, name: str, begun: list[str]) -> Description:
+    """Write all files, ``igae.json`` last; ``name`` is what the card calls the export.
+
+    Args:
+        begun: gets the names of the files before they are written.
+    """
     model, files = content.model, dict[str, File]()
 
     def put(file: str, data: bytes) -> None:
+        begun.append(file)
         fs.pipe_file(join(path, file), data)
         files[file] = File(len(data), zlib.crc32(data))
 
@@ -120,9 +132,9 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str) -> Desc
         for source in sorted(Path(folder).iterdir()):
             assert source.name not in OWN
             put(source.name, source.read_bytes())
-    stamp = tensorfile.write(join(target, SHARED), shared_tensors(model))
-    files[SHARED] = File(*stamp)
-    put(SCENES, dump_scenes(_write_scenes(content, target)))
+    begun.append(SHARED)
+    files[SHARED] = File(*tensorfile.write(join(target, SHARED), shared_tensors(model)))
+    put(SCENES, dump_scenes(_write_scenes(content, target, begun)))
     if content.config is not None:
         put(CONFIG, content.config.encode())
     height, width = model.plain.shape[2:]
@@ -138,11 +150,12 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str) -> Desc
         files,
     )
     put(CARD, model_card(description, hide_credentials(name), content).encode())
+    begun.append(INDEX)
     fs.pipe_file(join(path, INDEX), dump_description(description))
     return description
 
 
-def _write_scenes(content: Content, target: str) -> list[Shard]:
+def _write_scenes(content: Content, target: str, begun: list[str]) -> list[Shard]:
     shards: list[Shard] = []
     step = max(1, SHARD_BYTES // (4 * math.prod(content.planes.row_shape)))
     for start in range(0, len(content.scenes), step):
@@ -150,6 +163,7 @@ def _write_scenes(content: Content, target: str) -> list[Shard]:
         rows = content.rows(start, start + len(names))
         assert rows.dtype == torch.float32 and rows.shape == (len(names), *content.planes.row_shape)
         name = f"scenes-{len(shards):05d}.safetensors"
+        begun.append(name)
         shards.append(Shard(name, *tensorfile.write(join(target, name), {}, {PLANES: rows}), names))
     return shards
 
@@ -171,7 +185,7 @@ def _to_hub(content: Content, target: str) -> Description:
             raise _Occupied
         with tempfile.TemporaryDirectory() as staging:
             fs, path = fsspec.core.url_to_fs(staging)
-            description = _write(content, staging, fs, path, target)
+            description = _write(content, staging, fs, path, target, [])
             message = f"Export of igae, {description.scenes} scenes"
             api.upload_folder(
                 repo_id=repo, folder_path=staging, path_in_repo=folder, revision=revision, commit_message=message
