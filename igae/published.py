@@ -37,7 +37,7 @@ import yaml
 from torch import Tensor
 
 from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
-from igae.export import Content, write
+from igae.export import Content, check_target, write
 from igae.export.reader import bare_model
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
@@ -253,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         found = arguments.config or (beside if beside.is_file() else None)
         if found is None:
             print(f"no {beside}: rays are sampled as the published default configuration says", file=sys.stderr)
+        check_target(arguments.target)
         settings = {} if found is None else _settings(found)
         description = write(read_published(arguments.file, settings, arguments.autoencoder), arguments.target)
     except (ValueError, OSError, ImportError) as error:

@@ -50,7 +50,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A small run, with all its checkpoints, and its export."""
     folder = tmp_path_factory.mktemp("export")
     recipe = runs.recipe_file(folder, runs.packed_data(folder))
-    assert train.main(["--config", str(recipe), "checkpoint.keep=100"]) == 0
+    assert (
+        train.main(["--config", str(recipe), "checkpoint.keep=100", "train.warmup.epochs=1", "train.joint.epochs=1"])
+        == 0
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     made = Made(folder / "outputs/run", recipe, folder / "out")
     assert main([str(made.run), str(made.export)]) == 0

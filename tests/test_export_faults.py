@@ -120,13 +120,15 @@ def test_folders_that_are_no_export(tmp_path: Path) -> None:
     assert sentence(lambda: Export("s4://bucket/x")).startswith("s4://bucket/x/igae.json cannot be read")
 
 
-def test_targets_that_are_taken(tmp_path: Path) -> None:
+def test_targets_that_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path, tmp_path / "file"):
         assert sentence(lambda at=target: write(content(1), str(at))).endswith(  # type: ignore[misc]
             "is not empty: remove what is there, or choose another folder"
         )
     assert (tmp_path / "file").read_text() == "mine"
+    assert main(["no run, which would be read next", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is not empty")
     assert "can't be written" in sentence(lambda: write(content(1), str(tmp_path / "file/below")))
     assert "names no model repository" in sentence(lambda: write(content(1), "hf://datasets/a/b"))
     assert "names no model repository" in sentence(lambda: write(content(1), "hf://alone"))

@@ -19,12 +19,13 @@ An export is a folder, at a local path, a fsspec URL or in a hub repository, of
 
 from igae.export.reader import Export, Scene, is_export, load_model, load_settings
 from igae.export.run import find_checkpoint, read_run
-from igae.export.writer import Content, write
+from igae.export.writer import Content, check_target, write
 
 __all__ = [
     "Content",
     "Export",
     "Scene",
+    "check_target",
     "find_checkpoint",
     "is_export",
     "load_model",

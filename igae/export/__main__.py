@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 
-from igae.export import read_run, write
+from igae.export import check_target, read_run, write
 from igae.secrets import hide_credentials
 
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        check_target(arguments.target)
         description = write(read_run(arguments.run, arguments.overrides), arguments.target)
     except (ValueError, OSError, ImportError) as error:
         print(hide_credentials(f"error: {error}"), file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from igae import tensorfile
@@ -84,18 +85,14 @@ def write(content: Content, target: str) -> Description:
         ValueError: something is there already, or it can't be written; nothing of it is left there then.
     """
     assert len(set(content.scenes)) == len(content.scenes)
+    check_target(target)
     if target.startswith("hf://"):
         return _to_hub(content, target)
     where = hide_credentials(target)
     try:
         fs, path = fsspec.core.url_to_fs(target)
-        fs.invalidate_cache()
         new = not fs.exists(path)
-        if not new and (fs.isfile(path) or fs.ls(path, detail=False)):
-            raise _Occupied
         fs.makedirs(path, exist_ok=True)
-    except _Occupied:
-        raise ValueError(f"{where} is not empty: remove what is there, or choose another folder") from None
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
         raise ValueError(f"{where} can't be written: {reason(error)}") from error
     begun: list[str] = []
@@ -112,6 +109,24 @@ def write(content: Content, target: str) -> Description:
         if isinstance(error, ValueError) or not isinstance(error, Exception):
             raise
         raise ValueError(f"{where} can't be written: {reason(error)}") from error
+
+
+def check_target(target: str) -> None:
+    """Refuse a target where something is already, before what takes its time. Raises as :func:`write`."""
+    where, there = hide_credentials(target), "is not empty: remove what is there, or choose another folder"
+    match = _parse_hub(target) if target.startswith("hf://") else None
+    try:
+        if match is not None:
+            taken = HfApi().file_exists(match["repo"], _index(match), revision=match["revision"])
+            there = "already holds an export: choose another name, branch or folder"
+        else:
+            fs, path = fsspec.core.url_to_fs(target)
+            fs.invalidate_cache()
+            taken = fs.exists(path) and (fs.isfile(path) or fs.ls(path, detail=False))
+    except Exception as error:  # object stores have errors of their own, for credentials and for the network
+        raise ValueError(f"{where} can't be written: {reason(error)}") from error
+    if taken:
+        raise ValueError(f"{where} {there}")
 
 
 def _write(content: Content, target: str, fs: Any, path: str, name: str, begun: list[str]) -> Description:
@@ -168,36 +183,37 @@ def _write_scenes(content: Content, target: str, begun: list[str]) -> list[Shard
     return shards
 
 
-def _to_hub(content: Content, target: str) -> Description:
-    from huggingface_hub import HfApi
-
+def _parse_hub(target: str) -> re.Match[str]:
     match = _HUB.fullmatch(target)
     if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets"):
         raise ValueError(f"{target} names no model repository: write hf://user/name, or hf://user/name@branch/folder")
-    repo, revision, folder = match["repo"], match["revision"], match["folder"]
-    inside = f"{folder}/{INDEX}" if folder else INDEX
-    api = HfApi()
+    return match
+
+
+def _index(match: re.Match[str]) -> str:
+    return f"{match['folder']}/{INDEX}" if match["folder"] else INDEX
+
+
+def _to_hub(content: Content, target: str) -> Description:
+    match, api = _parse_hub(target), HfApi()
+    repo, revision = match["repo"], match["revision"]
     try:
         api.create_repo(repo, private=True, exist_ok=True)
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        if api.file_exists(repo, inside, revision=revision):
-            raise _Occupied
+            check_target(target)  # a new branch has what the main one has
         with tempfile.TemporaryDirectory() as staging:
             fs, path = fsspec.core.url_to_fs(staging)
             description = _write(content, staging, fs, path, target, [])
-            message = f"Export of igae, {description.scenes} scenes"
             api.upload_folder(
-                repo_id=repo, folder_path=staging, path_in_repo=folder, revision=revision, commit_message=message
+                repo_id=repo,
+                folder_path=staging,
+                path_in_repo=match["folder"],
+                revision=revision,
+                commit_message=f"Export of igae, {description.scenes} scenes",
             )
-    except _Occupied:
-        raise ValueError(f"{target} already holds an export: choose another name, branch or folder") from None
     except ValueError:
         raise
     except Exception as error:  # of the network, of what the token may do
         raise ValueError(f"{target} can't be written: {reason(error)} (log in with `hf auth login`)") from error
     return description
-
-
-class _Occupied(Exception):
-    pass
