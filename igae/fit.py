@@ -59,6 +59,9 @@ class Fit:
         self.stages: list[StageName] = [name for name in STAGES if getattr(recipe.train, name).epochs > 0]
         if not self.stages:
             raise ValueError("train.warmup.epochs and train.joint.epochs are both 0: there is nothing to do")
+        for name in self.stages:
+            if getattr(recipe.train, name).photos:
+                raise ValueError(f"train.{name}.photos: nothing that photographs teach is trained, set it to 0")
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.manifest, self.scenes = select(recipe)
         if not self.scenes:
@@ -72,7 +75,7 @@ class Fit:
         self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead, alone=True)
         self.channel = Channel(LONGEST_WAIT)
         device = self.engine.device
-        check_memory(len(self.waves[0]) * scene_bytes(recipe), device)
+        check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
         self.model = build_model(recipe, self.manifest.image_size, device)
         load_weights(recipe.model, self.model)
         self.model.refresh_background()

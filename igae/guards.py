@@ -114,14 +114,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
-def check_memory(needed: int, device: torch.device) -> None:
-    """Refuse planes and moments of ``needed`` bytes that the GPU has no room for."""
+def check_memory(needed: int, device: torch.device, instead: str = "train fewer scenes (data.categories)") -> None:
+    """Refuse planes and moments of ``needed`` bytes that the GPU has no room for, and say what to do ``instead``."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise ValueError(
             f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
-            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or train fewer scenes "
-            "(data.categories)"
+            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or {instead}"
         )

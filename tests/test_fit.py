@@ -268,6 +268,7 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
         (["--resume", "outputs/x"], ["leave --resume out"]),
         (["--stage", "joint"], ["leave --stage out"]),
         (["train.warmup.epochs=0", "train.joint.epochs=0"], ["nothing to do"]),
+        (["train.joint.photos=1", "train.joint.weights.photo_ae=1"], ["train.joint.photos: nothing", "set it to 0"]),
         (["model=nowhere/at/all"], ["nowhere/at/all is neither a checkpoint nor the folder of a run"]),
         (["planes.features=16"], ["planes.features is the model's", "leave it out"]),
         (["autoencoder.path=demo"], ["autoencoder.path is the model's"]),
