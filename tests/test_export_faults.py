@@ -108,6 +108,15 @@ def test_no_name_in_the_index_leaves_the_folder(export: Path, tmp_path: Path) ->
         assert "not those of an export" in sentence(lambda: Export(str(export)))
 
 
+def test_weights_that_would_be_unpickled(export: Path) -> None:
+    tree = json.loads((export / "igae.json").read_text())
+    files = {name: file for name, file in tree["files"].items() if not name.startswith("diffusion")}
+    (export / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    files["diffusion_pytorch_model.bin"] = {"bytes": 23, "crc32": 0}
+    (export / "igae.json").write_text(json.dumps({**tree, "files": files}))
+    assert "none that diffusers writes" in sentence(lambda: load_model(str(export)))
+
+
 def test_a_scene_that_is_not_there(export: Path) -> None:
     text = sentence(lambda: Export(str(export)).scene("chair_1"))
     assert text.endswith("has no scene chair_1; did you mean chair-1?")

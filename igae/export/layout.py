@@ -98,6 +98,8 @@ def parse_description(data: bytes, where: str) -> Description:
     try:
         if not {SCENES, SHARED} <= set(result.files) or not all(map(_NAME.fullmatch, result.files)):
             raise _Wrong("the files that it lists are not those of an export")
+        if not all(name.endswith((".json", ".safetensors")) for name in result.autoencoder_files):
+            raise _Wrong("the autoencoder's files are none that diffusers writes today")  # no pickles
         if (result.autoencoder is None) != (not result.autoencoder_files):
             raise _Wrong("the autoencoder's files do not fit its class")
         if not all(
