@@ -45,12 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from igae import config, distributed
+        from igae.fit import Fit
+        from igae.pretrained import take_settings
         from igae.recipe import Recipe
         from igae.trainer import Trainer, TrainingError
 
         try:
-            recipe = config.load(Recipe, arguments.config, arguments.overrides)
-            Trainer(recipe, arguments.resume).run(arguments.stage)
+            recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=take_settings)
+            if recipe.fits_in_waves:
+                Fit(recipe, arguments.resume).run(arguments.stage)
+            else:
+                Trainer(recipe, arguments.resume).run(arguments.stage)
         except (TrainingError, torch.OutOfMemoryError) as error:
             _say(f"error: {error}")
             return 1

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -53,12 +53,19 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def load(cls: type[S], source: str | Path, overrides: Sequence[str] = (), search: Sequence[Path] = SEARCH) -> S:
+def load(
+    cls: type[S],
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    search: Sequence[Path] = SEARCH,
+    complete: Callable[[dict[str, Any]], None] | None = None,
+) -> S:
     """Read a configuration file, apply overrides and validate the result.
 
     Args:
         source: a path, or a name that is then looked up in the folders of `search`.
         overrides: `a.b.c=VALUE` with VALUE in YAML. VALUE replaces what the key had, and missing sections are created.
+        complete: may add to the keys and values before they are validated.
 
     Raises:
         ConfigError: anything wrong with the file, the overrides or the values.
@@ -69,6 +76,8 @@ def load(cls: type[S], source: str | Path, overrides: Sequence[str] = (), search
     for override in overrides:
         _override(data, override, origins)
     data = _interpolate(data, (), origins, str(path))
+    if complete is not None:
+        complete(data)
     try:
         return cls.model_validate(data)
     except ValidationError as error:

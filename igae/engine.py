@@ -36,12 +36,14 @@ class Engine:
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
         run_ahead: on a GPU, leave steps out on the device, without telling the host first; "auto": with one process.
+        alone: each rank makes steps of its own; nothing that they share is trained.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0, run_ahead: bool | Literal["auto"] = False) -> None:
+    def __init__(self, timeout: float = 600.0, run_ahead: bool | Literal["auto"] = False, alone: bool = False) -> None:
+        self._together = distributed.world_size() > 1 and not alone
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -60,9 +62,11 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        ahead = on_gpu and (world == 1 if run_ahead == "auto" else run_ahead)
+        ahead = on_gpu and (not self._together if run_ahead == "auto" else run_ahead)
         self._strategy: Strategy = Strategy(self.device, ahead)
-        if deepspeed:
+        if alone:
+            pass
+        elif deepspeed:
             self._strategy = _DeepSpeed(self.device, self._accelerator)
         elif world > 1:
             self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead)
@@ -86,7 +90,7 @@ class Engine:
     @property
     def capturable(self) -> bool:
         """Forward, backward and step can be captured in a CUDA graph: nothing in them asks the host."""
-        return self.asynchronous and distributed.world_size() == 1
+        return self.asynchronous and not self._together
 
     def agree(self, *flags: bool | Tensor) -> Tensor:
         """Of each flag, whether it is set on all ranks: 1 or 0, float32 on the device. Collective."""
@@ -98,7 +102,7 @@ class Engine:
                 for flag in flags
             ]
         )
-        if distributed.world_size() > 1:
+        if self._together:
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 

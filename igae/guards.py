@@ -33,6 +33,29 @@ def lock_run(folder: Path) -> IO[str]:
     return lock
 
 
+def open_run(recipe: Recipe, folder: Path, channel: Channel) -> IO[str] | None:
+    """Make a run's folder, lock it and write its settings. Collective.
+
+    Returns:
+        The lock, on the first rank.
+
+    Raises:
+        ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
+    """
+    lock, problem = None, None
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_run(folder)
+            (folder / "config.yaml").write_text(public_settings(recipe))
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    if problem := channel.gather(problem)[0]:
+        raise ValueError(problem)
+    check_shared(folder, channel)
+    return lock
+
+
 def check_shared(folder: Path, channel: Channel) -> None:
     """Refuse an output folder that not all ranks see: each would write into one of its own. Collective."""
     names = channel.gather(f".seen-{secrets.token_hex(8)}" if rank() == 0 else "")
@@ -62,12 +85,17 @@ def public_settings(recipe: Recipe) -> str:
 
 def check_changes(folder: str, loaded: Loaded, recipe: Recipe) -> None:
     """Refuse to go on with other values of what a run can't change; say what else has changed."""
-    before, now = _flat(yaml.safe_load(loaded.config)), _flat(yaml.safe_load(public_settings(recipe)))
-    changed = [key for key in now if key in before and before[key] != now[key]]
     progress = loaded.progress
-    fixed = ["seed", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]
+    fixed = ["seed", "model", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]
     if not progress.finished:
         fixed += ["train.plane_optimizer", f"train.{progress.stage}.alternate"]
+    compare_settings(folder, loaded.config, recipe, fixed)
+
+
+def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
+    """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
+    before, now = _flat(yaml.safe_load(settings)), _flat(yaml.safe_load(public_settings(recipe)))
+    changed = [key for key in now if key in before and before[key] != now[key]]
     refused = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in fixed)]
     if refused:
         key = refused[0]
@@ -86,14 +114,13 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
-def check_memory(needed: int, device: torch.device) -> None:
-    """Refuse planes and moments of ``needed`` bytes that the GPU has no room for."""
+def check_memory(needed: int, device: torch.device, instead: str = "train fewer scenes (data.categories)") -> None:
+    """Refuse planes and moments of ``needed`` bytes that the GPU has no room for, and say what to do ``instead``."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise ValueError(
             f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
-            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or train fewer scenes "
-            "(data.categories)"
+            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or {instead}"
         )

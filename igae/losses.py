@@ -50,6 +50,17 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 
+def orthogonality(x: Tensor) -> Tensor:
+    """Mean squared cosine of the angles between different entries of x [M, ...], M > 1 (a scalar in [0, 1]).
+
+    ||G - I||^2 / (M (M - 1)) with G the products of the entries divided by their norms: 0 where all are orthogonal,
+    whatever their lengths.
+    """
+    unit = F.normalize(x.flatten(1), dim=1)
+    gram = unit @ unit.T
+    return (gram - torch.diag(gram.diagonal())).square().sum() / (len(x) * (len(x) - 1))
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance of two images on VGG16 features (Zhang et al., CVPR 2018, version 0.1).
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module that is trained: autoencoder and decoding MLP; views and plane rows in, losses out."""
+"""The module that is trained: autoencoder, decoding MLP, base planes; views and plane rows in, losses out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from igae.autoencoder import Autoencoder
 from igae.config import Section
-from igae.losses import LPIPS, kl_divergence, total_variation
+from igae.losses import LPIPS, kl_divergence, orthogonality, total_variation
 from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.scenes import BasePlanes
 
 
 class LossWeights(Section):
@@ -33,7 +34,9 @@ class LossWeights(Section):
     photo_tv: float = Field(default=0.0, ge=0)
     """Total variation of the photographs' latents."""
     planes_tv: float = Field(default=0.0, ge=0)
-    """Total variation of the planes in the batch, each counted as often as it has views there."""
+    """Total variation of the planes in the batch, as they are rendered, each counted as often as it has views there."""
+    base_orthogonality: float = Field(default=0.0, ge=0)
+    """Mean squared cosine between different base planes."""
     depth_tv: float = Field(default=0.0, ge=0)
     """Total variation of the rendered depth."""
 
@@ -81,7 +84,7 @@ def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, in
 
 
 class IGAE(nn.Module):
-    """Autoencoder and decoding MLP with the way from plane rows to losses.
+    """Autoencoder, decoding MLP and base planes with the way from plane rows to losses.
 
     Args:
         image_size: (H, W) of the views.
@@ -89,6 +92,8 @@ class IGAE(nn.Module):
         perceptual: the LPIPS network where a weight asks for it; it is not part of the state.
         bf16: the autoencoder's arithmetic in training is bfloat16; its weights are not.
         renderer: the backend of `igae.rendering.render`.
+        base: the base planes, where scenes share some. With them ``rows`` below are [S, row] as `BasePlanes` takes
+            them, else planes [S, 3, R, R, C].
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class IGAE(nn.Module):
         perceptual: LPIPS | None = None,
         bf16: bool = False,
         renderer: Literal["auto", "cuda", "torch"] = "auto",
+        base: BasePlanes | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder, self.options, self.bf16, self.renderer = autoencoder, options, bf16, renderer
@@ -110,6 +116,7 @@ class IGAE(nn.Module):
         channels, height, width = _latent_shape(autoencoder, self.plain)
         self.latent_shape = (channels, height, width)
         self.mlp = DecodingMLP(features, channels, generator=mlp_generator)
+        self.base = base
         self.register_buffer("background", torch.zeros(height, width, channels))
         self.plain: Tensor
         self.background: Tensor
@@ -133,13 +140,23 @@ class IGAE(nn.Module):
         """Normalised latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
 
         Args:
-            rows: planes [S, 3, R, R, C].
             seed: of the sample positions; None for the fixed ones of evaluation.
         """
-        # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
+        return self._render(self.planes_of(rows)[0], views, seed)
+
+    def planes_of(self, rows: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Planes [S, 3, R, R, C] of scenes' rows; with ``orthogonal`` that loss of the base planes."""
+        if self.base is None:
+            return rows, None
         with torch.autocast(rows.device.type, enabled=False):
+            fused: tuple[Tensor, Tensor | None] = self.base(rows, orthogonality if orthogonal else None)
+        return fused
+
+    def _render(self, planes: Tensor, views: Views, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
+        with torch.autocast(planes.device.type, enabled=False):
             rendered = render(
-                rows,
+                planes,
                 self.mlp,
                 views.cam2world,
                 views.intrinsics,
@@ -165,7 +182,7 @@ class IGAE(nn.Module):
         """Losses of one step, unweighted by name, and their weighted sum as ``total``.
 
         Args:
-            rows: planes [S, 3, R, R, C] that ``views.index`` points into.
+            rows: of the scenes that ``views.index`` points to.
             photos: natural images, uint8 [P, 3, H, W].
             sample: draw latents from the posterior (else its mean).
             seed: of the renderer's samples.
@@ -192,13 +209,16 @@ class IGAE(nn.Module):
     ) -> dict[str, Tensor]:
         images = to_signed(views.images) if views is not None and views.images is not None else None
         natural = to_signed(photos) if photos is not None else None
-        latents, natural_latents, losses = None, None, {}
-        if images is not None or natural is not None:
+        latents = views.latents if views is not None else None
+        natural_latents, losses = None, {}
+        encoded = images if weights.latent + weights.ae > 0 else None
+        if encoded is not None or natural is not None:
             # One batch through the encoder, and one through the decoder below: launches cost more than pixels.
-            count = 0 if images is None else len(images)
-            posterior = self.autoencoder.posterior(torch.cat([x for x in (images, natural) if x is not None]))
+            count = 0 if encoded is None else len(encoded)
+            posterior = self.autoencoder.posterior(torch.cat([x for x in (encoded, natural) if x is not None]))
             drawn = posterior.sample() if sample else posterior.mean
-            latents = drawn[:count] if images is not None else None
+            if encoded is not None:
+                latents = drawn[:count]
             if natural is not None:
                 natural_latents = drawn[count:]
                 if weights.photo_kl > 0 and posterior.logvar is not None:
@@ -209,21 +229,23 @@ class IGAE(nn.Module):
         decode: dict[str, tuple[Tensor, Tensor]] = {}  # what is decoded: latents, the images that they should give
         if views is not None:
             assert rows is not None
-            latents = views.latents if latents is None else latents
-            assert latents is not None
-            rendered, depth, _ = self.render(rows, views, seed)
+            planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
+            if base_loss is not None:
+                losses["base_orthogonality"] = base_loss
+            rendered, depth, _ = self._render(planes, views, seed)
             if weights.latent > 0:
+                assert latents is not None
                 losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
             if weights.planes_tv > 0:
                 # Planes count by their views: so the loss is a mean over views, however these are split into batches.
-                share = torch.full((len(views.index),), 1 / len(views.index), device=rows.device)
-                shares = torch.zeros(len(rows), device=rows.device).index_add(0, views.index, share)
-                losses["planes_tv"] = self._total_variation(rows, (2, 3), shares)
+                share = torch.full((len(views.index),), 1 / len(views.index), device=planes.device)
+                shares = torch.zeros(len(planes), device=planes.device).index_add(0, views.index, share)
+                losses["planes_tv"] = self._total_variation(planes, (2, 3), shares)
             if weights.depth_tv > 0:
                 losses["depth_tv"] = total_variation(depth, (-2, -1))
             if images is not None and weights.rgb > 0:
                 decode["rgb"] = (self.autoencoder.denormalise(rendered), images)
-            if images is not None and weights.ae > 0:
+            if images is not None and latents is not None and weights.ae > 0:
                 decode["ae"] = (latents, images)
         if natural is not None and natural_latents is not None and weights.photo_ae + weights.photo_lpips > 0:
             decode["photo"] = (natural_latents, natural)

@@ -45,7 +45,9 @@ class LearningRates(Section):
     encoder: float = Field(default=0.0, ge=0)
     decoder: float = Field(default=0.0, ge=0)
     mlp: float = Field(default=0.0, ge=0)
+    base_planes: float = Field(default=0.0, ge=0)
     planes: float = Field(default=0.0, ge=0)
+    """Of all that is a scene's own: planes, weights of base planes, bias."""
 
 
 class StageConfig(Section):
@@ -80,7 +82,7 @@ class StageConfig(Section):
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
         views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv
-        if self.epochs > 0 and not self.batch_size and views > 0:
+        if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
             raise ValueError(
                 "batch_size is 0, so only losses of photographs (photo_*) can have a weight, not even latent"
             )
@@ -91,12 +93,13 @@ class StageConfig(Section):
             raise ValueError("photos are loaded but no loss of photographs (photo_*) has a weight")
         if self.photos == 0 and photo_losses > 0:
             raise ValueError("a loss of photographs (photo_*) has a weight but photos is 0")
-        if self.epochs > 0 and rates.encoder + rates.decoder + rates.mlp + rates.planes == 0:
+        if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
         reached = {
             "encoder": weights.latent + weights.ae + photo_losses,
             "decoder": weights.rgb + weights.ae + weights.photo_ae + weights.photo_lpips,
             "mlp": weights.latent + weights.rgb + weights.depth_tv,
+            "base_planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
             "planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
         }
         for part, loss in reached.items():
@@ -160,27 +163,51 @@ class CheckpointConfig(Section):
     """Write while training goes on; costs memory for a copy of the planes and their moments."""
 
 
+class FitConfig(Section):
+    wave: int = Field(default=256, ge=1)
+    """Scenes that a rank fits at a time: their rows, the rows' moments and the latents of their views are in memory."""
+
+
 class Recipe(Section):
     experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run; everything it writes is in `outputs`/NAME."""
     outputs: str = "outputs"
     seed: int = Field(default=0, ge=0)
     data: DataConfig
+    model: str | None = None
+    """Run, checkpoint or export (folder or URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
+    them, scenes are fitted to them in waves (`fit`), however many there are."""
     autoencoder: AutoencoderConfig
     planes: PlanesConfig = PlanesConfig()
     render: RenderOptions = RenderOptions()
     train: TrainConfig
+    fit: FitConfig = FitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def fits_in_waves(self) -> bool:
+        """Whether scenes are all that is trained: what they share is the model's."""
+        rates = [s.learning_rates.model_dump() for s in (self.train.warmup, self.train.joint) if s.epochs]
+        return self.model is not None and not any(r for part in rates for name, r in part.items() if name != "planes")
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        if self.autoencoder.path == "identity":
-            for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
-                if stage.epochs and (stage.weights.needs_images or stage.photos):
-                    raise ValueError(
-                        f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
-                        "(set the weights rgb and ae, and photos, to 0)"
-                    )
+        for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
+            if self.autoencoder.path == "identity" and stage.epochs and (stage.weights.needs_images or stage.photos):
+                raise ValueError(
+                    f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
+                    "(set the weights rgb and ae, and photos, to 0)"
+                )
+            base, rate = self.planes.base_planes, stage.learning_rates.base_planes
+            if stage.epochs and base == 0 and rate > 0:
+                raise ValueError(
+                    f"train.{name}.learning_rates.base_planes is {rate} but planes.base_planes is 0: set one of them"
+                )
+            if stage.epochs and stage.weights.base_orthogonality > 0 and (base < 2 or rate == 0):
+                raise ValueError(
+                    f"train.{name}.weights.base_orthogonality is above 0 but there are no two base planes that are "
+                    "trained: set planes.base_planes to 2 or more and their learning rate above 0, or the weight to 0"
+                )
         return self

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from igae import checkpoint
 from igae.checkpoint import Progress
+from igae.checkpoint.layout import RATES as RATES
 from igae.distributed import Channel, rank, world_size
 from igae.guards import check_changes
 from igae.model import IGAE
@@ -16,7 +17,6 @@ from igae.recipe import Recipe
 from igae.scenes import SceneBank
 from igae.shares import Data, steps_per_epoch
 
-RATES = "planes/learning_rates"
 log = logging.getLogger("igae")
 
 
@@ -84,6 +84,8 @@ def restore(
             f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
             "use a new experiment=NAME"
         ) from error
+    if RATES not in loaded.optimizer:
+        raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
     rows = loaded.rows(bank.scene_ids.tolist())
     bank.planes.copy_(rows.pop("planes"))
     rates = loaded.optimizer.pop(RATES)

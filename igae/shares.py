@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of the data each rank owns: scenes and photographs, and the steps that follow from it."""
 
+import hashlib
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from igae import ownership
 from igae.data.manifest import Manifest, Scene
@@ -21,16 +23,25 @@ class Data:
     """All scenes of the run."""
     parts: list[list[Scene]]
     """Those of each rank."""
+    rank: int = field(default_factory=rank)
+    """Which of the ranks that train on it this one is."""
+    world: int = field(default_factory=world_size)
+    """How many there are."""
 
     @property
     def owned(self) -> list[Scene]:
         """Those of this rank."""
-        return self.parts[rank()]
+        return self.parts[self.rank]
+
+    @property
+    def digest(self) -> str:
+        """Of all shards."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
     @property
     def photos(self) -> range:
         """Photographs of this rank, by their place in the shards."""
-        return ownership.share(self.manifest.images, rank(), world_size())
+        return ownership.share(self.manifest.images, self.rank, self.world)
 
 
 def steps_per_epoch(recipe: Recipe, stage: str, data: Data) -> int:
@@ -42,15 +53,21 @@ def steps_per_epoch(recipe: Recipe, stage: str, data: Data) -> int:
         if config.batch_size
         else (data.manifest.images, config.photos)
     )
-    return max(1, count // max(1, batch * config.accumulate * world_size())) * (2 if config.alternate else 1)
+    return max(1, count // max(1, batch * config.accumulate * data.world)) * (2 if config.alternate else 1)
 
 
-def own_data(recipe: Recipe) -> Data:
-    """The data of the run and this rank's part of it: the same on every rank, without asking another."""
+def select(recipe: Recipe) -> tuple[Manifest, list[Scene]]:
+    """The manifest, and the scenes of the run in its order."""
     manifest = Manifest.load(recipe.data.root)
     scenes = manifest.select(recipe.data.categories)
     if manifest.scenes and not scenes:
         raise ValueError(f"data.categories selects none of the {len(manifest.scenes)} scenes at {recipe.data.root}")
+    return manifest, scenes
+
+
+def own_data(recipe: Recipe) -> Data:
+    """The data of the run and this rank's part of it: the same on every rank, without asking another."""
+    manifest, scenes = select(recipe)
     ids = {scene.name: scene.id for scene in scenes}
     shards = [
         {ids[name]: views for name, views in shard.scenes.items() if name in ids}
@@ -64,9 +81,18 @@ def own_data(recipe: Recipe) -> Data:
     return data
 
 
+def waves(manifest: Manifest, scenes: list[Scene], most: int) -> list[list[Scene]]:
+    """Scenes in even groups of at most ``most``, in the order of the shards, so that a group reads few of them."""
+    wanted = {scene.name: scene for scene in scenes}
+    names = [name for shard in manifest.shards if shard.kind == "scenes" for name in shard.scenes]
+    order = [wanted[name] for name in names if name in wanted]
+    count = math.ceil(len(order) / most)
+    return [order[len(order) * i // count : len(order) * (i + 1) // count] for i in range(count)]
+
+
 def scene_bytes(recipe: Recipe) -> int:
-    """Memory of a scene on its owner: planes and their two moments, float32."""
-    return 3 * 4 * 3 * recipe.planes.resolution**2 * recipe.planes.features
+    """Memory of a scene on its owner: its row and two moments, float32."""
+    return 3 * 4 * math.prod(recipe.planes.row_shape)
 
 
 def log_ranks(recipe: Recipe, data: Data, strategy: str) -> None:

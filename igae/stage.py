@@ -13,7 +13,7 @@ from igae.captured import CapturedStep
 from igae.data.decoding import to_device
 from igae.data.latents import LatentBatch, LatentCache, LatentLoader
 from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
-from igae.distributed import Channel, derive_seed, rank, world_size
+from igae.distributed import Channel, derive_seed
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
@@ -21,6 +21,10 @@ from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
 ENCODE_BATCH = 64
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the text says why and what to do."""
 
 
 class Outcome:
@@ -80,6 +84,7 @@ class Stage:
                 f"train.{name}.photos is {self.config.photos} but {recipe.data.root} holds no photographs: pack them "
                 f"with --images, or set train.{name}.photos and the photo_* weights to 0"
             )
+        self._rank, self._world = data.rank, data.world
         self.steps_per_epoch = steps_per_epoch(recipe, name, data)
         self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         self.consumed = {"views": 0, "photos": 0} | consumed
@@ -95,6 +100,7 @@ class Stage:
             ("encoder", [p for _, p in parts["encoder"]], rates.encoder),
             ("decoder", [p for _, p in parts["decoder"]], rates.decoder),
             ("mlp", list(self.model.mlp.parameters()), rates.mlp),
+            ("base_planes", [] if self.model.base is None else [self.model.base.planes], rates.base_planes),
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
         self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
@@ -150,7 +156,7 @@ class Stage:
         factor = self.config.rate_factor(step, self.steps_per_epoch, self.steps)
         rates = {name: rate * factor for name, rate in self.config.learning_rates.model_dump().items()}
         if self.recipe.train.scale_learning_rates:
-            rates = {name: rate * (1 if name == "planes" else world_size()) for name, rate in rates.items()}
+            rates = {name: rate * (1 if name == "planes" else self._world) for name, rate in rates.items()}
         if self.config.mlp_epochs is not None and step >= self.config.mlp_epochs * self.steps_per_epoch:
             rates["mlp"] = 0.0
         return rates
@@ -188,7 +194,7 @@ class Stage:
             places = index.split([len(batch.scene) for batch in batches])
         total: dict[str, Tensor] = {}
         for i in range(count):
-            seed = derive_seed(self.recipe.seed, self.name, step, rank(), i)
+            seed = derive_seed(self.recipe.seed, self.name, step, self._rank, i)
             torch.manual_seed(seed)
             last = i == count - 1
             losses: dict[str, Tensor] = self.engine.forward(
@@ -213,7 +219,7 @@ class Stage:
         applied = self.engine.step(rates, agreed)
         if gradient is not None:
             assert rows is not None
-            self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / world_size(), apply=applied)
+            self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / self._world, apply=applied)
         return Outcome(total, applied, go_on)
 
     def _can_be_captured(self) -> bool:
@@ -239,7 +245,7 @@ class Stage:
         view = loader.take()
         self.consumed["views"] += len(view)
         rows, index = self.bank.rows_of(loader.cache.scene[view])
-        seed = derive_seed(self.recipe.seed, self.name, step, rank(), 0)
+        seed = derive_seed(self.recipe.seed, self.name, step, self._rank, 0)
         return Outcome(*self._captured(rows, index, view, seed, stop, rates))
 
 

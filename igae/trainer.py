@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from its configuration to its results: stages one after another, checkpoints, evaluation, progress."""
 
-import hashlib
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -20,20 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from igae import checkpoint
-from igae.autoencoder import load_autoencoder
+from igae.assembly import build_model
 from igae.checkpoint import Progress
-from igae.distributed import Channel, derive_seed, rank, world_size
+from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator
-from igae.guards import check_memory, check_shared, lock_run, public_settings
-from igae.losses import LPIPS
-from igae.model import IGAE
+from igae.guards import check_memory, open_run, public_settings
+from igae.pretrained import load_weights
 from igae.recipe import Recipe, StageName
 from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
 from igae.shares import log_ranks, own_data, scene_bytes
-from igae.stage import Outcome, Stage, fit_scale
+from igae.stage import Outcome, Stage, TrainingError, fit_scale
 from igae.tracking import Tracker
 
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
@@ -50,10 +48,6 @@ SHOWN = (
     "photos/ae_psnr",
 )
 log = logging.getLogger("igae")
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the text says why and what to do."""
 
 
 class Trainer:
@@ -79,29 +73,19 @@ class Trainer:
         if rank() == 0:
             log_ranks(recipe, self.data, self.engine.strategy)
         found = find(self.checkpoints, resume, self.channel)
-        needs_lpips = any(s.epochs and s.weights.photo_lpips for s in (recipe.train.warmup, recipe.train.joint))
-        perceptual = LPIPS(recipe.train.lpips_weights) if needs_lpips else None
-        self.model = IGAE(
-            load_autoencoder(recipe.autoencoder, derive_seed(recipe.seed, "autoencoder")),
-            torch.Generator().manual_seed(derive_seed(recipe.seed, "mlp")),
-            recipe.planes.features,
-            recipe.render,
-            self.data.manifest.image_size,
-            recipe.data.background,
-            perceptual.to(device) if perceptual is not None else None,
-            bf16=recipe.train.precision == "bf16",
-            renderer=recipe.train.kernels,
-        ).to(device)
+        self.model = build_model(recipe, self.data.manifest.image_size, device)
         if self.engine.replicated:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)
         self.bank = SceneBank(recipe.planes, [scene.id for scene in owned], recipe.seed, device)
-        digest = hashlib.sha256("".join(shard.sha256 for shard in self.data.manifest.shards).encode()).hexdigest()
+        digest = self.data.digest
         self.progress = Progress(STAGES[0], 0, 0, data=digest, world=world_size())
         self._restored: Restored | None = None
         if found is not None:
             self.progress, self._restored = restore(found, recipe, self.data, self.model, self.bank, digest)
         else:
+            if recipe.model is not None:
+                load_weights(recipe.model, self.model)
             if not self.model.autoencoder.scale_is_fitted:
                 fit_scale(recipe, self.model, self.data, device, self.channel)
             self.model.refresh_background()
@@ -115,26 +99,15 @@ class Trainer:
             The last evaluation's figures (empty if nothing was to do). A run that SIGTERM ended returns early, after
             its checkpoint.
         """
-        main = rank() == 0
-        lock, problem = None, None
-        if main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                lock = lock_run(self.folder)
-                (self.folder / "config.yaml").write_text(public_settings(self.recipe))
-            except (OSError, ValueError) as error:
-                problem = str(error)
-        if problem := self.channel.gather(problem)[0]:
-            raise ValueError(problem)
-        check_shared(self.folder, self.channel)
-        self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=main)
+        lock = open_run(self.recipe, self.folder, self.channel)
+        self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=rank() == 0)
         self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
         settings = self.recipe.checkpoint
         own = Channel(self.recipe.train.timeout)
         self.writer = checkpoint.Writer(self.checkpoints, settings.keep, own, settings.background)
         figures: dict[str, float] = {}
         try:
-            with self._signals():
+            with stop_signals(self._stop):
                 if self.progress.finished and self.progress.stage not in self._metrics():
                     figures = self._conclude(self.progress.stage)  # a kill came between checkpoint and results
                 for name in self._stages_to_do(only):
@@ -235,7 +208,7 @@ class Trainer:
         refresh = stage.config.learning_rates.encoder > 0
         lag = LAG if self.engine.asynchronous else 0
         open_steps: deque[tuple[int, Outcome]] = deque()
-        with _progress_bar(stage.name, progress.step, stage.steps) as bar:
+        with progress_bar(stage.name, progress.step, stage.steps) as bar:
             self.model.train()
             start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
             for step in range(progress.step, stage.steps):
@@ -335,24 +308,28 @@ class Trainer:
         with self.engine.weights():
             self.writer.save(self.progress, public_settings(self.recipe), self.model.state_dict(), moments, scenes)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM (what Slurm and Kubernetes send before they end a job) and Ctrl-C let the step end and save; a second
-        Ctrl-C ends at once."""
-
-        def stop(number: int, _: FrameType | None) -> None:
-            self._stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop(self, number: int) -> None:
+        self._stop_signal = number
 
 
-def _progress_bar(name: str, start: int, total: int) -> "tqdm[None]":
+@contextmanager
+def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM (what Slurm and Kubernetes send before they end a job) and Ctrl-C call ``stop``, which lets the step end;
+    a second Ctrl-C ends at once."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        stop(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(name: str, start: int, total: int) -> "tqdm[None]":
     """A bar on a terminal, a line now and then in a log file. The time left is of the mean speed so far, evaluations
     and checkpoints included."""
     terminal = sys.stderr.isatty()

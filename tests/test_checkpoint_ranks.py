@@ -123,7 +123,7 @@ def half(url: str, *_: Any) -> tensorfile.Stamp:
 
 def save_and_die(root: str, dying: dict[int, str], notes: str, background: bool) -> None:
     """Save step 2 beside step 1; some ranks are killed while they write a file, rank 0 before or after its last."""
-    real = writer._put
+    real = writer.put
 
     def put_file(fs: Any, path: str, data: bytes) -> None:
         if path.endswith("state.json") and dying.get(rank()) == "before state":
@@ -138,7 +138,7 @@ def save_and_die(root: str, dying: dict[int, str], notes: str, background: bool)
         maker.wait()
         if dying.get(rank()) == "file":
             tensorfile.write = half
-        writer._put = put_file
+        writer.put = put_file
         try:
             put(maker, of_this_rank(whole(2)))
             maker.wait()

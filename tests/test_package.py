@@ -37,12 +37,17 @@ LAYERS = {
     "checkpoint": 4,
     "evaluation": 4,
     "recipe": 5,
+    "assembly": 6,
     "captured": 6,
     "guards": 6,
     "shares": 6,
+    "export": 6,
+    "pretrained": 7,
     "resume": 7,
+    "published": 7,
     "stage": 7,
     "trainer": 8,
+    "fit": 9,
 }
 ALONE = {"config", "rendering"}  # import nothing else of igae
 

@@ -133,11 +133,20 @@ def test_a_stage_that_is_left_out_needs_nothing(tmp_path: Path) -> None:
     assert load_small(tmp_path, identity).autoencoder.path == "identity"
 
 
+def as_of_a_model(data: dict[str, Any]) -> None:
+    """What train.py adds to a configuration that names a model: here that of fused_planes_stage1.yaml."""
+    if "model" in data:
+        trained = yaml.safe_load(config.dump(config.load(Recipe, CONFIGS / "fused_planes_stage1.yaml")))
+        for name in ("autoencoder", "planes", "render"):
+            data[name] = {**trained[name], **data.get(name, {})}
+
+
 @pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_recipes_that_ship_load(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DATA_DIR", "/data")
     monkeypatch.setenv("IGAE_SHARDS", "/data/shards")
-    recipe = config.load(Recipe, CONFIGS / file)
+    monkeypatch.setenv("IGAE_MODEL", "/data/model")
+    recipe = config.load(Recipe, CONFIGS / file, complete=as_of_a_model)
     assert recipe.experiment == file.removesuffix(".yaml")
     copied = tmp_path / "resolved.yaml"
     copied.write_text(config.dump(recipe))
@@ -153,10 +162,12 @@ def test_the_published_recipe() -> None:
     nothing = dict.fromkeys(type(recipe.train.joint.weights).model_fields, 0.0)
     warmup, joint = recipe.train.warmup, recipe.train.joint
     assert (warmup.epochs, warmup.batch_size, warmup.photos, warmup.mlp_epochs) == (50, 32, 0, 45)
-    assert warmup.learning_rates.model_dump() == {"encoder": 0, "decoder": 0, "mlp": 1e-3, "planes": 1e-3}
+    frozen = dict.fromkeys(type(warmup.learning_rates).model_fields, 0.0)
+    assert warmup.learning_rates.model_dump() == {**frozen, "mlp": 1e-3, "planes": 1e-3}
     assert warmup.weights.model_dump() == {**nothing, "latent": 1, "planes_tv": 1e-5}
     assert (joint.epochs, joint.batch_size, joint.photos, joint.mlp_epochs) == (75, 12, 3, None)
-    assert joint.learning_rates.model_dump() == {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
+    rates = {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
+    assert joint.learning_rates.model_dump() == {**frozen, **rates}
     assert joint.weights.model_dump() == {
         **nothing,
         "latent": 1,

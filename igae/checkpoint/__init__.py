@@ -12,8 +12,20 @@ URL, of
   with it is complete, and no file that it does not list counts.
 """
 
-from igae.checkpoint.layout import FORMAT, Progress, folder_of, list_complete
-from igae.checkpoint.reader import Loaded, load
+from igae.checkpoint.layout import FORMAT, Progress, folder_of, is_complete, list_complete
+from igae.checkpoint.parts import Parts
+from igae.checkpoint.reader import Loaded, load, settings
 from igae.checkpoint.writer import Writer
 
-__all__ = ["FORMAT", "Loaded", "Progress", "Writer", "folder_of", "list_complete", "load"]
+__all__ = [
+    "FORMAT",
+    "Loaded",
+    "Parts",
+    "Progress",
+    "Writer",
+    "folder_of",
+    "is_complete",
+    "list_complete",
+    "load",
+    "settings",
+]

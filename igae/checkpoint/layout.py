@@ -16,6 +16,8 @@ from igae.secrets import hide_credentials
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
+RATES = "planes/learning_rates"
+"""The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
 FOLDER = re.compile(r"step-(\d{8,})(-end)?")
 
 
@@ -90,6 +92,15 @@ def list_complete(root: str) -> list[str]:
         return [join(root, name) for name in folders(fs, path) if fs.exists(join(path, name, STATE))]
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
         raise ValueError(f"the checkpoints at {hide_credentials(root)} can't be listed: {reason(error)}") from error
+
+
+def is_complete(folder: str) -> bool:
+    """Whether a path or URL is a complete checkpoint. Raises ValueError where that can't be found out."""
+    try:
+        fs, path = fsspec.core.url_to_fs(folder)
+        return bool(fs.exists(join(path, STATE)))
+    except Exception as error:  # object stores have errors of their own, for credentials and for the network
+        raise ValueError(f"{hide_credentials(folder)} can't be read: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 """Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, Progress, parse_state, reason, scenes_name
+from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, File, Progress, parse_state, reason, scenes_name
 from igae.data.manifest import join
 from igae.secrets import hide_credentials
 from igae.tensorfile import Stamp, TensorFile
@@ -47,8 +47,11 @@ class Loaded:
         """Ids of all scenes."""
         return frozenset(self._ids.tolist())
 
-    def rows(self, ids: Sequence[int]) -> dict[str, Tensor]:
+    def rows(self, ids: Sequence[int], names: Container[str] | None = None) -> dict[str, Tensor]:
         """The rows of some scenes, in the order asked: name -> [len(ids), ...]. Nothing else is read.
+
+        Args:
+            names: which tensors; all if left out.
 
         Raises:
             ValueError: scenes that are not there, or damaged files.
@@ -62,7 +65,7 @@ class Loaded:
                 "train the scenes that it has, or use a new experiment=NAME"
             )
         where = np.searchsorted(self._ids, wanted)
-        entries = {name: self._files[0].entries[name] for name in self._files[0].row_names()}
+        entries = {n: self._files[0].entries[n] for n in self._files[0].row_names() if names is None or n in names}
         result = {n: torch.empty((len(wanted), *entry.shape[1:]), dtype=entry.dtype) for n, entry in entries.items()}
         for number in np.unique(self._file[where]):
             places = np.flatnonzero(self._file[where] == number)
@@ -73,12 +76,50 @@ class Loaded:
         return result
 
 
-def load(folder: str) -> Loaded:
+def settings(folder: str) -> str:
+    """The configuration that a checkpoint was made with, as YAML. Raises as :func:`load` does."""
+    return head(folder)[2]
+
+
+def load(folder: str, *, moments: bool = True) -> Loaded:
     """Read a checkpoint, but for the rows of its scenes.
+
+    Args:
+        moments: read those of the optimizer too; without them ``optimizer`` is empty.
 
     Raises:
         ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
     """
+    progress, files, config = head(folder)
+    with _advice(folder):
+
+        def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
+            file = TensorFile(join(folder, name), Stamp(files[name].bytes, files[name].crc32))
+            return file, file.tensors()
+
+        names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
+        with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
+            found = dict(zip(names, pool.map(read, names), strict=True))
+        scenes = [(name, *found[name]) for name in map(scenes_name, range(progress.world))]
+        for name, file, tensors in scenes:
+            ids = tensors.get("ids", torch.empty(0))
+            counts = {file.entries[row].shape[0] for row in file.row_names()} | {ids.numel()}
+            good = ids.dtype == torch.int64 and ids.ndim == 1 and counts == {files[name].rows}
+            if not good or _shapes(file) != _shapes(scenes[0][1]):
+                raise ValueError(f"{file.url} is damaged: its tensors are not those of {files[name].rows} scenes")
+        return Loaded(
+            progress,
+            config,
+            found[SHARED][1],
+            found[OPTIMIZER][1] if moments else {},
+            folder,
+            [file for _, file, _ in scenes],
+            [tensors["ids"].numpy() for _, _, tensors in scenes],
+        )
+
+
+def head(folder: str) -> tuple[Progress, dict[str, File], str]:
+    """What state.json says, and the configuration."""
     try:
         state = _read(folder, STATE)
     except (FileNotFoundError, NotADirectoryError):
@@ -93,22 +134,7 @@ def load(folder: str) -> Loaded:
             raise ValueError(f"{join(folder, CONFIG)} is missing") from None
         if len(config) != files[CONFIG].bytes or zlib.crc32(config) != files[CONFIG].crc32:
             raise ValueError(f"{join(folder, CONFIG)} is damaged: its checksum differs")
-
-        def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
-            file = TensorFile(join(folder, name), Stamp(files[name].bytes, files[name].crc32))
-            return file, file.tensors()
-
-        names = [SHARED, OPTIMIZER, *map(scenes_name, range(progress.world))]
-        with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
-            (_, shared), (_, optimizer), *scenes = pool.map(read, names)
-        for name, (file, tensors) in zip(names[2:], scenes, strict=True):
-            ids = tensors.get("ids", torch.empty(0))
-            counts = {file.entries[row].shape[0] for row in file.row_names()} | {ids.numel()}
-            good = ids.dtype == torch.int64 and ids.ndim == 1 and counts == {files[name].rows}
-            if not good or _shapes(file) != _shapes(scenes[0][0]):
-                raise ValueError(f"{file.url} is damaged: its tensors are not those of {files[name].rows} scenes")
-        scene_ids = [tensors["ids"].numpy() for _, tensors in scenes]
-        return Loaded(progress, config.decode(), shared, optimizer, folder, [file for file, _ in scenes], scene_ids)
+        return progress, files, config.decode()
 
 
 def _shapes(file: TensorFile) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

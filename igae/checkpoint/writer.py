@@ -137,7 +137,7 @@ class Writer:
         if not failures:
             listed = {name: file for part, _ in parts if part for name, file in part.items()}
             state = {**state, "world": len(parts)}
-            end = _attempt(lambda: _publish(folder, state, config, listed)) if main else nothing
+            end = _attempt(lambda: publish(folder, state, config, listed)) if main else nothing
             failures = {number: failure for number, (_, failure) in enumerate(self._channel.gather(end)) if failure}
         if main:
             self._tidy(folder, bool(failures))
@@ -157,7 +157,7 @@ class Writer:
             elif not complete and age(other) < age(name):
                 _try_to_remove(fs, join(root, other))
         fs.makedirs(join(root, name), exist_ok=True)
-        _sync_folder(fs, root)
+        sync_folder(fs, root)
         return False
 
     def _tidy(self, folder: str, failed: bool) -> None:
@@ -215,7 +215,7 @@ def _write_files(folder: str, files: Files) -> dict[str, File]:
     return result
 
 
-def _publish(folder: str, state: dict[str, Any], config: str, files: dict[str, File]) -> None:
+def publish(folder: str, state: dict[str, Any], config: str, files: dict[str, File]) -> None:
     """On rank 0: make a checkpoint of the files that all ranks have written."""
     fs, path = fsspec.core.url_to_fs(folder)
     deadline = time.monotonic() + PATIENCE
@@ -224,11 +224,11 @@ def _publish(folder: str, state: dict[str, Any], config: str, files: dict[str, F
             raise ValueError(f"{lost} is not there as it was written, and all nodes must share the folder")
         time.sleep(min(1.0, PATIENCE))
     text = config.encode()
-    _put(fs, join(path, CONFIG), text)
-    _sync_folder(fs, path)
+    put(fs, join(path, CONFIG), text)
+    sync_folder(fs, path)
     listed = {**files, CONFIG: File(len(text), zlib.crc32(text))}
-    _put(fs, join(path, STATE), dump_state(state, {name: asdict(file) for name, file in sorted(listed.items())}))
-    _sync_folder(fs, path)
+    put(fs, join(path, STATE), dump_state(state, {name: asdict(file) for name, file in sorted(listed.items())}))
+    sync_folder(fs, path)
 
 
 def _not_there(fs: Any, folder: str, files: dict[str, File]) -> str | None:
@@ -238,7 +238,7 @@ def _not_there(fs: Any, folder: str, files: dict[str, File]) -> str | None:
     return next((name for name, file in files.items() if sizes.get(name) != file.bytes), None)
 
 
-def _put(fs: Any, path: str, data: bytes) -> None:
+def put(fs: Any, path: str, data: bytes) -> None:
     """Write a small file, all of it or nothing."""
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(path, data)
@@ -250,7 +250,7 @@ def _put(fs: Any, path: str, data: bytes) -> None:
     os.replace(path + ".part", path)
 
 
-def _sync_folder(fs: Any, path: str) -> None:
+def sync_folder(fs: Any, path: str) -> None:
     """Make sure that the names in a local folder are on the disk."""
     if isinstance(fs, LocalFileSystem):
         descriptor = os.open(path, os.O_RDONLY)

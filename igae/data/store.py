@@ -193,12 +193,14 @@ def _underlying(error: Exception) -> Exception:
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status that an error of aiohttp (`status`), gcsfs (`code`) or, as its cause, s3fs tells."""
+    """HTTP status that an error of aiohttp (`status`), gcsfs (`code`), a model hub or, as its cause, s3fs tells."""
     for source in (error, error.__cause__):
         response = getattr(source, "response", None)  # of botocore
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             return status if isinstance(status, int) else None
+        if isinstance(status := getattr(response, "status_code", None), int):  # of requests and httpx
+            return status
     # Not of the cause: there aiohttp has 400 for what it makes of a body that is too short.
     found = getattr(error, "status", None) or getattr(error, "code", None)
     return found if isinstance(found, int) else None

@@ -58,7 +58,7 @@ class Evaluator:
         verify: Literal["off", "size", "sha256"] = "size",
     ) -> None:
         self.config, self.device, self.channel = config, device, channel
-        self.scenes = scenes if config.scenes is None else _spread(scenes, config.scenes)
+        self.scenes = scenes if config.scenes is None else spread(scenes, config.scenes)
         own = [scene for scene in self.scenes if scene.id in owned]
         self.owned = {scene.id for scene in own}
         self.image_size = manifest.image_size
@@ -166,7 +166,7 @@ class Evaluator:
             The picture on the first rank, None on the others and where there is nothing to show.
         """
         split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
-        shown = _spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
+        shown = spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
         if not shown:
             return self._photo_grid(model)
         # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colours. One at
@@ -217,7 +217,7 @@ class Evaluator:
             Scene's name -> file, of all ranks, on the first rank; nothing on the others.
         """
         every = _join(list(self.splits.values())) if self.splits else None
-        chosen = _spread(self.scenes, self.config.orbits)
+        chosen = spread(self.scenes, self.config.orbits)
         written = {}
         for scene in chosen:
             if every is None or scene.id not in self.owned:
@@ -282,7 +282,7 @@ def _chunks(views: ViewBatch) -> list[ViewBatch]:
     return [_take(views, slice(i, i + CHUNK)) for i in range(0, len(views.scene), CHUNK)]
 
 
-def _spread(scenes: list[Scene], count: int) -> list[Scene]:
+def spread(scenes: list[Scene], count: int) -> list[Scene]:
     """``count`` scenes (or all, where there are fewer), spread evenly."""
     count = min(count, len(scenes))
     return [scenes[i * len(scenes) // count] for i in range(count)]

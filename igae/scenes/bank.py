@@ -4,42 +4,32 @@
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from igae.config import Section
 from igae.distributed import derive_seed
-
-
-class PlanesConfig(Section):
-    resolution: int = Field(default=64, ge=2)
-    """Texels along a side of a plane (R)."""
-    features: int = Field(default=32, ge=1)
-    """Features of a texel (C)."""
-    init_std: float = Field(default=0.1, ge=0)
-    """Standard deviation of the normal noise that planes start from."""
+from igae.scenes.planes import PlanesConfig
 
 
 class SceneBank:
-    """Tri-planes [N, 3, R, R, C] in fp32, one row a scene, in the order of ``scene_ids``.
+    """Rows ``planes`` [N, *row_shape] in fp32, one a scene, in the order of ``scene_ids``: its tri-planes [3, R, R, C]
+    or, with base planes, what of them is its own (see `igae.scenes.planes`).
 
     The start of a scene depends on (seed, its id) alone, not on which other scenes this rank owns.
 
     Args:
         scene_ids: global ids of the owned scenes.
-        device: where the planes live.
+        device: where the rows live.
     """
 
     def __init__(self, config: PlanesConfig, scene_ids: Sequence[int], seed: int, device: torch.device) -> None:
         assert len(set(scene_ids)) == len(scene_ids)
         self.scene_ids = torch.tensor(list(scene_ids), dtype=torch.int64)
         self._row_of = {int(scene): row for row, scene in enumerate(scene_ids)}
-        shape = (3, config.resolution, config.resolution, config.features)
-        self.planes = torch.empty(len(scene_ids), *shape, device=device)
+        self.planes = torch.empty(len(scene_ids), *config.row_shape, device=device)
         generator = torch.Generator()
         for row, scene in enumerate(scene_ids):
             generator.manual_seed(derive_seed(seed, "planes", int(scene)))
-            self.planes[row] = torch.randn(shape, generator=generator) * config.init_std
+            self.planes[row] = config.start(generator)
 
     def __len__(self) -> int:
         return len(self.scene_ids)

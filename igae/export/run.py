@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run or one of its checkpoints to what an export is made of."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from igae import checkpoint, config
+from igae.autoencoder import load_autoencoder
+from igae.checkpoint import Loaded
+from igae.checkpoint.layout import CONFIG, RATES
+from igae.data.manifest import Manifest, join
+from igae.data.store import Missing, StoreError, read_whole
+from igae.export.layout import MAX_JSON
+from igae.export.reader import bare_model
+from igae.export.writer import Content
+from igae.recipe import Recipe
+from igae.scenes import make_row_adam
+from igae.secrets import hide_credentials
+
+log = logging.getLogger("igae")
+
+
+def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
+    """The newest complete checkpoint of a run, or the one that is named. Planes are read as they are asked for.
+
+    Args:
+        run: path or URL of a run's folder, of its checkpoints, or of one checkpoint.
+        overrides: ``key=value``, of what is elsewhere now than the saved configuration says (``data.root``,
+            ``autoencoder.path``).
+
+    Raises:
+        ValueError: there is no checkpoint, it is damaged, or what it was trained on can't be found.
+    """
+    folder = find_checkpoint(run)
+    loaded = checkpoint.load(folder, moments=False)
+    if not loaded.progress.finished:
+        loaded = checkpoint.load(folder)
+    progress = loaded.progress
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / CONFIG
+        path.write_text(loaded.config)
+        recipe = config.load(Recipe, path, overrides)
+    manifest = Manifest.load(recipe.data.root)
+    scenes = manifest.select(recipe.data.categories)
+    where, root = hide_credentials(folder), hide_credentials(recipe.data.root)
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    if digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
+        raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
+    autoencoder = load_autoencoder(recipe.autoencoder)
+    model = bare_model(autoencoder, recipe.planes, recipe.render, manifest.image_size, recipe.data.background)
+    try:
+        model.load_state_dict(loaded.shared)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{where} has weights of another autoencoder or MLP than its configuration says ({last}): name the right "
+            "one, autoencoder.path=..."
+        ) from error
+    if not progress.finished:
+        log.warning("%s is in the middle of a stage: its planes are finished as an evaluation would", where)
+    ids = [scene.id for scene in scenes]
+    return Content(
+        model,
+        recipe.data.background,
+        [scene.name for scene in scenes],
+        recipe.planes,
+        lambda start, stop: _rows(loaded, recipe, ids[start:stop]),
+        f"From run `{recipe.experiment}`, step {progress.total} ({progress.stage}).",
+        loaded.config,
+        _figures(folder, loaded),
+        (manifest.cameras.mean_distance, manifest.cameras.mean_focal) if manifest.cameras else (1.3, 1.1),
+    )
+
+
+def _rows(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
+    if loaded.progress.finished:
+        return loaded.rows(ids, {"planes"})["planes"]
+    rows = loaded.rows(ids)
+    planes = rows.pop("planes")
+    # In the middle of a stage rows owe the moves of steps that did not visit them.
+    optimizer = make_row_adam(planes, mode=recipe.train.plane_optimizer, backend="torch")
+    optimizer.load_state({**rows, "learning_rates": loaded.optimizer[RATES]})
+    optimizer.catch_up()
+    return planes
+
+
+def find_checkpoint(run: str) -> str:
+    """The checkpoint that a run's folder (its newest complete one), that of its checkpoints or its own stands for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    run = run.rstrip("/") or run
+    if checkpoint.is_complete(run):
+        return run
+    roots = [join(run, "checkpoints"), run]
+    settings = _read(join(run, CONFIG))
+    if settings is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / CONFIG
+            path.write_bytes(settings)
+            elsewhere = config.load(Recipe, path).checkpoint.root
+        roots = [elsewhere] if elsewhere else roots
+    for root in roots:
+        if complete := checkpoint.list_complete(root):
+            return complete[-1]
+    raise ValueError(
+        f"{hide_credentials(run)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
+        "a folder step-... of its checkpoints"
+    )
+
+
+def _figures(folder: str, loaded: Loaded) -> dict[str, float]:
+    """The figures of the run's metrics.json that are of this checkpoint."""
+    progress = loaded.progress
+    data = _read(join(folder.rpartition("/")[0].rpartition("/")[0], "metrics.json")) if progress.finished else None
+    try:
+        stages: Any = json.loads(data) if data is not None else {}
+        figures = stages.get(progress.stage, {})
+        if progress.total == 0:  # scenes that were fitted to a model
+            figures = stages.get("fit", {})
+        elif figures.get("step") != progress.total:
+            return {}
+        return {str(name): float(value) for name, value in figures.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        log.warning("the figures of %s are left out: metrics.json is damaged", hide_credentials(folder))
+        return {}
+
+
+def _read(url: str) -> bytes | None:
+    """A small file, or None where there is none."""
+    where = hide_credentials(url)
+    try:
+        return read_whole(url, where, MAX_JSON)
+    except Missing:
+        return None
+    except StoreError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New scenes are fitted to a trained model, wave after wave: the same ones on any number of ranks, and after a kill."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import runs
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train
+from igae import checkpoint, config
+from igae.checkpoint import Loaded, Parts
+from igae.data.manifest import Manifest, Scene, Shard
+from igae.fit import Fit
+from igae.model import Views
+from igae.pretrained import take_settings
+from igae.recipe import Recipe
+from igae.scenes import SceneBank
+from igae.shares import waves
+from igae.stage import Outcome, Stage
+from igae.trainer import Trainer
+
+PLANES = {"resolution": 8, "features": 8, "base_planes": 3, "micro_features": 3, "macro_features": 5, "bias": True}
+FIT: dict[str, Any] = {
+    "experiment": "fit",
+    "fit": {"wave": 1},
+    "train": {
+        "warmup": {
+            "epochs": 6,
+            "batch_size": 4,
+            "learning_rates": {"planes": 5e-2},
+            "weights": {"latent": 1, "planes_tv": 1e-4},
+        },
+        "joint": {
+            "epochs": 1,
+            "batch_size": 3,
+            "learning_rates": {"planes": 1e-2},
+            "weights": {"latent": 0, "rgb": 1},
+        },
+    },
+    "evaluation": {"views": 1, "pictures": 0, "orbits": 0},
+}
+SCENES = [0, 1, 2, 3]
+
+
+@pytest.fixture(autouse=True)
+def _one_run_a_process() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With shards, a model that was trained on them, and the recipe of a fit."""
+    folder = tmp_path_factory.mktemp("fit")
+    shards = runs.packed_data(folder)
+    overrides = [f"planes={PLANES}", "experiment=model", "train.joint.epochs=1"]
+    overrides += [f"train.{stage}.learning_rates.base_planes=1e-2" for stage in ("warmup", "joint")]
+    assert train.main(["--config", str(runs.recipe_file(folder, shards)), *overrides]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {
+        **FIT,
+        "model": str(folder / "outputs" / "model"),
+        "outputs": str(folder / "outputs"),
+        "data": {"root": shards, "workers": 0, "shuffle": 16},
+    }
+    (folder / "fit.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(folder: Path) -> Loaded:
+    """What one rank makes of all scenes without a pause."""
+    assert ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), "experiment=whole").exit_codes() == [0]
+    return result(folder, "whole")
+
+
+def load_fit(folder: Path, *overrides: str) -> Recipe:
+    return config.load(Recipe, folder / "fit.yaml", overrides, complete=take_settings)
+
+
+def checkpoints(folder: Path, name: str) -> Path:
+    return folder / "outputs" / name / "checkpoints" / "step-00000000-end"
+
+
+def result(folder: Path, name: str) -> Loaded:
+    (only,) = checkpoint.list_complete(str(folder / "outputs" / name / "checkpoints"))
+    return checkpoint.load(only)
+
+
+def planes(loaded: Loaded) -> Tensor:
+    return loaded.rows(SCENES)["planes"]
+
+
+def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> None:
+    assert fitted.ids == frozenset(SCENES) and fitted.progress.finished
+    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    assert fitted.shared.keys() == model.shared.keys()
+    for name, value in model.shared.items():
+        # The background is taken anew, as the last bits of it depend on the machine.
+        assert torch.equal(fitted.shared[name], value) or (
+            name == "background" and torch.allclose(fitted.shared[name], value, atol=1e-6)
+        ), name
+    start = SceneBank(load_fit(folder).planes, SCENES, 0, torch.device("cpu")).planes
+    assert bool((planes(fitted) != start).all()), "every number of every scene is trained"
+    lines = [json.loads(line) for line in (folder / "outputs" / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "seconds_per_scene" in line] == [1, 2, 3, 4]
+    # Each file is safetensors, and one scene of it can be read alone.
+    first = load_file(checkpoints(folder, "whole") / "scenes-00000.safetensors")
+    assert first["planes"].shape == (1, 3 * 8 * 8 * 3 + 3 + 1) and len(first["ids"]) == 1
+    assert sorted(path.suffix for path in checkpoints(folder, "whole").iterdir()) == sorted(
+        [".safetensors"] * 6 + [".json", ".yaml"]
+    )
+
+
+@pytest.mark.parametrize("only", ["warmup", "joint"])
+def test_both_stages_lower_their_loss(folder: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> None:
+    other = "joint" if only == "warmup" else "warmup"
+    recipe = load_fit(folder, f"experiment={only}", "fit.wave=4", f"train.{only}.epochs=12", f"train.{other}.epochs=0")
+    losses: list[float] = []
+    step = Stage.step
+
+    def watched(stage: Stage, number: int, *more: bool) -> Outcome:
+        outcome = step(stage, number, *more)
+        losses.append(float(outcome.losses["latent" if only == "warmup" else "rgb"]))
+        return outcome
+
+    monkeypatch.setattr(Stage, "step", watched)
+    fit = Fit(recipe)
+    fit._evaluate = dict  # type: ignore[method-assign]
+    fit.run()
+    tenth = len(losses) // 10
+    # Measured: 0.91 and 0.95 of it. The images are noise, of which a scene can learn the mean colour only.
+    assert sum(losses[-tenth:]) < 0.98 * sum(losses[:tenth])
+
+
+def test_two_ranks_fit_what_one_does(folder: Path, fitted: Loaded) -> None:
+    """The command itself, on real processes: nothing of the batches, noise or rays depends on the number of ranks."""
+    codes = ranks.Ranks(runs.train, 2, str(folder / "fit.yaml"), "experiment=two").exit_codes()
+    assert codes == [0, 0]
+    two = result(folder, "two")
+    # Measured: 2.2e-6. The last bits of a convolution depend on what the process has computed before.
+    assert (planes(two) - planes(fitted)).abs().max() < 1e-5
+    assert two.shared.keys() == fitted.shared.keys()
+    one, other = (json.loads((folder / f"outputs/{n}/metrics.json").read_text())["fit"] for n in ("whole", "two"))
+    assert one == pytest.approx(other, abs=1e-5)
+
+
+def render(fit: Fit, rows: Tensor) -> Tensor:
+    pose = torch.eye(4)
+    pose[2, 3] = -1.5
+    lens = torch.tensor([[1.2, 0, 0.5], [0, 1.2, 0.5], [0, 0, 1]])
+    with torch.no_grad():
+        return fit.model.render(rows, Views(torch.zeros(1, dtype=torch.int64), pose[None], lens[None]), None)[0]
+
+
+def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = Fit(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
+    renders: dict[int, Tensor] = {}
+    write = Parts.write
+
+    def watched(parts: Parts, number: int, scenes: dict[str, Tensor]) -> None:
+        write(parts, number, scenes)
+        renders.update({int(i): render(fit, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])})
+
+    monkeypatch.setattr(Parts, "write", watched)
+    fit.run()
+    assert sorted(renders) == SCENES
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # In another model, with what the finished checkpoint has.
+    again, loaded = Fit(load_fit(folder, "experiment=other")), result(folder, "forgetful")
+    again.model.load_state_dict(loaded.shared)
+    for scene, picture in renders.items():
+        assert torch.equal(render(again, loaded.rows([scene])["planes"]), picture)
+
+
+def test_each_view_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work for a scene does not grow with the number of waves."""
+    views = sum(scene.views for scene in Manifest.load(str(folder / "shards")).scenes)
+    for wave in (1, 2, 4):
+        fit = Fit(load_fit(folder, f"experiment=count{wave}", f"fit.wave={wave}"))
+        encoded, rendered = [], []
+        encode, real = fit.model.autoencoder.posterior, fit.engine.forward
+
+        def counted(images: Tensor, encode: Any = encode, encoded: list[int] = encoded) -> Any:
+            encoded.append(len(images))
+            return encode(images)
+
+        def forward(*arguments: Any, real: Any = real, rendered: list[int] = rendered, **options: Any) -> Any:
+            rendered.append(len(arguments[1].index))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(fit.model.autoencoder, "posterior", counted)
+        monkeypatch.setattr(fit.engine, "forward", forward)
+        fit._evaluate = dict  # type: ignore[method-assign]
+        fit.run()
+        assert sum(encoded) == views
+        # Epochs are rounded to whole batches: 6 of them at batches of 4, and one at batches of 3.
+        assert 0.75 * 7 * views < sum(rendered) <= 7 * views
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def wait_for(path: Path, running: ranks.Ranks) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline and any(process.is_alive() for process in running.processes)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, how: signal.Signals) -> None:
+    name = f"stopped-{how.name}"
+    arguments = (str(folder / "fit.yaml"), f"experiment={name}")
+    first = ranks.Ranks(runs.train, 1, *arguments)
+    finished = checkpoints(folder, name) / "scenes-00000.json"
+    wait_for(finished, first)
+    os.kill(first.processes[0].pid or 0, how)
+    assert first.exit_codes() == [-signal.SIGKILL if how == signal.SIGKILL else 0]
+    assert finished.exists() and checkpoint.list_complete(str(finished.parent.parent)) == []
+    scenes = finished.with_suffix(".safetensors")
+    written = scenes.stat().st_mtime_ns
+    assert ranks.Ranks(runs.train, 1, *arguments).exit_codes() == [0]
+    assert scenes.stat().st_mtime_ns == written, "a finished wave was fitted again"
+    assert (planes(result(folder, name)) - planes(fitted)).abs().max() < 1e-5
+
+
+def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in checkpoints(folder, "whole").iterdir()}
+    with caplog.at_level("INFO", logger="igae"):
+        assert Fit(load_fit(folder, "experiment=whole")).run() == {}
+    assert "nothing is left to do" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in checkpoints(folder, "whole").iterdir()} == before
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> str:
+    """The sentence of a command that ends with exit code 2."""
+    assert train.main(["--config", str(folder / "fit.yaml"), *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["experiment=whole", "train.warmup.epochs=7"],
+            ["train.warmup.epochs was 6.0", "is 7.0 now", "experiment=NAME"],
+        ),
+        (["experiment=whole", "fit.wave=3"], ["fit.wave was 1"]),
+        (["experiment=whole", "--resume", "never"], ["already has scenes", "experiment=NAME"]),
+        (["--resume", "outputs/x"], ["leave --resume out"]),
+        (["--stage", "joint"], ["leave --stage out"]),
+        (["train.warmup.epochs=0", "train.joint.epochs=0"], ["nothing to do"]),
+        (["train.joint.photos=1", "train.joint.weights.photo_ae=1"], ["train.joint.photos: nothing", "set it to 0"]),
+        (["model=nowhere/at/all"], ["nowhere/at/all is neither a checkpoint nor the folder of a run"]),
+        (["planes.features=16"], ["planes.features is the model's", "leave it out"]),
+        (["autoencoder.path=demo"], ["autoencoder.path is the model's"]),
+    ],
+)
+def test_what_a_fit_refuses(
+    folder: Path, fitted: Loaded, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    sentence = run(capsys, folder, *arguments)
+    assert all(word in sentence for word in words), sentence
+
+
+def test_other_shards_are_refused(folder: Path, fitted: Loaded, tmp_path: Path) -> None:
+    other = runs.packed_data(tmp_path)
+    manifest = json.loads(Path(other, "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    Path(other, "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="other shards"):
+        Fit(load_fit(folder, "experiment=whole", f"data.root={other}")).run()
+
+
+def test_more_ranks_than_waves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 ranks have only 2 waves of up to 2 scenes to fit: set fit\.wave=1"):
+        Fit(load_fit(folder, "fit.wave=2"))
+
+
+def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Loaded) -> None:
+    recipe = load_fit(folder, "experiment=whole", "train.joint.learning_rates.decoder=1e-4")
+    with pytest.raises(ValueError, match="without an optimizer's state"):
+        Trainer(recipe)
+
+
+# --- Parts that go on learning ---------------------------------------------------------------------------------------
+
+
+def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
+    """Then all scenes are trained together, as in any run, from the model's weights."""
+    rates = [f"train.joint.learning_rates.{part}=1e-3" for part in ("decoder", "mlp", "base_planes")]
+    recipe = load_fit(folder, "experiment=aligned", *rates)
+    assert not recipe.fits_in_waves
+    trainer = Trainer(recipe)
+    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    trained = dict(trainer.model.named_parameters())
+    assert all(torch.equal(trained[name], model.shared[name]) for name in trained)
+    trainer.run()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, model.shared[name])}
+    encoder = {f"autoencoder.{name}" for name, _ in trainer.model.autoencoder.parts()["encoder"]}
+    assert moved == set(trained) - encoder
+
+
+def test_settings_come_from_the_model(folder: Path) -> None:
+    recipe = load_fit(folder, "autoencoder.latents=mean", "render.fine_samples=3")
+    assert recipe.planes.base_planes == 3 and recipe.planes.bias and recipe.fits_in_waves
+    assert (recipe.autoencoder.latents, recipe.render.fine_samples, recipe.render.coarse_samples) == ("mean", 3, 6)
+    end = checkpoint.list_complete(str(folder / "outputs/model/checkpoints"))[-1]
+    assert end.endswith("step-00000040-end")
+    assert recipe.model == end
+    for name in (end, str(folder / "outputs/model/checkpoints"), str(folder / "outputs/model/")):
+        assert load_fit(folder, f"model={name}").model == end
+
+
+# --- Waves -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(1, 9), st.data())
+def test_waves_are_even_and_in_the_order_of_the_shards(counts: list[int], most: int, data: st.DataObject) -> None:
+    ids = data.draw(st.permutations(range(sum(counts))))
+    scenes = [Scene(i, f"s{i}", "all", 3, 0) for i in range(len(ids))]
+    shards, order = [], list(ids)
+    for number, count in enumerate(counts):
+        own, order = order[:count], order[count:]
+        for kind in ("scenes", "heldout"):
+            shards.append(Shard(f"{kind}-{number:05d}.tar", kind, 1, "", 1, {f"s{i}": 3 for i in own}))  # type: ignore[arg-type]
+    chosen = [scene for scene in scenes if data.draw(st.booleans())]
+    manifest = Manifest(1, (16, 16), 0, "all", shards, scenes, 0, None)
+    found = waves(manifest, chosen, most)
+    assert [scene.id for wave in found for scene in wave] == [i for i in ids if scenes[i] in chosen]
+    sizes = [len(wave) for wave in found]
+    assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1 and min(sizes) > 0)
+    assert len(found) == -(-len(chosen) // most)
