@@ -220,8 +220,9 @@ def wait_for(path: Path, running: ranks.Ranks) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("how", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
+def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, how: signal.Signals, world: int) -> None:
+    """On as many ranks as before, or more."""
     name = f"stopped-{how.name}"
     arguments = (str(folder / "fit.yaml"), f"experiment={name}")
     first = ranks.Ranks(runs.train, 1, *arguments)
@@ -232,7 +233,7 @@ def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, ho
     assert finished.exists() and checkpoint.list_complete(str(finished.parent.parent)) == []
     scenes = finished.with_suffix(".safetensors")
     written = scenes.stat().st_mtime_ns
-    assert ranks.Ranks(runs.train, 1, *arguments).exit_codes() == [0]
+    assert ranks.Ranks(runs.train, world, *arguments).exit_codes() == [0] * world
     assert scenes.stat().st_mtime_ns == written, "a finished wave was fitted again"
     assert (planes(result(folder, name)) - planes(fitted)).abs().max() < 1e-5
 
@@ -327,6 +328,9 @@ def test_settings_come_from_the_model(folder: Path) -> None:
     end = checkpoint.list_complete(str(folder / "outputs/model/checkpoints"))[-1]
     assert end.endswith("step-00000040-end")
     assert recipe.model == end
+    resolved = folder / "resolved.yaml"
+    resolved.write_text(config.dump(recipe))
+    assert config.load(Recipe, resolved, complete=take_settings) == recipe
     for name in (end, str(folder / "outputs/model/checkpoints"), str(folder / "outputs/model/")):
         assert load_fit(folder, f"model={name}").model == end
 
