@@ -4,6 +4,7 @@
 import logging
 from typing import Any
 
+import torch
 import yaml
 
 from igae import checkpoint
@@ -61,12 +62,13 @@ def take_settings(data: dict[str, Any]) -> None:
 
 
 def load_weights(folder: str, model: IGAE) -> None:
-    """Take autoencoder, normaliser, MLP and base planes from a checkpoint; the background is still to be taken.
+    """Take autoencoder, normaliser, MLP, base planes and background from a checkpoint.
 
     Raises:
         ValueError: they are of another architecture.
     """
     weights = checkpoint.load(folder, moments=False).shared
+    trained = weights["background"].to(model.background)
     weights["background"] = model.background  # of the size of these views
     try:
         model.load_state_dict(weights)
@@ -75,4 +77,8 @@ def load_weights(folder: str, model: IGAE) -> None:
         raise ValueError(
             f"model: {hide_credentials(folder)} has weights of another model than its settings say ({reason})"
         ) from error
+    model.refresh_background()
+    # To the last bit as it was, where the views have the size and colour that they had.
+    if trained.shape == model.background.shape and torch.allclose(trained, model.background, rtol=0, atol=1e-3):
+        model.background.copy_(trained)
     log.info("the model is %s", hide_credentials(folder))
