@@ -78,7 +78,6 @@ class Fit:
         check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
         self.model = build_model(recipe, self.manifest.image_size, device)
         load_weights(recipe.model, self.model)
-        self.model.refresh_background()
         self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         self.parts = Parts(checkpoint.folder_of(recipe.checkpoint.root or str(self.folder / "checkpoints"), 0, True))
         self.digest = self._data(self.scenes).digest

@@ -4,6 +4,7 @@
 import logging
 from typing import Any
 
+import torch
 import yaml
 
 from igae import checkpoint, export
@@ -60,7 +61,7 @@ def take_settings(data: dict[str, Any]) -> None:
 
 
 def load_weights(folder: str, model: IGAE) -> None:
-    """Take autoencoder, normaliser, MLP and base planes from a checkpoint or export; the background is left to take.
+    """Take autoencoder, normaliser, MLP, base planes and background from a checkpoint or export.
 
     Raises:
         ValueError: they are of another architecture.
@@ -69,6 +70,7 @@ def load_weights(folder: str, model: IGAE) -> None:
         weights = dict(export.load_model(folder).state_dict())
     else:
         weights = checkpoint.load(folder, moments=False).shared
+    trained = weights["background"].to(model.background)
     weights["background"] = model.background  # of the size of these views
     try:
         model.load_state_dict(weights)
@@ -77,4 +79,8 @@ def load_weights(folder: str, model: IGAE) -> None:
         raise ValueError(
             f"model: {hide_credentials(folder)} has weights of another model than its settings say ({reason})"
         ) from error
+    model.refresh_background()
+    # To the last bit as it was, where the views have the size and colour that they had.
+    if trained.shape == model.background.shape and torch.allclose(trained, model.background, rtol=0, atol=1e-3):
+        model.background.copy_(trained)
     log.info("the model is %s", hide_credentials(folder))

@@ -83,9 +83,9 @@ class Trainer:
         self._restored: Restored | None = None
         if found is not None:
             self.progress, self._restored = restore(found, recipe, self.data, self.model, self.bank, digest)
+        elif recipe.model is not None:
+            load_weights(recipe.model, self.model)
         else:
-            if recipe.model is not None:
-                load_weights(recipe.model, self.model)
             if not self.model.autoencoder.scale_is_fitted:
                 fit_scale(recipe, self.model, self.data, device, self.channel)
             self.model.refresh_background()
