@@ -3,7 +3,7 @@
 """Renders meshes into scenes that pack_shards.py packs. See docs/data-format.md.
 
     python data_tools/render_objects.py ~/.objaverse/hf-objaverse-v1/glbs --output data/objects
-    python data_tools/pack_shards.py --scenes data/objects --subset square128 --output data/shards
+    python data_tools/pack_shards.py --scenes data/objects --subset square128 --images PHOTOGRAPHS --output data/shards
 
 The same command goes on where an earlier one ended.
 """
@@ -204,7 +204,8 @@ def render(arguments: argparse.Namespace) -> int:
         print(f"damaged, and left out: {len(damaged)} of {len(meshes)}", file=sys.stderr)
     if not listed:
         raise ValueError("nothing was rendered")
-    print(f"next: python data_tools/pack_shards.py --scenes {output} --subset square{job.size} --output SHARDS")
+    scenes = f"--scenes {hide_credentials(output)} --subset square{job.size}"
+    print(f"next: python data_tools/pack_shards.py {scenes} --images PHOTOGRAPHS --output SHARDS")
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import mesh_files
 import numpy as np
 import pytest
+import ranks
+import runs
 from PIL import Image
 
 from igae.data.manifest import Manifest
@@ -136,7 +138,7 @@ def test_cameras_look_at_the_origin_from_everywhere(rendered):
     assert np.abs(poses["tower"] - poses["crate"]).max() > 0.1  # not the same ones for all objects
 
 
-def test_two_commands_lead_to_shards(rendered, tmp_path):
+def test_two_commands_lead_to_training(rendered, tmp_path):
     output, shards = rendered[0], tmp_path / "shards"
     arguments = ("--scenes", output, "--subset", f"square{SIZE}", "--output", shards, "--workers", 1)
     done = tool(*arguments, script="pack_shards.py")
@@ -158,6 +160,10 @@ def test_two_commands_lead_to_shards(rendered, tmp_path):
             assert json.loads(record.camera)["cam2world"] == frame["transform_matrix"]
             seen += 1
     assert seen == 3 * VIEWS
+    recipe, log = str(runs.recipe_file(tmp_path, str(shards))), tmp_path / "log"
+    short = ["train.warmup.epochs=1", "train.joint.epochs=0", "evaluation.photos=0"]
+    assert ranks.Ranks(runs.train, 1, recipe, *short, log=str(log)).exit_codes() == [0], log.read_text()
+    assert "3 scenes" in log.read_text()
 
 
 def test_a_run_that_was_killed_goes_on(rendered, meshes, tmp_path):
