@@ -39,6 +39,7 @@ from igae.tracking import Tracker
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
 # Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
 BACKGROUND_EVERY = 50
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Steps that the host may be ahead of what it knows of the device's.
 LAG = 2
 SHOWN = (
@@ -337,14 +338,14 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM (what Slurm and Kubernetes send before they end a job) and Ctrl-C let the step end and save; a second
-        Ctrl-C ends at once."""
+        """SIGTERM (what Slurm and Kubernetes send before they end a job), SIGUSR1 (which launchers don't answer by
+        ending their processes) and Ctrl-C let the step end and save; a second Ctrl-C ends at once."""
 
         def stop(number: int, _: FrameType | None) -> None:
             self._stop_signal = number
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, stop) for number in STOPPING}
         try:
             yield
         finally:

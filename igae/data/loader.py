@@ -172,9 +172,10 @@ def _same(batch: B | ShardError) -> B | ShardError:
     return batch
 
 
-def _ignore_sigterm(_: int) -> None:
-    # Schedulers send SIGTERM to each process of a job, but training needs its workers to end its step. Only the first
-    # is ignored: a worker that hangs must still end.
+def _ignore_signals(_: int) -> None:
+    # Schedulers send SIGTERM, or SIGUSR1, to each process of a job, but training needs its workers to end its step. Only the first
+    # SIGTERM is ignored: a worker that hangs must still end.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -207,7 +208,7 @@ class Loader(Generic[B]):
             batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=_same,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers else None,
             # An own generator: a DataLoader would otherwise draw from the global one.
             generator=torch.Generator(),
