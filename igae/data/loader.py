@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import hashlib
 import multiprocessing
+import os
 import queue
 import random
 import signal
@@ -173,10 +174,17 @@ def _same(batch: B | ShardError) -> B | ShardError:
 
 
 def _ignore_signals(_: int) -> None:
-    # Schedulers send SIGTERM, or SIGUSR1, to each process of a job, but training needs its workers to end its step. Only the first
-    # SIGTERM is ignored: a worker that hangs must still end.
+    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
+    # end its step. Only a SIGTERM of the training process itself ends them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(os.getppid(),), name="igae-signals", daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
@@ -186,7 +194,7 @@ _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
 def _close_all() -> None:  # before multiprocessing's exit, which sends workers a SIGTERM and waits for them
     for loader in list(_open):
         loader.close()
-    # Workers of a DataLoader that a signal has kept from being made: they ignore the first SIGTERM.
+    # Workers of a DataLoader that a signal has kept from being made: they need one of this process.
     for child in multiprocessing.active_children():
         if child.daemon:
             child.terminate()
