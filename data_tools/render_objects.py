@@ -113,14 +113,15 @@ def write_scene(
     """Writes the pictures [views, size, size, 3], and then the file that says that they are complete."""
     size = job.size
     camera = {"fl_x": FOCAL * size, "fl_y": FOCAL * size, "cx": size / 2, "cy": size / 2, "w": size, "h": size}
-    frames = []
+    frames, files = [], {}
     fs.makedirs(f"{folder}/images", exist_ok=True)
     for view, (pose, picture) in enumerate(zip(poses, pictures, strict=True)):
         path = f"images/{view:03d}.png"
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
-        fs.pipe_file(f"{folder}/{path}", buffer.getvalue())
+        files[f"{folder}/{path}"] = buffer.getvalue()
         frames.append({"file_path": path, "transform_matrix": pose.tolist(), **camera})
+    fs.pipe(files)  # an object store takes them at the same time
     content = {"camera_model": "OPENCV", "mesh": mesh.source, "mesh_to_world": to_world.tolist(), "frames": frames}
     fs.pipe_file(f"{folder}/{TRANSFORMS}", (json.dumps(content) + "\n").encode())
 

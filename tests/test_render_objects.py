@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import mesh_files
 import numpy as np
+import object_store
 import pytest
 import ranks
 import runs
@@ -161,7 +163,7 @@ def test_two_commands_lead_to_training(rendered, tmp_path):
             seen += 1
     assert seen == 3 * VIEWS
     recipe, log = str(runs.recipe_file(tmp_path, str(shards))), tmp_path / "log"
-    short = ["train.warmup.epochs=1", "train.joint.epochs=0", "evaluation.photos=0"]
+    short = ["train.warmup.epochs=0.5", "train.joint.epochs=0", "evaluation.photos=0"]
     assert ranks.Ranks(runs.train, 1, recipe, *short, log=str(log)).exit_codes() == [0], log.read_text()
     assert "3 scenes" in log.read_text()
 
@@ -170,12 +172,13 @@ def test_a_run_that_was_killed_goes_on(rendered, meshes, tmp_path):
     """Finished objects are not touched, half-written ones are made again, and all is as if nothing had happened."""
     output = tmp_path / "objects"
     command = [sys.executable, TOOLS / "render_objects.py", meshes[0], "--output", output, "--workers", "1", *OPTIONS]
-    run = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen(list(map(str, command)), start_new_session=True, **quiet)
     deadline = time.monotonic() + 60
     while not (finished := list(output.glob("*/*/transforms_opencv.json"))):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
+    os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     first = finished[0]
     kept = first.stat().st_mtime_ns
@@ -215,6 +218,28 @@ def test_refusals_are_one_sentence(rendered, meshes, tmp_path):
     done = tool(tmp_path / "000-001", "--output", output, *OPTIONS)
     assert done.returncode == 0 and "damaged: 1" in done.stdout and "has views of" in done.stderr
     assert contents(output) == before
+
+
+def test_from_and_to_an_object_store(rendered, meshes):
+    """The same bytes as between folders."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    with object_store.moto() as port:
+        options = object_store.options(port)
+        s3 = fsspec.filesystem("s3", **options)
+        s3.mkdir("bucket")
+        s3.put(str(meshes[0] / "000-002") + "/", "bucket/meshes/", recursive=True)
+        variables = {f"FSSPEC_S3_{key.upper()}": options[key] for key in ("endpoint_url", "key", "secret")}
+        arguments = ("s3://bucket/meshes", "--output", "s3://bucket/objects", "--workers", 1, *OPTIONS)
+        done = tool(*arguments, **variables, AWS_DEFAULT_REGION="us-east-1")
+        assert done.returncode == 0 and "now rendered: 1 with 6 views" in done.stdout, done.stderr
+        root = f"bucket/objects/square{SIZE}/crate"
+        written = json.loads(s3.cat(f"{root}/transforms_opencv.json"))
+        assert written.pop("mesh") == "s3://bucket/meshes/crate.gltf"
+        assert written.items() <= scene(rendered[0], "crate").items()
+        for frame in written["frames"]:
+            picture = rendered[0] / f"square{SIZE}" / "crate" / frame["file_path"]
+            assert s3.cat(f"{root}/{frame['file_path']}") == picture.read_bytes()
 
 
 def test_urls_and_names(meshes, tmp_path):
