@@ -37,6 +37,7 @@ from igae.tracking import Tracker
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
 # Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time.
 BACKGROUND_EVERY = 50
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Steps that the host may be ahead of what it knows of the device's.
 LAG = 2
 SHOWN = (
@@ -314,14 +315,14 @@ class Trainer:
 
 @contextmanager
 def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """SIGTERM (what Slurm and Kubernetes send before they end a job) and Ctrl-C call ``stop``, which lets the step end;
-    a second Ctrl-C ends at once."""
+    """SIGTERM (what Slurm and Kubernetes send before they end a job), SIGUSR1 (which launchers don't answer by ending
+    their processes) and Ctrl-C call ``stop``, which lets the step end; a second Ctrl-C ends at once."""
 
     def handle(number: int, _: FrameType | None) -> None:
         stop(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
         yield
     finally:

@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -300,6 +301,28 @@ def test_close_ends_threads_and_workers(packed):
     assert set(threading.enumerate()) - threads == set()
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_only_their_own_process_ends_workers(packed):
+    """Schedulers send SIGTERM to all processes, some of them several times, and SIGUSR1."""
+    _, root, manifest = packed
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = set(children.read_text().split())
+    loader = view_loader(root, manifest, manifest.scenes, batch_size=4, workers=2)
+    next(loader)
+    workers = sorted(set(children.read_text().split()) - before)
+    for number in ("TERM", "USR1", "TERM", "TERM"):
+        subprocess.run(["sh", "-c", f"kill -{number} {' '.join(workers)}"], check=True)
+        time.sleep(0.05)  # equal signals that wait are one
+    for _ in range(30):
+        next(loader)
+    assert set(workers) <= set(children.read_text().split())
+    for worker in workers:
+        os.kill(int(worker), signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    with pytest.raises(RuntimeError, match="exited unexpectedly|is killed by signal"):
+        while time.monotonic() < deadline:
+            next(loader)
 
 
 def test_a_process_ends_with_a_loader_left_open(packed):

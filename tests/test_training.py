@@ -141,14 +141,17 @@ def _start(tmp_path: Path, *command: str) -> "subprocess.Popen[str]":
 LONG = ["train.warmup.epochs=0", "train.joint.epochs=2000"]
 
 
-def test_sigterm_saves_and_exits_with_0(tmp_path: Path, recipe_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_with_0(
+    tmp_path: Path, recipe_file: str, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
     process = _start(tmp_path, sys.executable, str(ROOT / "train.py"), "--config", recipe_file, *LONG)
     assert _run(recipe_file, *LONG) == 2
     assert "another process is training" in capsys.readouterr().err
-    os.killpg(process.pid, signal.SIGTERM)  # as schedulers do: to the training process and its workers alike
+    os.killpg(process.pid, number)  # as schedulers do: to the training process and its workers alike
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "SIGTERM" in errors
+    assert f"stopped by {number.name}" in errors
     state = json.loads((_newest(recipe_file, "run") / "state.json").read_text())
     assert state["stage"] == "joint" and not state["finished"] and state["step"] > 0
 

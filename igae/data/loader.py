@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import hashlib
 import multiprocessing
+import os
 import queue
 import random
 import signal
@@ -172,10 +173,18 @@ def _same(batch: B | ShardError) -> B | ShardError:
     return batch
 
 
-def _ignore_sigterm(_: int) -> None:
-    # Schedulers send SIGTERM to each process of a job, but training needs its workers to end its step. Only the first
-    # is ignored: a worker that hangs must still end.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def _ignore_signals(_: int) -> None:
+    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
+    # end its step. Only a SIGTERM of the training process itself ends them.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(os.getppid(),), name="igae-signals", daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
@@ -185,7 +194,7 @@ _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
 def _close_all() -> None:  # before multiprocessing's exit, which sends workers a SIGTERM and waits for them
     for loader in list(_open):
         loader.close()
-    # Workers of a DataLoader that a signal has kept from being made: they ignore the first SIGTERM.
+    # Workers of a DataLoader that a signal has kept from being made: they need one of this process.
     for child in multiprocessing.active_children():
         if child.daemon:
             child.terminate()
@@ -207,7 +216,7 @@ class Loader(Generic[B]):
             batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=_same,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers else None,
             # An own generator: a DataLoader would otherwise draw from the global one.
             generator=torch.Generator(),
