@@ -124,6 +124,7 @@ DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b
 DEV void scatter(const Params &p, const Ray &ray, const int2 *table, const float *g_f, int count, Accumulator &acc) {
   int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
   Sum *g_base = scene_sums(p, ray);
+#pragma unroll 2  // of four there are too many numbers alive for some compilers
   for (int s = count - 1; s >= 0; --s) {
     int2 tap[3];
 #pragma unroll
