@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from igae.report.run import Record
 
-WIDTH, HEIGHT = 420, 190  # of a chart, in pixels
-LEFT, TOP, RIGHT, BOTTOM = 52, 8, 410, 166  # edges of the plot in it
+WIDTH, HEIGHT = 420, 200  # of a chart, in pixels
+LEFT, TOP, RIGHT, BOTTOM = 52, 18, 410, 176  # edges of the plot in it
 BUCKETS = 250  # of a longer line the least and the greatest of each of so many parts are drawn
 WIDE = 20.0  # losses and rates that span a greater ratio have a logarithmic axis
 TOGETHER = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
