@@ -21,6 +21,7 @@ quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 		train.py --config quickstart.yaml
 	@echo
 	@echo "Done. Look at:"
+	@echo "  $(RUN)/report.html     all of the following in one page"
 	@echo "  $(RUN)/pictures/       truth, autoencoder, decoded render, latents, depth"
 	@echo "  $(RUN)/orbits/         a video around each object"
 	@echo "  $(RUN)/metrics.json    the figures at the end"

@@ -48,14 +48,15 @@ def main(argv: list[str] | None = None) -> int:
         from igae.fit import Fit
         from igae.pretrained import take_settings
         from igae.recipe import Recipe
+        from igae.report.page import try_to_write
         from igae.trainer import Trainer, TrainingError
 
         try:
             recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=take_settings)
-            if recipe.fits_in_waves:
-                Fit(recipe, arguments.resume).run(arguments.stage)
-            else:
-                Trainer(recipe, arguments.resume).run(arguments.stage)
+            run = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume)
+            run.run(arguments.stage)
+            if distributed.rank() == 0:
+                try_to_write(run.folder)
         except (TrainingError, torch.OutOfMemoryError) as error:
             _say(f"error: {error}")
             return 1

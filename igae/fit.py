@@ -92,7 +92,7 @@ class Fit:
         """
         if only is not None:
             raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
-        lock = open_run(self.recipe, self.folder, self.channel)
+        lock = open_run(self.recipe, self.folder, self.channel, self.engine.device)
         try:
             begun = self.channel.gather(self._begin() if rank() == 0 else "")[0]
             if isinstance(begun, str):

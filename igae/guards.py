@@ -2,19 +2,23 @@
 """What is made sure of before a run trains: that it is alone, fits the memory, and goes on from what it was."""
 
 import fcntl
+import json
 import logging
+import os
+import platform
 import secrets
 import socket
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
 
-from igae import config
+from igae import __version__, config
 from igae.checkpoint import Loaded
-from igae.distributed import Channel, rank
+from igae.distributed import Channel, rank, world_size
 from igae.recipe import Recipe
 from igae.secrets import hide_credentials
 
@@ -33,8 +37,8 @@ def lock_run(folder: Path) -> IO[str]:
     return lock
 
 
-def open_run(recipe: Recipe, folder: Path, channel: Channel) -> IO[str] | None:
-    """Make a run's folder, lock it and write its settings. Collective.
+def open_run(recipe: Recipe, folder: Path, channel: Channel, device: torch.device) -> IO[str] | None:
+    """Make a run's folder, lock it and write its settings and what it runs on. Collective.
 
     Returns:
         The lock, on the first rank.
@@ -48,12 +52,27 @@ def open_run(recipe: Recipe, folder: Path, channel: Channel) -> IO[str] | None:
             folder.mkdir(parents=True, exist_ok=True)
             lock = lock_run(folder)
             (folder / "config.yaml").write_text(public_settings(recipe))
+            (folder / "environment.json").write_text(json.dumps(environment(device), indent=1) + "\n")
         except (OSError, ValueError) as error:
             problem = str(error)
     if problem := channel.gather(problem)[0]:
         raise ValueError(problem)
     check_shared(folder, channel)
     return lock
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a run runs on, as it may be shown: versions, devices and their number, no names of hosts."""
+    is_gpu = device.type == "cuda"
+    return {
+        "igae": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "accelerate", "diffusers")},
+        **({"cuda": torch.version.cuda or ""} if is_gpu else {}),
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {os.cpu_count()} cores",
+        "ranks": world_size(),
+        "system": platform.platform(),
+    }
 
 
 def check_shared(folder: Path, channel: Channel) -> None:

@@ -100,7 +100,7 @@ class Trainer:
             The last evaluation's figures (empty if nothing was to do). A run that SIGTERM ended returns early, after
             its checkpoint.
         """
-        lock = open_run(self.recipe, self.folder, self.channel)
+        lock = open_run(self.recipe, self.folder, self.channel, self.engine.device)
         self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=rank() == 0)
         self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
         settings = self.recipe.checkpoint

@@ -115,6 +115,7 @@ def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> N
     assert bool((planes(fitted) != start).all()), "every number of every scene is trained"
     lines = [json.loads(line) for line in (folder / "outputs" / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "seconds_per_scene" in line] == [1, 2, 3, 4]
+    assert "seconds_per_scene" in (folder / "outputs" / "whole" / "report.html").read_text()
     # Each file is safetensors, and one scene of it can be read alone.
     first = load_file(checkpoints(folder, "whole") / "scenes-00000.safetensors")
     assert first["planes"].shape == (1, 3 * 8 * 8 * 3 + 3 + 1) and len(first["ids"]) == 1

@@ -27,6 +27,7 @@ LAYERS = {
     "ownership": 1,
     "tensorfile": 1,
     "rendering": 1,
+    "report": 1,
     "autoencoder": 2,
     "data": 2,
     "scenes": 2,

@@ -181,7 +181,7 @@ def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.C
     assert [name for name in once if not torch.equal(once[name], steps[name])] == []
 
 
-def test_training_learns_and_reports(recipe_file: str) -> None:
+def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCaptureFixture) -> None:
     arguments = ["train.warmup.epochs=12", "tracking.trackers=[tensorboard]"]
     arguments += ["evaluation.pictures=2", "evaluation.orbits=1", "evaluation.orbit_frames=4"]
     assert _run(recipe_file, *arguments) == 0
@@ -200,6 +200,15 @@ def test_training_learns_and_reports(recipe_file: str) -> None:
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe_file, arguments)
     assert list((run / "tensorboard").rglob("events.*"))
     AutoencoderKL.from_pretrained(run / "autoencoder")
+    page = (run / "report.html").read_text()
+    assert f"{figures['heldout/rgb_psnr']:.5g}" in page and torch.__version__ in page
+    assert (page.count("<img "), page.count("<video ")) == (2, 1)
+    # A report that can't be written, and a run that has ended well.
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert _run(recipe_file, *arguments) == 0
+    assert "the report was not written" in caplog.text
 
 
 def _poison_from(trainer: Trainer, total: int) -> None:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and videos of a run, small enough to be mailed, as data URLs."""
+
+import base64
+import io
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio_ffmpeg
+from PIL import Image
+
+COUNT = 12  # pictures, and videos
+BUDGET = 6_000_000  # bytes of all pictures, and of all videos
+WIDTH = 1600  # wider pictures are reduced
+LINES = 160  # videos of more lines are reduced
+
+
+@dataclass
+class Medium:
+    name: str
+    url: str
+
+
+def pictures(folder: Path) -> tuple[list[Medium], int]:
+    """Pictures of a run, spread over its steps, the last one among them; and how many are left out."""
+
+    def step(path: Path) -> tuple[int, str]:
+        number = re.search(r"(\d+)$", path.stem)
+        return (int(number[1]) if number else 0), path.stem
+
+    paths = sorted((folder / "pictures").glob("[!.]*.png"), key=step, reverse=True)
+    found, left_out = _within(paths, lambda path: path.stem, _picture, "image/webp")
+    return found[::-1], left_out
+
+
+def orbits(folder: Path, stages: Sequence[str]) -> tuple[list[Medium], int]:
+    """Videos of the latest of the stages that has some, by scene; and how many of them are left out."""
+    for stage in reversed(stages):
+        of_stage = folder / "orbits" / stage
+        paths = sorted(of_stage.rglob("[!.]*.mp4")) if stage not in ("", ".", "..") and "/" not in stage else []
+        if paths:
+            name = lambda path, root=of_stage: path.relative_to(root).with_suffix("").as_posix()  # noqa: E731
+            return _within(paths, name, _video, "video/mp4")
+    return [], 0
+
+
+def _within(
+    paths: list[Path], name: Callable[[Path], str], make: Callable[[Path], bytes | None], kind: str
+) -> tuple[list[Medium], int]:
+    count = min(COUNT, len(paths))
+    media, total = [], 0
+    for i in range(count):
+        path = paths[i * len(paths) // count]
+        data = make(path)
+        if data is not None and total + len(data) <= BUDGET:
+            total += len(data)
+            media.append(Medium(name(path), f"data:{kind};base64,{base64.b64encode(data).decode()}"))
+    return media, len(paths) - len(media)
+
+
+def _picture(path: Path) -> bytes | None:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.thumbnail((WIDTH, 4 * WIDTH))
+            data = io.BytesIO()
+            image.convert("RGB").save(data, "WEBP", quality=90)
+            return data.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _video(path: Path) -> bytes | None:
+    with tempfile.TemporaryDirectory() as scratch:
+        small = Path(scratch) / "small.mp4"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}"]
+        command += ["-an", "-vf", f"scale=-2:min(ih\\,{LINES})", "-c:v", "libx264", "-crf", "27"]
+        command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", f"file:{small}"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            return small.read_bytes()
+        except (OSError, subprocess.SubprocessError):
+            return None

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A page in a headless Chromium (Chrome DevTools Protocol over pipes): what it asks for, what it complains of."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Chromium reads commands from descriptor 3 and writes answers to 4, each ended by a zero byte.
+START = 'exec "$@" 3<&{0} 4>&{1}'
+
+
+class Page:
+    """Attributes: ``requests``, URLs of all that was asked for (the page itself too); ``complaints``, errors in the
+    console and uncaught exceptions."""
+
+    def __init__(self, commands: int, answers: int) -> None:
+        self._commands, self._answers, self._data, self._last = commands, answers, b"", 0
+        self._session: str | None = None
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._events: list[str] = []
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+        self._call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+
+    def open(self, url: str) -> None:
+        self._events.clear()
+        self._call("Page.navigate", url=url)
+        self._until(lambda: "Page.loadEventFired" in self._events)
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression (of its promise)."""
+        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def click(self, selector: str) -> None:
+        """A click of the mouse on the middle of an element, which is scrolled to."""
+        box = self.run(
+            f"(e => {{e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
+            f"return [b.x + b.width / 2, b.y + b.height / 2]}})(document.querySelector({json.dumps(selector)}))"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+
+    def screenshot(self, whole: bool = False) -> bytes:
+        """A PNG of what is seen, or of the whole page."""
+        answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        return base64.b64decode(answer["data"])
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._last += 1
+        number, answers = self._last, []
+        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        self._until(lambda: bool(answers), number, answers)
+        assert "error" not in answers[0], f"{method}: {answers[0]}"
+        return dict(answers[0]["result"])
+
+    def _until(self, done: Any, number: int = -1, answers: list[Any] | None = None) -> None:
+        deadline = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < deadline, "Chromium does not answer"
+            if select.select([self._answers], [], [], 1)[0]:
+                data = os.read(self._answers, 1 << 20)
+                assert data, "Chromium has ended"
+                *messages, self._data = (self._data + data).split(b"\0")
+                for message in map(json.loads, messages):
+                    if message.get("id") == number and answers is not None:
+                        answers.append(message)
+                    self._note(message.get("method", ""), message.get("params", {}))
+
+    def _note(self, event: str, found: dict[str, Any]) -> None:
+        self._events.append(event)
+        if event == "Network.requestWillBeSent":
+            self.requests.append(found["request"]["url"])
+        elif event == "Runtime.consoleAPICalled" and found["type"] in ("error", "assert", "warning"):
+            self.complaints.append(str(found["args"]))
+        elif event == "Runtime.exceptionThrown":
+            self.complaints.append(str(found["exceptionDetails"]))
+        elif event == "Log.entryAdded" and found["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(found["entry"]["text"])
+
+
+@contextmanager
+def page(scratch: Path) -> Iterator[Page]:
+    """A page of a new Chromium, whose profile is in the folder ``scratch``."""
+    assert CHROMIUM is not None
+    read_commands, commands = os.pipe()
+    answers, write_answers = os.pipe()
+    for descriptor in (read_commands, write_answers):
+        os.set_inheritable(descriptor, True)
+    arguments = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    arguments += [f"--user-data-dir={scratch}", "--no-first-run", "--disable-background-networking"]
+    process = subprocess.Popen(
+        ["bash", "-c", START.format(read_commands, write_answers), "chromium", *arguments],
+        pass_fds=(read_commands, write_answers),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(read_commands)
+    os.close(write_answers)
+    try:
+        yield Page(commands, answers)
+    finally:
+        os.close(commands)
+        os.close(answers)
+        process.terminate()
+        process.wait(20)

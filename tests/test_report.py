@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run: what is in it, what is not trusted in it, and how a real browser shows it."""
+
+import base64
+import io
+import json
+import logging
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, page
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from igae.evaluation.pictures import save_png, write_video
+from igae.report import media
+from igae.report.__main__ import main
+from igae.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
+from igae.report.page import scene_table, try_to_write, write_report
+from igae.report.run import Record, read_run
+from igae.tracking import Tracker, TrackingConfig
+
+HOSTILE = "<script>document.title='taken'</script>\"'><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
+PSNR = {"chair": 21.5, "duck": 9.75, "mug": 30.25, HOSTILE: 25.0}
+browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+
+
+def make_run(folder: Path) -> Path:
+    """A run as training leaves it, of two stages, with a hostile name wherever a name comes from outside."""
+    random = np.random.default_rng(0)
+    tracker = Tracker(folder, TrackingConfig())
+    for step in range(10, 1001, 10):
+        stage = "warmup" if step <= 600 else "joint"
+        values = {"loss/total": math.exp(-step / 200), "lr/planes": 0.01 * 0.99**step, "lr/encoder": 0.0}
+        tracker.scalars(step, stage, {**values, "views_per_second": 100.0 if stage == "warmup" else 7.5})
+        if step in (600, 1000):
+            tracker.scalars(step, stage, {"eval/heldout/rgb_psnr": 20 + step / 1000, "eval/train/rgb_psnr": 24.0})
+    tracker.scalars(1000, "joint", {HOSTILE: 1.0})
+    tracker.close()
+    (folder / "metrics.json").write_text(json.dumps({"joint": {"step": 1000, "heldout/rgb_psnr": 21.0}}))
+    (folder / "config.yaml").write_text(f"experiment: demo\nroot: s3://key:hidden-word@bucket/x\nother: {HOSTILE}\n")
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "device": HOSTILE}))
+    for name in ("warmup-00000600", "joint-00001000"):
+        colours = random.integers(0, 256, (3, 10, 3), dtype=np.uint8)
+        save_png(folder / "pictures" / f"{name}.png", colours.repeat(30, axis=0).repeat(30, axis=1))
+    frames = random.integers(0, 256, (12, 64, 192, 3), dtype=np.uint8)
+    write_video(folder / "orbits" / "warmup" / "old.mp4", frames)
+    write_video(folder / "orbits" / "joint" / "chair.mp4", frames)
+    return folder
+
+
+def add_evaluation(folder: Path) -> None:
+    scenes = {name: {"heldout/rgb_psnr": value, "heldout/rgb_ssim": value / 100} for name, value in PSNR.items()}
+    del scenes["chair"]["heldout/rgb_ssim"]
+    means = {"heldout/rgb_psnr": 21.625, "heldout/rgb_ssim": 0.2167}
+    (folder / "evaluation.json").write_text(json.dumps({"means": means, "scenes": scenes}))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("report") / "demo")
+    add_evaluation(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run: Path) -> str:
+    return write_report(run).read_text()
+
+
+class Reader(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_names_and_settings_of_others_are_text(report: str) -> None:
+    reader = Reader(report)
+    assert [tag for tag, _ in reader.tags].count("script") == 1
+    # as a scene (in the table and among the best), a figure's name, a device and in the settings
+    assert sum(HOSTILE in text for text in reader.texts) >= 5
+    assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    for tag, attributes in reader.tags:
+        for name in ("src", "href", "poster", "srcset", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+
+
+def test_credentials_are_masked(report: str) -> None:
+    assert "hidden-word" not in report and "s3://***@bucket" in report
+
+
+def test_pictures_and_the_last_stage_s_orbits_are_inside(report: str, run: Path) -> None:
+    urls = [attributes["src"] or "" for tag, attributes in Reader(report).tags if tag in ("img", "video")]
+    kinds = [re.split("[:;,]", url)[1] for url in urls]
+    assert kinds == ["image/webp", "image/webp", "video/mp4"]
+    names = [medium.name for medium in media.pictures(run)[0]]
+    assert names == ["warmup-00000600", "joint-00001000"]
+    for name, url in zip(names, urls, strict=False):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))), dtype=float)
+        truth = np.asarray(Image.open(run / f"pictures/{name}.png"), dtype=float)
+        assert shown.shape == truth.shape
+        assert abs(shown - truth).mean() < 6  # 2.6; of other colours: more than 70
+
+
+def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    for i in range(30):
+        save_png(tmp_path / f"pictures/joint-{i:08d}.png", random.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    (tmp_path / "pictures/joint-00000050.png").write_bytes(b"not a picture")
+    shown, left_out = media.pictures(tmp_path)
+    assert len(shown) == media.COUNT - 1 and left_out == 20  # the newest one can't be read
+    (tmp_path / "pictures/joint-00000050.png").unlink()
+    shown, left_out = media.pictures(tmp_path)
+    assert (len(shown), left_out) == (media.COUNT, 18) and shown[-1].name == "joint-00000029"
+    size = len(base64.b64decode(shown[-1].url.partition(",")[2]))
+    monkeypatch.setattr(media, "BUDGET", 3 * size)
+    shown, left_out = media.pictures(tmp_path)
+    assert 2 <= len(shown) <= 4 and len(shown) + left_out == 30 and shown[-1].name == "joint-00000029"
+    (tmp_path / "orbits/joint").mkdir(parents=True)
+    (tmp_path / "orbits/joint/broken.mp4").write_bytes(b"not a video")
+    assert media.orbits(tmp_path, ["joint"]) == ([], 1)
+    assert media.orbits(tmp_path / "orbits/joint", ["..", "../..", "/"]) == ([], 0)
+
+
+def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("experiment: x\n")
+    text = write_report(tmp_path).read_text()
+    assert "python -m igae.evaluate" in text and '<table class="sortable">' not in text
+
+
+def test_ranking() -> None:
+    scenes = {f"s{i}": {"a_ssim": 1.0, "train/rgb_psnr": float(i)} for i in range(1500)} | {"none": {"a_ssim": 0.5}}
+    table = scene_table(scenes, {"a_ssim": 1.0})
+    assert table["by"] == "train/rgb_psnr" and table["columns"] == ["a_ssim", "train/rgb_psnr"]
+    assert table["worst"] == [(f"s{i}", float(i)) for i in range(5)]
+    assert table["best"] == [(f"s{i}", float(i)) for i in range(1499, 1494, -1)]
+    assert [name for name, _ in table["rows"]] == [f"s{i}" for i in range(1000)] and table["count"] == 1501
+    lpips = scene_table({"good": {"x_lpips": 0.1}, "bad": {"x_lpips": 0.9}}, {})
+    assert lpips["worst"] == [("bad", 0.9)] and lpips["best"] == [("good", 0.1)]
+    assert scene_table({}, {})["rows"] == []
+
+
+def test_curves_have_the_recorded_values() -> None:
+    records = [
+        Record(step, "joint", 0.0, {"views_per_second": value}) for step, value in ((0, 10), (50, 30), (100, 20))
+    ]
+    (chart,) = charts(records)
+    points = [tuple(map(float, place.split())) for place in re.findall(r"[\d.]+ [\d.]+", chart.lines[0].paths[0])]
+    middle, half = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
+    assert points == [(LEFT, BOTTOM), (middle, TOP), (RIGHT, half)]
+    assert [tick.label for tick in chart.y] == ["10", "20", "30"] and chart.lines[0].last == 20
+    # a rate that falls by a decade in each step is a straight line; 0 has no place on a logarithmic axis
+    rates = [Record(step, "joint", 0.0, {"lr/planes": 10.0**-step, "lr/encoder": 0.0}) for step in range(5)]
+    planes, encoder = charts(rates)[0].lines
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", planes.paths[0])]
+    assert heights == pytest.approx([TOP + (BOTTOM - TOP) * i / 4 for i in range(5)], abs=0.06) and not encoder.paths
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
+def test_thin_keeps_what_sticks_out(values: list[float]) -> None:
+    points = [(float(step), value) for step, value in enumerate(values * (2 if len(values) > BUCKETS else 1))]
+    kept = thin(points)
+    assert len(kept) <= 2 * BUCKETS and kept == sorted(set(kept)) and set(kept) <= set(points)
+    assert min(v for _, v in kept) == min(values) and max(v for _, v in kept) == max(values)
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
+def test_round_numbers(low: float, width: float) -> None:
+    marks = round_numbers(low, low + width)
+    assert 2 <= len(marks) <= 6
+    assert all(low - 1e-6 * width <= mark <= low + 1.000001 * width for mark in marks)
+
+
+def test_a_run_that_is_under_way_or_was_killed(tmp_path: Path) -> None:
+    good = {"step": 1, "stage": "joint", "time": 5.0, "loss/total": None, "views_per_second": 2}
+    lines = [json.dumps(good), '{"step": 2, "sta', "[1]", '{"step": NaN, "stage": "joint", "time": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_run(tmp_path).records == [Record(1, "joint", 5.0, {"views_per_second": 2})]
+    assert "No stage has ended yet" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"means": {}}', '{"means": 1, "scenes": {}}', '{"means": {}, "scenes": []}']
+)
+def test_wrong_input_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("")
+    assert main([str(tmp_path), "--output", str(tmp_path / "none" / "x.html")]) == 2
+    assert "make it first" in capsys.readouterr().err
+    assert main([str(tmp_path), "--output", str(tmp_path / "x.html")]) == 0 and (tmp_path / "x.html").is_file()
+    (tmp_path / "evaluation.json").write_text(text)
+    assert main([str(tmp_path)]) == 2 and not (tmp_path / "report.html").exists()
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "evaluation.json is damaged" in captured.err
+
+
+def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        try_to_write(tmp_path / "missing")
+    assert "the report was not written" in caplog.text and "python -m igae.report" in caplog.text
+
+
+@browser
+def test_in_a_browser(run: Path, report: str, tmp_path: Path) -> None:
+    path = run / "report.html"
+    with page(tmp_path / "profile") as shown:
+        # what is looked for would be found
+        bad = tmp_path / "bad.html"
+        bad.write_text("<img src='http://127.0.0.1:9/picture'><script>console.error('oh'); nothing()</script>")
+        shown.open(bad.as_uri())
+        assert "http://127.0.0.1:9/picture" in shown.requests
+        assert any("oh" in text for text in shown.complaints) and any("nothing" in text for text in shown.complaints)
+        shown.requests.clear()
+        shown.complaints.clear()
+
+        shown.open(path.as_uri())
+        assert shown.run("document.title") == "demo - igae"
+        assert shown.run("[...document.images].every(image => image.naturalWidth > 0)")
+        plays = (
+            "new Promise(done => {const v = document.querySelector('video'); v.scrollIntoView(); const look = () => "
+        )
+        plays += "v.error ? done(v.error.message) : v.currentTime > 0 ? done(true) : setTimeout(look, 50); look()})"
+        assert shown.run(plays) is True
+        names = "[...document.querySelectorAll('table.sortable tbody tr')].map(row => row.cells[0].textContent)"
+        up = ["duck", "chair", HOSTILE, "mug"]
+        assert shown.run(names) == up  # the worst first
+        shown.click("table.sortable th:nth-child(2)")
+        assert shown.run(names) == up
+        shown.click("table.sortable th:nth-child(2)")
+        assert shown.run(names) == up[::-1]
+        shown.click("table.sortable th:nth-child(3)")  # the chair has none
+        assert shown.run(names) == ["duck", HOSTILE, "mug", "chair"]
+        shown.click("table.sortable th:nth-child(3) button")
+        assert shown.run(names) == ["mug", HOSTILE, "duck", "chair"]
+        shown.click("table.sortable th:nth-child(1)")
+        assert shown.run(names) == [HOSTILE, "chair", "duck", "mug"]
+        shown.run("scrollTo(0, 0)")
+        picture = np.asarray(Image.open(io.BytesIO(shown.screenshot())).convert("RGB")).astype(int)
+        assert picture.shape == (900, 1280, 3)
+        dark = (picture.sum(2) < 300).mean()
+        assert 0.002 < dark < 0.5  # text and curves on white: 0.012
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+        asked = [url for url in shown.requests if not url.startswith("data:")]
+        assert asked == [path.as_uri()]
+        assert shown.complaints == []
