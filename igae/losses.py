@@ -19,9 +19,9 @@ def psnr(prediction: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
         data_range: distance of the largest to the smallest possible value (2 for images in [-1, 1]).
 
     Returns:
-        [B]; equal images give a finite 100 dB, so that means over images stay finite.
+        [B], float64; equal images give a finite 100 dB, so that means over images stay finite.
     """
-    mse = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
     return (10.0 * torch.log10(data_range**2 / mse.clamp_min(1e-30))).clamp_max(100.0)
 
 
