@@ -19,9 +19,9 @@ def psnr(prediction: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
         data_range: distance of the largest to the smallest possible value (2 for images in [-1, 1]).
 
     Returns:
-        [B]; equal images give a finite 100 dB, so that means over images stay finite.
+        [B], float64; equal images give a finite 100 dB, so that means over images stay finite.
     """
-    mse = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
     return (10.0 * torch.log10(data_range**2 / mse.clamp_min(1e-30))).clamp_max(100.0)
 
 
@@ -142,13 +142,23 @@ class LPIPS(nn.Module):
                     )
                 own.data.copy_(given)
 
+    @staticmethod
+    def is_there(weights: str | Path | None = None) -> bool:
+        """Whether VGG16's weights can be read without fetching them."""
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_URL.rpartition("/")[2]
+        return Path(weights or cached).is_file()
+
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean distance (a scalar) of images [B, 3, H, W] in [-1, 1]; H and W at least 16."""
+        return self.distances(prediction, target).mean()
+
+    def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Distance of each image: [B]."""
         x = (prediction - self.shift) / self.scale
         y = (target - self.shift) / self.scale
-        total = prediction.new_zeros((), dtype=torch.float32)
+        total = prediction.new_zeros(len(prediction), dtype=torch.float32)
         for level, stage in enumerate(self.stages):
             x, y = stage(x), stage(y)
             difference = (F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)).square()
-            total = total + torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean()
+            total = total + torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean((1, 2))
         return total

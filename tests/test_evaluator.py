@@ -134,6 +134,9 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
                 clamped = pixels(picture[0]).clip(-1, 1)
                 note(f"{split}/{name}_psnr", decibels(clamped, truth))
                 note(f"{split}/{name}_ssim", similarity(clamped, truth))
+            both = (pixels(decoded[0]).clip(-1, 1), pixels(again[0]).clip(-1, 1))
+            note(f"{split}/rgb_ae_psnr", decibels(*both))
+            note(f"{split}/rgb_ae_ssim", similarity(*both))
             if split == "heldout":
                 others = [v for v in range((12, 5, 1, 20)[scene]) if (scene, v) not in HELDOUT]
                 note("heldout/constant_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
@@ -204,7 +207,8 @@ def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
     bank.planes[3] += 1.0
     after = found.measure(model, bank)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {f"{s}/{n}" for s in ("heldout", "train") for n in ("latent_psnr", "rgb_psnr", "rgb_ssim")}
+    kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim")
+    assert changed == {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
 
 
 def test_a_single_image_has_figures(data: Path) -> None:

@@ -168,6 +168,8 @@ def test_lpips_is_the_definition(lpips: LPIPS, vgg_file: Path) -> None:
     near, far = lpips(x[1:].float(), y[1:].float()), lpips(x[:1].float(), y[:1].float())
     assert 0 < near < far
     assert (near + far).item() / 2 == pytest.approx(expected, rel=1e-5)
+    # The distance of each image is what it has alone; measured 1e-7.
+    assert lpips.distances(x.float(), y.float()).tolist() == pytest.approx([far.item(), near.item()], rel=1e-5)
 
 
 def test_lpips_of_equal_images_is_zero(lpips: LPIPS) -> None:

@@ -47,6 +47,7 @@ LAYERS = {
     "resume": 7,
     "published": 7,
     "stage": 7,
+    "evaluate": 8,
     "trainer": 8,
     "fit": 9,
 }

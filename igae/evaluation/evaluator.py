@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures and pictures of a model: deterministic, on views that are chosen once, whatever the number of ranks."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Literal
 
@@ -16,15 +16,16 @@ from igae.data.streams import ViewBatch, image_loader, view_loader
 from igae.distributed import Channel, rank, world_size
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
-from igae.losses import psnr
+from igae.losses import LPIPS, psnr
 from igae.model import IGAE, Views, to_signed
 from igae.ownership import part
 from igae.scenes import SceneBank
 
 CHUNK = 32
 SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
-KINDS = ("latent_psnr", "rgb_psnr", "rgb_ssim", "ae_psnr", "ae_ssim", "constant_psnr")
-FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "photos") for kind in KINDS]
+MEASURES = ("psnr", "ssim", "lpips")
+KINDS = ("latent_psnr", *(f"{of}_{how}" for of in ("rgb", "ae", "rgb_ae") for how in MEASURES), "constant_psnr")
+FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "photos", "orbit") for kind in KINDS]
 """All figures that there can be, in the order in which ranks add them up."""
 
 
@@ -107,47 +108,82 @@ class Evaluator:
             self.photos = next(photos)
             photos.close()
 
-    @torch.no_grad()
     def measure(self, model: IGAE, bank: SceneBank) -> dict[str, float]:
-        """Means over the images of all ranks of PSNR (dB) and SSIM, on every rank.
+        """The means of :meth:`table`, without LPIPS and orbits."""
+        return self.table(model, bank)[0]
+
+    @torch.no_grad()
+    def table(
+        self, model: IGAE, bank: SceneBank, perceptual: LPIPS | None = None, orbits: bool = False
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """PSNR (dB), SSIM and, where its network is given, LPIPS, on every rank: means over all images, and over those
+        of each scene by its name.
 
         ``latent``: rendered against encoded normalised latents; ``rgb``: decoded renders against views; ``ae``:
-        autoencoded views against views; ``photos/ae``; ``constant``: the mean training view of the scene, the
-        best prediction that does not know the camera, against held-out views.
+        autoencoded views against views; ``rgb_ae``: decoded renders against autoencoded views; ``photos/ae``;
+        ``constant``: the mean training view of the scene, the best prediction that does not know the camera, against
+        held-out views; ``orbit/latent``: latents rendered around the object, decoded and encoded again, against
+        themselves: whether the autoencoder keeps what one scene explains.
 
         Args:
             model: with all its weights, on every rank.
             bank: planes of the scenes that this rank owns.
+            perceptual: on all ranks or on none.
         """
-        totals = torch.zeros(2, len(FIGURES), dtype=torch.float64)  # sums, numbers of images
+        rows = {scene.id: row for row, scene in enumerate(self.scenes)}
+        photos = len(rows)  # the last row
+        totals = torch.zeros(2, len(rows) + 1, len(FIGURES), dtype=torch.float64)  # sums, numbers of images
 
-        def note(name: str, values: Tensor) -> None:
-            totals[0, FIGURES.index(name)] += values.double().cpu().sum()
-            totals[1, FIGURES.index(name)] += len(values)
+        def note(row: int, name: str, values: Tensor) -> None:
+            totals[0, row, FIGURES.index(name)] += values.double().cpu().sum()
+            totals[1, row, FIGURES.index(name)] += len(values)
+
+        def compare(row: int, name: str, image: Tensor, target: Tensor) -> None:
+            note(row, f"{name}_psnr", psnr(image, target))
+            note(row, f"{name}_ssim", _ssim(image, target))
+            if perceptual is not None:
+                note(row, f"{name}_lpips", perceptual.distances(image, target))
 
         for split, views in self.splits.items():
             for chunk in _chunks(views):
-                truth = to_signed(chunk.images.to(self.device))
+                scene = int(chunk.scene[0])
+                row, truth = rows[scene], to_signed(chunk.images.to(self.device))
                 latents, rendered, _, _ = self._latents(model, bank, chunk, truth)
-                note(f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalise(latents)))
+                note(row, f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalise(latents)))
                 decoded = _decode(model, model.autoencoder.denormalise(rendered))
-                note(f"{split}/rgb_psnr", psnr(decoded, truth))
-                note(f"{split}/rgb_ssim", _ssim(decoded, truth))
+                compare(row, f"{split}/rgb", decoded, truth)
                 if not model.autoencoder.is_identity:
                     again = _decode(model, latents)
-                    note(f"{split}/ae_psnr", psnr(again, truth))
-                    note(f"{split}/ae_ssim", _ssim(again, truth))
+                    compare(row, f"{split}/ae", again, truth)
+                    compare(row, f"{split}/rgb_ae", decoded, again)
                 if split == "heldout":
-                    mean = torch.stack([self.mean_views[int(scene)] for scene in chunk.scene])
-                    note("heldout/constant_psnr", psnr(mean.to(self.device), truth))
+                    mean = self.mean_views[scene].expand(truth.shape).to(self.device)
+                    note(row, "heldout/constant_psnr", psnr(mean, truth))
+        if orbits and not model.autoencoder.is_identity:
+            for scene in sorted(self.owned):
+                for rendered in torch.split(_render(model, bank, *self._orbit(scene), self.device)[0], CHUNK):
+                    image = _decode(model, model.autoencoder.denormalise(rendered))
+                    again = model.autoencoder.normalise(model.autoencoder.posterior(image).mean)
+                    note(rows[scene], "orbit/latent_psnr", psnr(again, rendered))
         if self.photos is not None and not model.autoencoder.is_identity:
-            for images in torch.split(self.photos, CHUNK):
+            for images in torch.split(self.photos, 1):  # as in _chunks
                 truth = to_signed(images.to(self.device))
-                again = _decode(model, model.autoencoder.posterior(truth).mean)
-                note("photos/ae_psnr", psnr(again, truth))
-                note("photos/ae_ssim", _ssim(again, truth))
-        sums, counts = self.channel.sum(totals).tolist()
-        return {name: sums[i] / counts[i] for i, name in enumerate(FIGURES) if counts[i]}
+                compare(photos, "photos/ae", _decode(model, model.autoencoder.posterior(truth).mean), truth)
+        sums, counts = self.channel.sum(totals)
+
+        def means(total: Tensor, count: Tensor) -> dict[str, float]:
+            return {name: float(total[i] / count[i]) for i, name in enumerate(FIGURES) if count[i]}
+
+        of_scenes = {scene.name: means(sums[row], counts[row]) for row, scene in enumerate(self.scenes)}
+        return means(sums.sum(0), counts.sum(0)), of_scenes
+
+    def _orbit(self, scene: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Cameras around an owned scene, like those of its views: its id [n], cam2world [n, 4, 4], intrinsics."""
+        every = _join(list(self.splits.values()))
+        own = (every.scene == scene).nonzero()[:, 0]
+        cam2world = orbit_like(every.cam2world[own], self.config.orbit_frames)
+        ids = torch.full((len(cam2world),), scene)
+        return ids, cam2world, every.intrinsics[own[:1]].expand(len(cam2world), 3, 3)
 
     def _latents(
         self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
@@ -216,18 +252,13 @@ class Evaluator:
         Returns:
             Scene's name -> file, of all ranks, on the first rank; nothing on the others.
         """
-        every = _join(list(self.splits.values())) if self.splits else None
         chosen = spread(self.scenes, self.config.orbits)
         written = {}
         for scene in chosen:
-            if every is None or scene.id not in self.owned:
+            if scene.id not in self.owned:
                 continue
-            own = (every.scene == scene.id).nonzero()[:, 0]
-            cam2world = orbit_like(every.cam2world[own], self.config.orbit_frames)
-            intrinsics = every.intrinsics[own[:1]].expand(len(cam2world), 3, 3)
             frames = []
-            ids = torch.full((len(cam2world),), scene.id)
-            rendered, depth, opacity = _render(model, bank, ids, cam2world, intrinsics, self.device)
+            rendered, depth, opacity = _render(model, bank, *self._orbit(scene.id), self.device)
             latents = pictures.latent_to_rgb(rendered, self.image_size)
             depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
             for i, piece in enumerate(torch.split(rendered, CHUNK)):
@@ -278,8 +309,12 @@ def _count(scene: Scene, split: Literal["heldout", "train"]) -> int:
     return scene.heldout if split == "heldout" else scene.views
 
 
-def _chunks(views: ViewBatch) -> list[ViewBatch]:
-    return [_take(views, slice(i, i + CHUNK)) for i in range(0, len(views.scene), CHUNK)]
+def _chunks(views: ViewBatch) -> Iterator[ViewBatch]:
+    """Views of one scene at a time: the last bits of a result can depend on what else is in its batch, and which scenes
+    a rank has depends on the number of ranks."""
+    for scene in views.scene.unique():
+        for which in torch.split((views.scene == scene).nonzero()[:, 0], CHUNK):
+            yield _take(views, which)
 
 
 def spread(scenes: list[Scene], count: int) -> list[Scene]:

@@ -19,7 +19,17 @@ from torch import Tensor
 from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.manifest import join
 from igae.data.store import Missing, StoreError, read_whole
-from igae.export.layout import INDEX, MAX_JSON, SCENES, SHARED, Description, Shard, parse_description, parse_scenes
+from igae.export.layout import (
+    CONFIG,
+    INDEX,
+    MAX_JSON,
+    SCENES,
+    SHARED,
+    Description,
+    Shard,
+    parse_description,
+    parse_scenes,
+)
 from igae.model import IGAE, Views
 from igae.rendering import RenderOptions
 from igae.scenes import BasePlanes, PlanesConfig
@@ -190,6 +200,12 @@ def load_settings(url: str) -> dict[str, Any]:
     create = {key: value for key, value in create.items() if not key.startswith("_") or key == "_class_name"}
     scale = TensorFile(join(url, SHARED), described.files[SHARED].stamp).tensors()["autoencoder.scale"]
     return {"autoencoder": {"create": create, "scale": float(scale)}, **sections}
+
+
+def load_config(url: str) -> str | None:
+    """The configuration of the run that an export is of, as YAML, where there was one. Raises as :class:`Export`."""
+    described = _describe(url)
+    return _read(url, CONFIG, described).decode() if CONFIG in described.files else None
 
 
 def is_export(url: str) -> bool:

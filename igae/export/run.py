@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from igae import checkpoint, config
 from igae.autoencoder import load_autoencoder
 from igae.checkpoint import Loaded
 from igae.checkpoint.layout import CONFIG, RATES
-from igae.data.manifest import Manifest, join
+from igae.data.manifest import Manifest, Scene, join
 from igae.data.store import Missing, StoreError, read_whole
 from igae.export.layout import MAX_JSON
 from igae.export.reader import bare_model
 from igae.export.writer import Content
+from igae.model import IGAE
 from igae.recipe import Recipe
 from igae.scenes import make_row_adam
 from igae.secrets import hide_credentials
@@ -27,7 +29,30 @@ from igae.secrets import hide_credentials
 log = logging.getLogger("igae")
 
 
-def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
+@dataclass
+class Run:
+    """A checkpoint together with the configuration and the data that it was trained with."""
+
+    folder: str
+    loaded: Loaded
+    recipe: Recipe
+    manifest: Manifest
+    scenes: list[Scene]
+
+    def rows(self, ids: list[int]) -> Tensor:
+        """Planes of some scenes (rows, see `igae.scenes.planes`), as an evaluation has them. Nothing else is read."""
+        if self.loaded.progress.finished:
+            return self.loaded.rows(ids, {"planes"})["planes"]
+        rows = self.loaded.rows(ids)
+        planes = rows.pop("planes")
+        # In the middle of a stage rows owe the moves of steps that did not visit them.
+        optimizer = make_row_adam(planes, mode=self.recipe.train.plane_optimizer, backend="torch")
+        optimizer.load_state({**rows, "learning_rates": self.loaded.optimizer[RATES]})
+        optimizer.catch_up()
+        return planes
+
+
+def open_run(run: str, overrides: Sequence[str] = ()) -> Run:
     """The newest complete checkpoint of a run, or the one that is named. Planes are read as they are asked for.
 
     Args:
@@ -42,7 +67,6 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     loaded = checkpoint.load(folder, moments=False)
     if not loaded.progress.finished:
         loaded = checkpoint.load(folder)
-    progress = loaded.progress
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
         path.write_text(loaded.config)
@@ -51,44 +75,56 @@ def read_run(run: str, overrides: Sequence[str] = ()) -> Content:
     scenes = manifest.select(recipe.data.categories)
     where, root = hide_credentials(folder), hide_credentials(recipe.data.root)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
-    if digest != progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
+    if digest != loaded.progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
         raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
-    autoencoder = load_autoencoder(recipe.autoencoder)
-    model = bare_model(autoencoder, recipe.planes, recipe.render, manifest.image_size, recipe.data.background)
+    if not loaded.progress.finished:
+        log.warning("%s is in the middle of a stage: its planes are finished as an evaluation would", where)
+    return Run(folder, loaded, recipe, manifest, scenes)
+
+
+def load_run(run: Run) -> IGAE:
+    """The model of a run, on the CPU.
+
+    Raises:
+        ValueError: its autoencoder can't be found or is another one.
+    """
+    recipe = run.recipe
+    model = bare_model(
+        load_autoencoder(recipe.autoencoder),
+        recipe.planes,
+        recipe.render,
+        run.manifest.image_size,
+        recipe.data.background,
+        recipe.train.kernels,
+    )
     try:
-        model.load_state_dict(loaded.shared)
+        model.load_state_dict(run.loaded.shared)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"{where} has weights of another autoencoder or MLP than its configuration says ({last}): name the right "
-            "one, autoencoder.path=..."
+            f"{hide_credentials(run.folder)} has weights of another autoencoder or MLP than its configuration says "
+            f"({last}): name the right one, autoencoder.path=..."
         ) from error
-    if not progress.finished:
-        log.warning("%s is in the middle of a stage: its planes are finished as an evaluation would", where)
-    ids = [scene.id for scene in scenes]
+    return model
+
+
+def read_run(where: str, overrides: Sequence[str] = ()) -> Content:
+    """What an export of a run is made of. The arguments and errors are those of :func:`open_run` and
+    :func:`load_run`."""
+    run = open_run(where, overrides)
+    progress, recipe, manifest = run.loaded.progress, run.recipe, run.manifest
+    ids = [scene.id for scene in run.scenes]
     return Content(
-        model,
+        load_run(run),
         recipe.data.background,
-        [scene.name for scene in scenes],
+        [scene.name for scene in run.scenes],
         recipe.planes,
-        lambda start, stop: _rows(loaded, recipe, ids[start:stop]),
+        lambda start, stop: run.rows(ids[start:stop]),
         f"From run `{recipe.experiment}`, step {progress.total} ({progress.stage}).",
-        loaded.config,
-        _figures(folder, loaded),
+        run.loaded.config,
+        _figures(run.folder, run.loaded),
         (manifest.cameras.mean_distance, manifest.cameras.mean_focal) if manifest.cameras else (1.3, 1.1),
     )
-
-
-def _rows(loaded: Loaded, recipe: Recipe, ids: list[int]) -> Tensor:
-    if loaded.progress.finished:
-        return loaded.rows(ids, {"planes"})["planes"]
-    rows = loaded.rows(ids)
-    planes = rows.pop("planes")
-    # In the middle of a stage rows owe the moves of steps that did not visit them.
-    optimizer = make_row_adam(planes, mode=recipe.train.plane_optimizer, backend="torch")
-    optimizer.load_state({**rows, "learning_rates": loaded.optimizer[RATES]})
-    optimizer.catch_up()
-    return planes
 
 
 def find_checkpoint(run: str) -> str:
