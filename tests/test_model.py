@@ -113,7 +113,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
     z_x, z_y = dist_x.mean, dist_y.mean
     if sample:
         torch.manual_seed(77)
-        noise = torch.randn_like(net.encode(torch.cat([x, y])).latent_dist.mean)
+        noise = torch.randn(net.encode(torch.cat([x, y])).latent_dist.mean.shape)
         z_x, z_y = z_x + dist_x.std * noise[:5], z_y + dist_y.std * noise[5:]
     features, depth, _ = rendered(model, rows, given, SEED)
     r = features.permute(0, 3, 1, 2)
