@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from igae import config
-from igae.assembly import build_model
 from igae.data.manifest import Manifest
 from igae.data.streams import ViewBatch, image_loader, view_loader
 from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
+from igae.model import IGAE
 from igae.recipe import Recipe
-from igae.scenes import SceneBank
+from igae.scenes import BasePlanes, SceneBank
 from igae.shares import own_data
 from igae.stage import Stage
 
@@ -85,8 +85,7 @@ def train(
     data = own_data(recipe)
     if world_size() > 1:
         assert [[scene.id for scene in part] for part in data.parts] == parts
-    model = build_model(recipe, data.manifest.image_size, engine.device)
-    model.refresh_background()
+    model = build(recipe, data.manifest)
     bank = SceneBank(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
     stage = Stage("joint", recipe, engine, model, bank, data, {})
     stage.close()
@@ -140,6 +139,21 @@ def train(
         result |= part
     engine.close()
     return result
+
+
+def build(recipe: Recipe, manifest: Manifest) -> IGAE:
+    from igae.autoencoder import load_autoencoder
+
+    model = IGAE(
+        load_autoencoder(recipe.autoencoder, 1),
+        torch.Generator().manual_seed(2),
+        recipe.planes.features,
+        recipe.render,
+        manifest.image_size,
+        base=BasePlanes(recipe.planes, torch.Generator().manual_seed(3)) if recipe.planes.base_planes else None,
+    )
+    model.refresh_background()
+    return model
 
 
 @pytest.fixture(scope="module")
