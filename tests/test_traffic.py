@@ -12,10 +12,9 @@ import ranks
 import runs
 import torch
 import torch.distributed as dist
-from test_ranks_equal import small_recipe
+from test_ranks_equal import build, small_recipe
 
 from benchmarks.training_step import write_data
-from igae.assembly import build_model
 from igae.distributed import Channel
 from igae.engine import Engine
 from igae.scenes import SceneBank
@@ -55,8 +54,7 @@ def bytes_of_steps(folder: str, strategy: str) -> tuple[dict[int, int], int, int
         settings = [f"data.root={folder}/shards-{scenes}", "data.workers=0", PLANES, f"train.joint.batch_size={BATCH}"]
         recipe = small_recipe(Path(folder), *settings)
         data = own_data(recipe)
-        model = build_model(recipe, data.manifest.image_size, engine.device)
-        model.refresh_background()
+        model = build(recipe, data.manifest)
         shared = sum(p.numel() * p.element_size() for p in model.parameters())
         bank = SceneBank(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
         stage = Stage("joint", recipe, engine, model, bank, data, {})
