@@ -39,6 +39,7 @@ LAYERS = {
     "evaluation": 4,
     "recipe": 5,
     "assembly": 6,
+    "reference": 6,
     "captured": 6,
     "guards": 6,
     "shares": 6,
