@@ -67,7 +67,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return {
         "igae": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "accelerate", "diffusers")},
+        "torch": str(torch.__version__),  # with what it was built for, which the package's own version may lack
+        **{name: version(name) for name in ("accelerate", "diffusers")},
         **({"cuda": torch.version.cuda or ""} if is_gpu else {}),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {os.cpu_count()} cores",
         "ranks": world_size(),
