@@ -10,16 +10,7 @@ import sys
 import traceback
 import warnings
 
-from igae.secrets import hide_credentials
-
-
-class _Masked(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return hide_credentials(super().format(record))
-
-
-def _say(text: str) -> None:
-    print(hide_credentials(text), file=sys.stderr)
+from igae.secrets import log_to_stderr, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,9 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", default="auto", help="auto (default), never, or the folder of a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.joint.batch_size=8")
     arguments = parser.parse_intermixed_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Masked("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log_to_stderr()
     # What goes for all ranks is said once; warnings and errors by each.
     logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     # torch's own modules use names that torch has deprecated.
@@ -58,18 +47,18 @@ def main(argv: list[str] | None = None) -> int:
             if distributed.rank() == 0:
                 try_to_write(run.folder)
         except (TrainingError, torch.OutOfMemoryError) as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             return 1
         except RuntimeError as error:
             if not distributed.is_lost_rank(error):
                 raise
-            _say(
+            say(
                 f"error: rank {distributed.rank()} has lost another rank ({str(error).splitlines()[0]}): its own error "
                 "says why; start again to go on from the newest checkpoint"
             )
             return 1
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -87,7 +76,7 @@ if __name__ == "__main__":
     try:
         code = main()
     except Exception:
-        _say(traceback.format_exc())
+        say(traceback.format_exc())
         code = 1
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()

@@ -37,7 +37,7 @@ from igae.model import IGAE
 from igae.pretrained import find_model, load_weights, take_settings
 from igae.recipe import Recipe
 from igae.scenes import SceneBank
-from igae.secrets import hide_credentials
+from igae.secrets import hide_credentials, log_to_stderr, say
 from igae.shares import waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"
@@ -248,10 +248,6 @@ def _write(
     os.replace(staging, folder / CSV)
 
 
-def _say(text: str) -> None:
-    print(hide_credentials(text), file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 another rank was lost, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="python -m igae.evaluate", description=__doc__.splitlines()[0])
@@ -265,17 +261,17 @@ def main(argv: list[str] | None = None) -> int:
     # --scenes takes all that follows it.
     names = [name for name in arguments.scenes if "=" not in name]
     overrides = arguments.overrides + [name for name in arguments.scenes if "=" in name]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr()
     logging.getLogger("igae").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         evaluate(arguments.checkpoint, names, overrides, arguments.output)
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise
-        _say(f"error: rank {rank()} has lost another rank ({str(error).splitlines()[0]}): its own error says why")
+        say(f"error: rank {rank()} has lost another rank ({str(error).splitlines()[0]}): its own error says why")
         return 1
     return 0
 
@@ -284,7 +280,7 @@ if __name__ == "__main__":
     try:
         code = main()
     except Exception:
-        _say(traceback.format_exc())
+        say(traceback.format_exc())
         code = 1
     if code and world_size() > 1:
         sys.stderr.flush()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Credentials in URLs and texts, which must not get into messages, logs and saved settings."""
 
+import logging
 import re
+import sys
 
 MASK = "***"
 
@@ -52,3 +54,20 @@ def _hide_in_url(rest: str) -> str:
     parts = [part.partition("=") for part in query[: closing.start()].split("&")]
     hidden = [name + "=" + MASK if equals else name and MASK for name, equals, _ in parts]
     return rest[: start.end()] + "&".join(hidden) + closing[0]
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_credentials(super().format(record))
+
+
+def log_to_stderr() -> None:
+    """What commands log, warnings of all libraries among it, goes there without credentials."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Masked("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def say(text: str) -> None:
+    """Print to stderr, without credentials."""
+    print(hide_credentials(text), file=sys.stderr)

@@ -2,6 +2,9 @@
 """Credentials are masked, and nothing else is."""
 
 import string
+import subprocess
+import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -107,3 +110,19 @@ def test_options(name: str, value: str) -> None:
 def test_a_second_time_changes_nothing(text: str) -> None:
     once = hide_credentials(text)
     assert hide_credentials(once) == once
+
+
+def test_commands_log_without_credentials() -> None:
+    script = (
+        "import logging; from igae.secrets import log_to_stderr, say; log_to_stderr(); "
+        "logging.getLogger('s3fs').warning('retry of %s', 's3://me:hush@bucket/x'); say('s3://me:hush@bucket/y')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "retry of s3://***@bucket/x\ns3://***@bucket/y\n" and done.stdout == ""
+
+
+def test_every_command_logs_that_way() -> None:
+    """A format of its own would show what libraries warn of as it is."""
+    root = Path(__file__).parent.parent
+    sources = [root / "train.py", *(root / "igae").rglob("*.py"), *(root / "data_tools").rglob("*.py")]
+    assert [path.name for path in sources if "basicConfig" in path.read_text()] == ["secrets.py"]

@@ -2,11 +2,10 @@
 """Export a run: ``python -m igae.export RUN TARGET [key=value ...]``."""
 
 import argparse
-import logging
 import sys
 
 from igae.export import check_target, read_run, write
-from igae.secrets import hide_credentials
+from igae.secrets import hide_credentials, log_to_stderr, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +17,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS, where they moved")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr()
     try:
         check_target(arguments.target)
         description = write(read_run(arguments.run, arguments.overrides), arguments.target)
     except (ValueError, OSError, ImportError) as error:
-        print(hide_credentials(f"error: {error}"), file=sys.stderr)
+        say(f"error: {error}")
         return 2
     size = sum(file.bytes for file in description.files.values()) / 1e6
     print(hide_credentials(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
