@@ -12,7 +12,7 @@ from PIL import Image
 
 import igae.stage
 from igae import config
-from igae.autoencoder import load_autoencoder
+from igae.assembly import build_model
 from igae.cameras import orbit
 from igae.data.latents import LatentCache
 from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
@@ -97,15 +97,7 @@ def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache
 
 
 def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
-    model = IGAE(
-        load_autoencoder(recipe.autoencoder),
-        torch.Generator().manual_seed(0),
-        recipe.planes.features,
-        recipe.render,
-        image_size,
-        bf16=recipe.train.precision == "bf16",
-        renderer=recipe.train.kernels,
-    ).to(device)
+    model = build_model(recipe, image_size, device)
     model.refresh_background()
     return model
 

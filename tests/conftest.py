@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of all tests."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 # Tests work on small tensors: more threads only get into each other's way.
@@ -9,3 +13,10 @@ torch.set_num_threads(1)
 
 settings.register_profile("igae", deadline=None)  # the first example pays for imports
 settings.load_profile("igae")
+
+
+@pytest.fixture
+def one_run_a_process() -> Iterator[None]:
+    """For tests that train here: Accelerate keeps its state per process, where a real run is the only one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,7 +4,6 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,11 @@ from igae.data.pack import pack
 from igae.export import Export, read_run, write
 from igae.losses import LPIPS
 
+pytestmark = pytest.mark.usefixtures("one_run_a_process")
+
 Pixels = NDArray[np.float64]
 Figures = dict[str, float]
 SETTINGS = ["evaluation.views=3", "evaluation.orbit_frames=3", "data.workers=0"]
-
-
-@pytest.fixture(autouse=True)
-def _one_run_a_process() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

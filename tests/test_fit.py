@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from igae.shares import waves
 from igae.stage import Outcome, Stage
 from igae.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_run_a_process")
+
 PLANES = {"resolution": 8, "features": 8, "base_planes": 3, "micro_features": 3, "macro_features": 5, "bias": True}
 FIT: dict[str, Any] = {
     "experiment": "fit",
@@ -54,12 +55,6 @@ FIT: dict[str, Any] = {
     "evaluation": {"views": 1, "pictures": 0, "orbits": 0},
 }
 SCENES = [0, 1, 2, 3]
-
-
-@pytest.fixture(autouse=True)
-def _one_run_a_process() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

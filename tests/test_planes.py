@@ -2,7 +2,6 @@
 """Base planes that scenes share: rows and planes by their formula, what is trained, which combinations there are."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from igae.recipe import Recipe
 from igae.scenes import BasePlanes, PlanesConfig, SceneBank
 from igae.stage import Stage
 from igae.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
 CONCAT = {"base_planes": 3, "micro_features": 3, "macro_features": 5}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -217,12 +218,6 @@ def test_losses_are_those_of_the_planes_that_rows_stand_for(name: str) -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _one_run_a_process() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def recipe(folder: Path, shards: str, name: str, *overrides: str) -> Recipe:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,19 +23,14 @@ from igae.recipe import Recipe
 from igae.stage import Stage
 from igae.trainer import LAG, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_run_a_process")
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _one_run_a_process() -> Iterator[None]:
-    # Accelerate keeps its state per process, where a real run is the only one.
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

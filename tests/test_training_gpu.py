@@ -2,7 +2,6 @@
 """What is faster on a GPU is the same training."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from igae.recipe import Recipe
 from igae.trainer import Trainer
 
 pytestmark = [
+    pytest.mark.usefixtures("one_run_a_process"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -24,12 +24,6 @@ FAST = [
     *(f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")),
 ]
 SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_run_a_process() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward pass. A warp finds its ray's samples again from the densities that the forward pass kept, then goes along them
-// from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile they share its activations, and each adds up the gradient
-// of its own part of the hidden units, in registers, for the whole kernel.
+// from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile
+// they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
+// whole kernel.
 #include "mlp_gradient.cuh"
 #include "ray.cuh"
 #include "scatter.cuh"
