@@ -33,10 +33,15 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+class LostRank(RuntimeError):
+    """Another rank does not answer any more."""
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
     signs = ("onnection closed by peer", "onnection reset", "imed out", "onnection refused", "NCCL", "watchdog")
-    return world_size() > 1 and any(sign in str(error) for sign in signs)
+    said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
+    return world_size() > 1 and said
 
 
 class Channel:

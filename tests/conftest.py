@@ -15,6 +15,14 @@ settings.register_profile("igae", deadline=None)  # the first example pays for i
 settings.load_profile("igae")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n 2 --dist loadgroup`, tests that start several processes run one after another, beside the others:
+    they use more than a core each, and some bound how long something takes."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "ranks"):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture
 def one_run_a_process() -> Iterator[None]:
     """For tests that train here: Accelerate keeps its state per process, where a real run is the only one."""

@@ -20,7 +20,7 @@ from object_store import moto
 
 from igae import tensorfile
 from igae.checkpoint import Progress, Writer, folder_of, list_complete, load, writer
-from igae.distributed import Channel, rank, world_size
+from igae.distributed import Channel, LostRank, rank, world_size
 
 SCENES = 20
 # By number of ranks, what each of them owns: uneven, unordered, one with nothing.
@@ -143,7 +143,7 @@ def save_and_die(root: str, dying: dict[int, str], notes: str, background: bool)
             put(maker, of_this_rank(whole(2)))
             maker.wait()
             (Path(notes) / str(rank())).write_text("no error")
-        except ValueError as error:
+        except LostRank as error:
             (Path(notes) / str(rank())).write_text(str(error))
         os._exit(3)
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from igae import checkpoint
 
 KILLS = 20
-SHORT = ["checkpoint.every=3", "train.timeout=30"]
-STOP_WITHIN = 30.0
-"""Seconds in which ranks that have lost another one end by themselves."""
+TIMEOUT = 20
+SHORT = ["checkpoint.every=3", f"train.timeout={TIMEOUT}"]
+STOP_WITHIN = TIMEOUT + 10.0
+"""Seconds in which ranks that have lost another one end by themselves. Measured: 0.3, and all of `train.timeout` where
+it died before they were connected."""
 
 
 def _digests(run: Path) -> dict[str, str]:
@@ -60,6 +62,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     rng, kills, finished = random.Random(0), 0, 0
     resumed_in = set()
     while kills < KILLS or finished == 0:
+        fresh, started = not killed_run.exists(), time.monotonic()
         (killed_run / "config.yaml").unlink(missing_ok=True)
         run = start("killed")
         if kills < KILLS:
@@ -81,6 +84,8 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
             # results computes them with convolutions that have not trained before.
             assert _figures(killed_run) == pytest.approx(_figures(whole_run), abs=1e-4)
             finished += 1
+            if fresh:  # the machine may be less busy now
+                duration = min(duration, time.monotonic() - started)
             if kills < KILLS:
                 shutil.rmtree(killed_run)
         else:

@@ -86,7 +86,7 @@ def test_torchrun_goes_on_with_fewer_ranks(tmp_path: Path, recipe: str) -> None:
     command += ["--local_addr", "127.0.0.1", "--max_restarts", "3"]
     command += ["--rdzv_conf", "last_call_timeout=8,keep_alive_interval=2,keep_alive_max_attempt=4"]
     command += [str(ROOT / "train.py"), "--config", recipe, "train.warmup.epochs=0", "checkpoint.every=5"]
-    command += ["train.joint.epochs=60", "train.timeout=30"]
+    command += ["train.joint.epochs=25", "train.timeout=30"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     nodes = []
     for name in ("first", "second"):

@@ -64,7 +64,7 @@ def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     run.processes[1].kill()
     began = time.monotonic()
     assert run.exit_codes(60) == [1, -9]
-    assert time.monotonic() - began < 30  # measured: 5. Its connections are closed: nobody waits for the timeout
+    assert time.monotonic() - began < 30  # measured: 0.4. Its connections are closed: nobody waits for the timeout
     assert "rank 0 has lost another rank" in errors(recipe)[-1] and "newest checkpoint" in errors(recipe)[-1]
     newest = complete(recipe)[-1]
     steps = int(newest[-8:])

@@ -31,7 +31,7 @@ from igae.checkpoint.layout import (
     scenes_name,
 )
 from igae.data.manifest import join
-from igae.distributed import Channel, rank
+from igae.distributed import Channel, LostRank, rank
 from igae.secrets import hide_credentials
 
 # Seconds after which a file that another node wrote must be seen: network file systems remember for a while what was
@@ -58,7 +58,7 @@ class Writer:
         self.root, self.keep, self.background = root, keep, background
         self._channel = channel
         self._thread: threading.Thread | None = None
-        self._problem: str | None = None
+        self._problem: Exception | None = None
 
     def save(
         self, progress: Progress, config: str, shared: Tensors | None, optimizer: Tensors | None, scenes: Tensors
@@ -104,26 +104,33 @@ class Writer:
 
         Raises:
             ValueError: it failed, on this rank or another.
+            LostRank: another rank does not answer any more.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         problem, self._problem = self._problem, None
         if problem is not None:
-            raise ValueError(problem)
+            raise problem
 
     def close(self) -> None:
         """:meth:`wait`. Nothing of this writer runs afterwards."""
         self.wait()
 
-    def _commit(self, folder: str, state: dict[str, Any], config: str, files: Files, problem: str | None) -> str | None:
-        """All of a save; a sentence if it failed. ``problem`` is what has already failed on this rank."""
+    def _commit(
+        self, folder: str, state: dict[str, Any], config: str, files: Files, problem: str | None
+    ) -> Exception | None:
+        """All of a save; why it failed. ``problem`` is what has already failed on this rank."""
+        failed: type[Exception] = ValueError
         try:
             failure = self._together(folder, state, config, files, problem)
         except Exception as error:  # of an exchange
-            failure = f"rank {rank()} has lost another one, {reason(error)}"
-        where = hide_credentials(folder)
-        return f"the checkpoint {where} can't be written: {failure}; earlier ones are untouched" if failure else None
+            failed, failure = LostRank, f"rank {rank()} has lost another one, {reason(error)}"
+        if not failure:
+            return None
+        return failed(
+            f"the checkpoint {hide_credentials(folder)} can't be written: {failure}; earlier ones are untouched"
+        )
 
     def _together(
         self, folder: str, state: dict[str, Any], config: str, files: Files, problem: str | None

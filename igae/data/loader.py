@@ -182,8 +182,12 @@ def _ignore_signals(_: int) -> None:
 
 
 def _obey(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    # Also without its parent a worker ends, and soon: it has inherited the sockets of its rank, and other ranks hear
+    # that one was killed when the last process that holds them is gone.
+    while os.getppid() == parent:
+        signalled = signal.sigtimedwait({signal.SIGTERM}, 0.3)
+        if signalled is not None and signalled.si_pid == parent:
+            break
     os._exit(128 + signal.SIGTERM)
 
 
