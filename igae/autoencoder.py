@@ -174,19 +174,22 @@ def load_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencoder:
 
 
 def _class_of(name: str) -> Any:
-    """The class that `_class_name` stands for, one of diffusers': names may come from others, and import nothing else."""
+    """The class that `_class_name` stands for, one of diffusers': names may be others' words, and import nothing."""
     import diffusers
 
     cls = getattr(diffusers, name, None)
     if cls is None:
-        raise ValueError(f"autoencoder: diffusers has no class {name}")
+        raise ValueError(f"diffusers has no class {name}")
     return cls
 
 
 def _create(settings: Mapping[str, Any]) -> nn.Module:
     settings = dict(settings)
     name = settings.pop("_class_name", "AutoencoderKL")
-    cls = _class_of(name)
+    try:
+        cls = _class_of(name)
+    except ValueError as error:
+        raise ValueError(f"autoencoder.create: {error}") from None
     try:
         net: nn.Module = cls(**settings)
     except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong

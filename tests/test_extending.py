@@ -26,8 +26,8 @@ from igae.tensorfile import TensorFile
 PAGE = ROOT / "docs" / "extending.md"
 SMALL = (
     "data.categories=null data.workers=0 planes.resolution=8 planes.features=8 "
-    "render.coarse_samples=4 render.fine_samples=4 train.warmup.epochs=0.12 train.warmup.batch_size=16 "
-    "train.joint.epochs=0.12 train.joint.batch_size=16 train.joint.photos=2 train.joint.weights.photo_lpips=0 "
+    "render.coarse_samples=4 render.fine_samples=4 train.warmup.epochs=1 train.warmup.batch_size=16 "
+    "train.joint.epochs=1 train.joint.batch_size=16 train.joint.photos=2 train.joint.weights.photo_lpips=0 "
     "tracking.every=1 evaluation.views=1 evaluation.scenes=2 evaluation.photos=2 evaluation.pictures=0 "
     "evaluation.orbits=0 evaluation.orbit_frames=2"
 ).split()
