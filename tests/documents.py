@@ -88,11 +88,3 @@ def anchors(path: Path) -> set[str]:
     """Of the headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def words(path: Path) -> set[str]:
-    """Words of commands and of what stands `like this`."""
-    texts = [*commands(path), *spans(path)]
-    return {word.strip("'\"") for text in texts for word in re.findall(r"'[^']*'|\"[^\"]*\"|\S+", text)} | {
-        word.strip("'\",") for text in texts for word in text.split()
-    }

@@ -6,6 +6,7 @@ import ast
 import configparser
 import functools
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -21,7 +22,6 @@ import ranks
 from documents import DOCUMENTS, ROOT
 
 from igae import config
-from igae.config import ConfigError
 from igae.recipe import Recipe
 
 # What makes a training small; nothing is fetched.
@@ -157,6 +157,9 @@ TABLE: dict[str, How] = {
     "python -m pip install *": INSTALLS,
     "apt-get install *": Left("installs system packages, as root; .ci/run does"),
     "hf auth login": Left("asks for an account"),
+    "wandb login": Left("asks for an account"),
+    "accelerate config": Left("asks questions; igae needs none of its files"),
+    "accelerate launch --cpu": Left("what not to do"),
     "make test": Left("runs these tests"),
     ".ci/run": Left("runs these tests"),
     "python -m pytest -q": Left("runs these tests"),
@@ -240,23 +243,34 @@ def test_links(path: Path) -> None:
 
 
 SECTIONS = [name for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")]
+KEYS = {".".join(key) for key in config._keys(Recipe, ())}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_keys(path: Path) -> None:
-    """`a.b.c=value` is an override that the configurations take, and `a.b.c` is a key."""
-    for word in documents.words(path):
-        override = re.fullmatch(rf"({KEY})=(.+)", word)
-        if override is None and not re.fullmatch(KEY, word):
-            continue
-        if override is None and re.search(r"\.(py|json|csv|yaml|html|md|crc32)$", word):
-            continue  # a file, or a tensor in one
-        try:
-            config.load(Recipe, "igae.yaml", [word if override else f"{word}=null"])
-        except ConfigError as error:
-            made = word.endswith("weights.half_transparent=0.01")  # by the reader of docs/extending.md
-            assert made or (not override and "unknown key" not in str(error)), f"{word}: {error}"
+    """`a.b.c=value ...` are overrides that the configuration takes, together; `a.b.c` is a key."""
+    for text in {*documents.commands(path), *documents.spans(path)}:
+        words = [word.strip("\"',") for word in re.findall(r"'[^']*'|\S+", text)]
+        named = re.search(r"--config (\w+\.yaml)", text)
+        overrides = [word for word in words if re.fullmatch(rf"{KEY}=.+", word)]
+        own = [word for word in overrides if word == "train.joint.weights.half_transparent=0.01"]  # docs/extending.md
+        if overrides and not own:
+            given = ["model=exports/NAME", "autoencoder.path=demo"] if named and named[1] == "fit.yaml" else []
+            config.load(Recipe, named[1] if named else "igae.yaml", [*given, *overrides])
+        for word in words:  # but not files, and tensors in files
+            if re.fullmatch(KEY, word) and not re.search(r"\.(py|json|csv|yaml|html|md|crc32)$", word):
+                assert word in KEYS, f"{word} is no key"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_names(path: Path) -> None:
+    """`igae.module.name` is there, and so is `folder/file`."""
+    for span in documents.spans(path):
+        if re.fullmatch(r"igae(\.\w+)+", span) and not re.search(r"\.(yaml|json|safetensors)$", span):
+            pkgutil.resolve_name(span)
+        elif re.fullmatch(r"(igae|data_tools|benchmarks|launch|tests|configs)/[\w./]+", span):
+            assert (ROOT / span).exists(), span
 
 
 # ---- Execution
