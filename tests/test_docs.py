@@ -84,6 +84,7 @@ TABLE: dict[str, How] = {
     "python data_tools/make_demo.py --output data/demo": Executed(
         "--scenes 2 --views 4 --size 16 --photos 4 --supersample 1 --workers 1".split()
     ),
+    "python data_tools/make_demo.py --output data/demo --size 128": CoveredBy("test_demo.py::test_layout_and_counts"),
     "python data_tools/pack_shards.py --scenes data/demo/* --output data/demo-shards": Executed(["--workers=1"]),
     "accelerate launch --config_file launch/accelerate/one_process.yaml * train.py --config quickstart.yaml": Executed(
         [*SHORT, "train.joint.epochs=0"]

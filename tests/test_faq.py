@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.error import URLError
 
 import documents
 import pytest
@@ -136,6 +137,14 @@ def one_photograph(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> Non
     own_data(load(folder, str(folder / "few")))
 
 
+def no_network(_: Path, __: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fails)
+    LPIPS()
+
+
 def on_cpu(*_: object) -> None:
     eye = torch.eye(4)[None]
     mlp, options = DecodingMLP(8, 4), RenderOptions()
@@ -177,6 +186,7 @@ PROVOKED: dict[str, Call] = {
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
     "autoencoder.path: ... is no folder, and no hub repository that can be reached and read, with a diffusers "
     "autoencoder": lambda f, s, m: load_autoencoder(AutoencoderConfig(path="/nowhere/vae")),
+    "the LPIPS loss needs VGG16's weights and ... can't be fetched": no_network,
     "train.lpips_weights: ...": lambda f, s, m: LPIPS(f / "vgg16.pth"),
     "tracking.trackers: ... is not installed": lambda f, s, m: (
         m.setitem(sys.modules, "wandb", None),
