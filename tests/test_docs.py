@@ -127,6 +127,8 @@ TABLE: dict[str, How] = {
     "python -m igae.reference": Executed(),
     # -- docs/extending.md
     "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "python -m igae.export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "python -m igae.evaluate --checkpoint exports/patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
     "python train.py --config igae.yaml experiment=solid *": CoveredBy("test_extending.py::test_a_loss"),
     "python train.py --config igae.yaml experiment=deep": CoveredBy("test_extending.py::test_a_network_and_rows"),
     "python train.py --config igae.yaml experiment=lines *": CoveredBy("test_extending.py::test_a_network_and_rows"),

@@ -49,7 +49,11 @@ for words, world, port, log in json.loads(sys.argv[1]):
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             sys.argv, code = words, 1
             try:
-                runpy.run_path(words[0], run_name="__main__")
+                if words[0] == "-m":
+                    sys.argv = words[1:]
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(words[0], run_name="__main__")
                 code = 0
             except SystemExit as end:
                 code = end.code or 0
@@ -112,7 +116,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in block.text.splitlines() if block.language == "sh" else []:
             words, world = words_of(command, shards)
             jobs.append((words, world, ranks.free_port(), str(root / "log.txt")))
-    assert len(jobs) == 7
+    assert len(jobs) == 9
     done = subprocess.run(
         [sys.executable, "-c", SERVER, json.dumps(jobs)], cwd=root, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
@@ -135,6 +139,10 @@ def test_an_autoencoder(copy: Path) -> None:
     saved = json.loads((copy / "outputs" / "patches" / "autoencoder" / "config.json").read_text())
     assert (saved["_class_name"], saved["size"]) == ("Patches", 4)
     assert shared(copy, "patches")["autoencoder.net.encoder.weight"] == (8, 3, 4, 4)
+    # Of the export, by classes that only the changed package has.
+    means = json.loads((copy / "results" / "evaluation.json").read_text())["means"]
+    end = json.loads((copy / "outputs" / "patches" / "metrics.json").read_text())["joint"]
+    assert means["heldout/rgb_psnr"] == pytest.approx(end["heldout/rgb_psnr"], abs=1e-4)
 
 
 def test_a_loss(copy: Path) -> None:
