@@ -173,14 +173,23 @@ def load_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencoder:
     return Autoencoder(net, scale)
 
 
-def _create(settings: Mapping[str, Any]) -> nn.Module:
+def _class_of(name: str) -> Any:
+    """The class that `_class_name` stands for, one of diffusers': names may be others' words, and import nothing."""
     import diffusers
 
-    settings = dict(settings)
-    name = settings.pop("_class_name", "AutoencoderKL")
     cls = getattr(diffusers, name, None)
     if cls is None:
-        raise ValueError(f"autoencoder.create: diffusers has no class {name}")
+        raise ValueError(f"diffusers has no class {name}")
+    return cls
+
+
+def _create(settings: Mapping[str, Any]) -> nn.Module:
+    settings = dict(settings)
+    name = settings.pop("_class_name", "AutoencoderKL")
+    try:
+        cls = _class_of(name)
+    except ValueError as error:
+        raise ValueError(f"autoencoder.create: {error}") from None
     try:
         net: nn.Module = cls(**settings)
     except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong
@@ -196,7 +205,7 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
     try:
         name = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
         net: nn.Module
-        net, info = getattr(diffusers, name).from_pretrained(
+        net, info = _class_of(name).from_pretrained(
             source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, AttributeError, KeyError) as error:

@@ -62,6 +62,7 @@ def _child(
             "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",  # else Accelerate sets the number of threads to that of the cores
         }
     )
     if log is not None:

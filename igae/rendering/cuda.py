@@ -49,7 +49,7 @@ def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], opt
         return why
     if planes.dtype not in (torch.float32, torch.bfloat16):
         return f"planes are {planes.dtype}; the kernels take torch.float32 and torch.bfloat16"
-    if not isinstance(mlp, DecodingMLP) or mlp.hidden != build.HIDDEN:
+    if not isinstance(mlp, DecodingMLP) or type(mlp).forward is not DecodingMLP.forward or mlp.hidden != build.HIDDEN:
         return f"the kernels know only a DecodingMLP of {build.HIDDEN} hidden units"
     if mlp.w1.shape != (build.HIDDEN, features) or mlp.w1.device != planes.device:
         return f"mlp.w1 is {list(mlp.w1.shape)} on {mlp.w1.device}: not whole, or not where the planes are"

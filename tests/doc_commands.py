@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tests/test_docs.py tries each command of the documents. A new command gets a line in TABLE."""
+
+from dataclasses import dataclass, field
+
+# What makes a training small; nothing is fetched.
+SMALL = (
+    "autoencoder.path=demo autoencoder.scale=0.5 planes.resolution=8 planes.features=8 "
+    "render.coarse_samples=4 render.fine_samples=4 train.joint.weights.photo_lpips=0"
+).split()
+SHORT = (
+    "train.warmup.epochs=1 train.warmup.batch_size=4 train.joint.epochs=1 train.joint.batch_size=4 data.workers=0 "
+    "evaluation.views=1 evaluation.photos=2 evaluation.pictures=1 evaluation.orbits=1 "
+    "evaluation.orbit_frames=2"
+).split()
+# What stands in the documents for something of the reader's.
+NAMES = {
+    "outputs/NAME": "outputs/igae",
+    "outputs/RUN": "outputs/igae",
+    "hf://user/NAME": "exports/NAME",
+    "step-00001000": "step-00000002-end",
+    "chair-0017 chair-0018": "mug teddy",
+    "data.root=SHARDS": "data.root=data/shards",
+    "[--output FILE]": "--output page.html",
+    "<dir or s3://...>": "data/packed-again",
+    "$(.venv/bin/python -c 'import os; print(os.cpu_count())')": "1",
+}
+
+
+@dataclass
+class Executed:
+    """Here: with ``NAMES`` for what is the reader's and ``more`` arguments, by the program's own launcher where it
+    is ``launched``, else by the script or module that it starts."""
+
+    more: list[str] = field(default_factory=list)
+    launched: bool = False
+    ranks: int = 1
+
+
+@dataclass
+class CoveredBy:
+    """By a test of another file, ``file::name``."""
+
+    by: str
+
+
+@dataclass
+class Left:
+    """Not executed."""
+
+    because: str
+
+
+How = Executed | CoveredBy | Left
+INSTALLS = Left("installs into the environment that runs the tests (`test_extras_exist` looks at the names)")
+MEASURES = Left("measures on GPUs, for minutes; its figures are in docs/experiments.md")
+
+# From a command (`*` stands for anything) to how it is tried; the first that fits counts. Executed in this order.
+TABLE: dict[str, How] = {
+    # -- demo data and the quickstart, as `make -n quickstart` says
+    "make quickstart": Left("makes an environment, and trains for minutes; what it starts is below"),
+    "PIP_EXTRA_INDEX_URL=* make quickstart": Left("as make quickstart"),
+    "python data_tools/make_demo.py --output data/demo": Executed(
+        "--scenes 2 --views 4 --size 16 --photos 4 --supersample 1 --workers 1".split()
+    ),
+    "python data_tools/make_demo.py --output data/demo --size 128": CoveredBy("test_demo.py::test_layout_and_counts"),
+    "python data_tools/pack_shards.py --scenes data/demo/* --output data/demo-shards": Executed(["--workers=1"]),
+    "accelerate launch --config_file launch/accelerate/one_process.yaml * train.py --config quickstart.yaml": Executed(
+        [*SHORT, "train.joint.epochs=0"]
+    ),
+    # -- packing, training
+    "python data_tools/pack_shards.py --scenes $DATA_DIR/* --output data/shards": Executed(["--workers=1"]),
+    "python data_tools/pack_shards.py --scenes $DATA_DIR/* --output <dir or s3://...>": Executed(["--workers=1"]),
+    "python data_tools/pack_shards.py --verify data/shards": Executed(),
+    "python data_tools/render_objects.py *": CoveredBy("test_render_objects.py::test_two_commands_lead_to_training"),
+    "python data_tools/pack_shards.py --scenes data/objects *": CoveredBy(
+        "test_render_objects.py::test_two_commands_lead_to_training"
+    ),
+    "accelerate launch train.py --config igae.yaml data.root=data/shards": Executed([*SMALL, *SHORT], launched=True),
+    "python -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"]),
+    "python -m igae.evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),
+    "python -m igae.evaluate --checkpoint outputs/NAME/checkpoints/*": Executed(["data.workers=0"]),
+    "accelerate launch * -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"], ranks=2),
+    "python -m igae.report outputs/NAME": Executed(),
+    "python -m igae.report outputs/NAME [--output FILE]": Executed(),
+    "python -m igae.export outputs/NAME exports/NAME": Executed(),
+    "python -m igae.export outputs/NAME exports/NAME data.root=SHARDS autoencoder.path=FOLDER": CoveredBy(
+        "test_export_runs.py::test_what_moved_is_found_where_it_is_said_to_be"
+    ),
+    "python -m igae.export outputs/NAME s3://*": CoveredBy("test_export.py::test_an_object_store"),
+    "python -m igae.export outputs/NAME hf://*": CoveredBy("test_export_hub.py::test_a_hub_repository"),
+    "python -m igae.evaluate --checkpoint hf://*": Executed(["data.workers=0"]),
+    "python -m igae.published *": CoveredBy("test_published.py::test_renders_as_the_published_code"),
+    "accelerate launch train.py --config igae.yaml autoencoder.path=exports/NAME data.root=SHARDS": Executed(
+        [*SMALL[1:], *SHORT, "experiment=again", "train.joint.epochs=0"]
+    ),
+    "accelerate launch train.py --config fit.yaml model=outputs/igae data.root=data/new-shards": Executed(
+        [*SHORT, "experiment=new", "data.root=data/shards"]
+    ),
+    "accelerate launch train.py --config fit.yaml model=outputs/RUN data.root=SHARDS": Executed(
+        [*SHORT, "experiment=fit-of-a-run"]
+    ),
+    "accelerate launch train.py --config fit.yaml model=exports/NAME data.root=SHARDS": Executed(
+        [*SHORT, "experiment=fit-of-an-export"]
+    ),
+    "python -m igae.reference": Executed(),
+    # -- docs/extending.md
+    "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "python -m igae.export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "python -m igae.evaluate --checkpoint exports/patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "python train.py --config igae.yaml experiment=solid *": CoveredBy("test_extending.py::test_a_loss"),
+    "python train.py --config igae.yaml experiment=deep": CoveredBy("test_extending.py::test_a_network_and_rows"),
+    "python train.py --config igae.yaml experiment=lines *": CoveredBy("test_extending.py::test_a_network_and_rows"),
+    "accelerate launch * experiment=half": CoveredBy("test_extending.py::test_a_strategy"),
+    "python data_tools/pack_arrays.py *": CoveredBy("test_extending.py::test_a_data_source"),
+    "python train.py --config igae.yaml experiment=arrays *": CoveredBy("test_extending.py::test_a_data_source"),
+    "python -m igae.rendering.build *": CoveredBy("test_cuda_build.py::test_processes_share_the_cache"),
+    # -- many GPUs, many machines
+    "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 train.py *": CoveredBy(
+        "test_launch.py::test_each_file_starts_its_strategy"
+    ),
+    "accelerate launch --config_file launch/accelerate/ddp.yaml --num_machines 2 *": CoveredBy(
+        "test_hosts.py::test_a_host_is_cut_off_and_comes_back"
+    ),
+    "torchrun --nnodes 1:2 *": CoveredBy("test_launch.py::test_torchrun_goes_on_with_fewer_ranks"),
+    "sbatch launch/slurm/single_node.sbatch": CoveredBy("test_slurm.py::test_slurm_would_take_each_script"),
+    "STRATEGY=* sbatch * launch/slurm/multi_node.sbatch *": CoveredBy(
+        "test_slurm.py::test_two_machines_save_at_signals_and_go_on"
+    ),
+    "CONFIG=* sbatch --array=* launch/slurm/array.sbatch": CoveredBy(
+        "test_slurm.py::test_slurm_would_take_each_script"
+    ),
+    "scancel *": CoveredBy("test_slurm.py::test_two_machines_save_at_signals_and_go_on"),
+    "docker build *": Left("needs Docker and a network; tests/test_cluster_files.py reads the Dockerfile"),
+    "kubectl apply *": Left("needs a cluster; tests/test_hosts.py starts what the manifest says"),
+    "python train.py": CoveredBy("test_training.py::test_a_signal_saves_and_exits_with_0"),
+    # -- the environment
+    "pip install *": INSTALLS,
+    "python -m pip install *": INSTALLS,
+    "apt-get install *": Left("installs system packages, as root; .ci/run does"),
+    "hf auth login": Left("asks for an account"),
+    "wandb login": Left("asks for an account"),
+    "accelerate config": Left("asks questions; igae needs none of its files"),
+    "accelerate launch --cpu": Left("what not to do"),
+    "make test": Left("runs these tests"),
+    ".ci/run": Left("runs these tests"),
+    "python -m pytest -q": Left("runs these tests"),
+    "pytest -m gpu": Left("needs a GPU"),
+    "ruff *": Left("make test starts it"),
+    "mypy igae": Left("make test starts it"),
+    # -- what docs/experiments.md measured
+    "DEV=*": Left("names settings (`test_keys` looks at them)"),
+    "python train.py --config * $DEV": MEASURES,
+    "python data_tools/pack_shards.py --scenes DEV/*": MEASURES,
+    "accelerate launch train.py --config autoencoder.yaml": MEASURES,
+    "python benchmarks/*": MEASURES,
+}
