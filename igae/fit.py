@@ -25,9 +25,10 @@ from igae.evaluation.evaluator import Evaluator, spread
 from igae.guards import check_memory, compare_settings, open_run, public_settings
 from igae.pretrained import load_weights
 from igae.recipe import Recipe, StageName
+from igae.records import Outcome
 from igae.scenes import SceneBank
 from igae.shares import Data, scene_bytes, select, waves
-from igae.stage import Outcome, Stage, TrainingError
+from igae.stage import Stage, TrainingError
 from igae.tracking import Tracker
 from igae.trainer import LAG, SHOWN, STAGES, progress_bar, stop_signals
 
