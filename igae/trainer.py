@@ -279,10 +279,10 @@ class Trainer:
             figures = evaluator.measure(self.model, self.bank)
             self.tracker.scalars(step, stage, {f"eval/{name}": value for name, value in figures.items()})
             if evaluator.config.pictures and (self.data.scenes or self.data.manifest.images):
-                grid = evaluator.grid(self.model, self.bank)
-                if grid is not None:
-                    pictures.save_png(self.folder / "pictures" / f"{stage}-{step:08d}.png", grid)
-                    self.tracker.images(step, {"views": grid})
+                grids = evaluator.grids(self.model, self.bank)
+                for name, grid in grids.items():
+                    pictures.save_png(self.folder / "pictures" / f"{stage}-{name}-{step:08d}.png", grid)
+                self.tracker.images(step, grids)
             if last and evaluator.config.orbits:
                 videos = evaluator.orbits(self.model, self.bank, self.folder / "orbits" / stage)
                 self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
