@@ -204,3 +204,6 @@ def test_the_rank_that_others_wait_for_is_found(recipe_file: str) -> None:
         assert line["slowest_rank"] == 1 and 1.15 < line["imbalance"] <= 2, line
     assert all(r["data_wait_max"] > 0.3 and r["data_wait_max"] > 1.5 * r["data_wait"] for r in warmup), warmup
     assert all(r["data_wait_max"] < 0.3 for r in joint), joint
+    # What is recorded is what is documented.
+    documented = (Path(__file__).parent.parent / "docs/tracking.md").read_text()
+    assert all(f"`{name}`" in documented or f"`{name.partition('/')[0]}/" in documented for r in lines for name in r)

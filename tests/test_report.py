@@ -143,7 +143,7 @@ def test_all_pictures_of_a_step_are_shown(tmp_path: Path) -> None:
     shown, left_out = media.pictures(tmp_path)
     steps = [medium.name.rpartition("-")[2] for medium in shown]
     assert len(shown) == media.COUNT and left_out == 48 and steps[::2] == steps[1::2] and steps[-1] == "00000029"
-    assert [medium.name for medium in shown[-2:]] == ["joint-latents-00000029", "joint-views-00000029"]
+    assert [medium.name for medium in shown[-2:]] == ["joint-views-00000029", "joint-latents-00000029"]
 
 
 def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> None:

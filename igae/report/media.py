@@ -29,7 +29,7 @@ def pictures(folder: Path) -> tuple[list[Medium], int]:
     """Pictures of a run, spread over its steps, the last one among them; and how many are left out."""
 
     steps: dict[int, list[Path]] = {}
-    for path in sorted((folder / "pictures").glob("[!.]*.png"), reverse=True):
+    for path in sorted((folder / "pictures").glob("[!.]*.png")):
         number = re.search(r"(\d+)$", path.stem)
         steps.setdefault(int(number[1]) if number else 0, []).append(path)
     groups = [steps[step] for step in sorted(steps, reverse=True)]
