@@ -218,14 +218,14 @@ def test_wandb_offline_loses_nothing_when_it_is_killed(wandb_run: Path) -> None:
 
 def test_wandb_goes_on_with_the_same_run_and_does_not_wait_for_a_server_that_is_gone(wandb_run: Path) -> None:
     server = Server()
-    settings = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_FINISH_TIMEOUT": "1"}
+    settings = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
     try:
         killed = start_wandb(wandb_run, 0, 40, "killed", **settings)
         assert killed.wait(60) == -9
         resumed = start_wandb(wandb_run, 30, 50, "closed", **settings)
         assert resumed.wait(60) == 0, resumed.communicate()
         assert set(logged(server, wandb_run)) == set(expected(wandb_run))
-        left = start_wandb(wandb_run, 50, 60, "server away", **settings)
+        left = start_wandb(wandb_run, 50, 60, "server away", WANDB_FINISH_TIMEOUT="1", **settings)
         assert left.stdout is not None and left.stdout.readline() == "started\n"
     finally:
         server.close()
