@@ -17,7 +17,7 @@ EAGER_CALLS = 3
 class CapturedStep:
     """Draws views from a cache of latents, renders, and steps planes and shared parameters, without asking the host.
 
-    Losses that it returns are overwritten by the next call.
+    What it returns is overwritten by the next call.
 
     Args:
         batch_size: views of a step.
@@ -42,7 +42,7 @@ class CapturedStep:
 
     def __call__(
         self, rows: Tensor, index: Tensor, view: Tensor, seed: int, stop: bool, rates: dict[str, float]
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         """Make a step.
 
         Args:
@@ -52,7 +52,7 @@ class CapturedStep:
             seed: of the renderer's samples.
 
         Returns:
-            losses; 1 where the step was applied, else 0; 0 where it is the last one, else 1.
+            losses; 1 where the step was applied, else 0; 0 where it is the last one, else 1; norms of the gradients.
         """
         padding = torch.full((self._batch_size - len(rows),), -1)
         numbers = torch.tensor([rates[name] for name in self._rates], dtype=torch.float64).view(torch.int64)
@@ -68,7 +68,7 @@ class CapturedStep:
         self._graph.replay()
         return self._output
 
-    def _step(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _step(self) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         count = self._batch_size
         rows, index, view = self._input[: 3 * count].split(count)
         seed, go_on = self._input[3 * count], self._input[3 * count + 1].float()
@@ -79,7 +79,9 @@ class CapturedStep:
         losses = self._engine.forward(leaf, views, None, self._weights, False, seed)
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
-        finite = losses["total"].isfinite() & self._engine.gradients_are_finite() & leaf.grad.norm().isfinite()
+        finite, norms = self._engine.check_gradients()
+        norms["planes"] = leaf.grad.norm()
+        finite = losses["total"].isfinite() & finite & norms["planes"].isfinite()
         applied = self._engine.step(rates, finite.float())
         self._adam.step(rows, leaf.grad, rates["planes"], apply=applied)
-        return {name: loss.detach() for name, loss in losses.items()}, applied, go_on
+        return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms

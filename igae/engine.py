@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from igae import distributed
-from igae.strategies import DDP, FSDP, Groups, Rates, Sharded, Strategy, adam, finite
+from igae.strategies import DDP, FSDP, Groups, Rates, Sharded, Strategy, adam
 
 LAUNCH = "launch with one of the files in launch/accelerate, e.g. `accelerate launch --config_file "
 
@@ -83,6 +83,11 @@ class Engine:
         return not isinstance(self._strategy, Sharded)
 
     @property
+    def forward_waits(self) -> bool:
+        """A forward pass waits for other ranks: it takes as long as theirs."""
+        return self._strategy.forward_waits
+
+    @property
     def asynchronous(self) -> bool:
         """Steps can be left out by the device alone: the host need not know whether they were."""
         return self._strategy.run_ahead
@@ -128,9 +133,15 @@ class Engine:
         if loss.requires_grad:
             self._strategy.backward(loss, last)
 
-    def gradients_are_finite(self) -> Tensor:
-        """Of the shared gradients that this rank holds: a boolean on the device."""
-        return finite(self._strategy.gradients(), self.device)
+    def check_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the shared gradients that this rank holds, on the device: a boolean, whether all are finite; and by group
+        the norms [n] of their tensors."""
+        groups = {name: grads for name, grads in self._strategy.gradients().items() if grads}
+        if not groups:
+            return torch.ones((), dtype=torch.bool, device=self.device), {}
+        norms = torch.stack(torch._foreach_norm([grad for grads in groups.values() for grad in grads]))
+        parts = norms.split([len(grads) for grads in groups.values()])
+        return norms.sum().isfinite(), dict(zip(groups, parts, strict=True))
 
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         """Adam's step with a learning rate for each group (or nothing, where ``apply`` is 0), and gradients cleared.
@@ -202,6 +213,7 @@ class _DeepSpeed(Sharded):
         zero = config.get("zero_optimization", {})
         self._stage = zero.get("stage", 0)
         self.name = f"DeepSpeed ZeRO-{self._stage}"
+        self.forward_waits = self._stage == 3
         problem = None
         if self._stage not in (1, 2, 3):
             problem = f"ZeRO stage {self._stage}: choose 1, 2 or 3"
@@ -248,8 +260,14 @@ class _DeepSpeed(Sharded):
         self.wrapped.set_gradient_accumulation_boundary(last)
         self.wrapped.backward(loss)
 
-    def gradients(self) -> list[Tensor]:
-        return []  # DeepSpeed looks at them itself
+    def gradients(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        if self.optimizer is None:
+            return found
+        for i, grads in self.optimizer.averaged_gradients.items():
+            number = self.optimizer.sub_group_to_group_id[i] if self._stage == 3 else i
+            found.setdefault(self.optimizer.param_groups[number]["name"], []).extend(grads or [])
+        return found
 
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:

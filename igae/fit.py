@@ -25,9 +25,10 @@ from igae.evaluation.evaluator import Evaluator, spread
 from igae.guards import check_memory, compare_settings, open_run, public_settings
 from igae.pretrained import load_weights
 from igae.recipe import Recipe, StageName
+from igae.records import Outcome
 from igae.scenes import SceneBank
 from igae.shares import Data, scene_bytes, select, waves
-from igae.stage import Outcome, Stage, TrainingError
+from igae.stage import Stage, TrainingError
 from igae.tracking import Tracker
 from igae.trainer import LAG, SHOWN, STAGES, progress_bar, stop_signals
 
@@ -226,13 +227,16 @@ class Fit:
         )
         self.model.eval()
         figures = evaluator.measure(self.model, bank)
-        grid = evaluator.grid(self.model, bank) if config.pictures else None
-        if grid is not None:
-            pictures.save_png(self.folder / "pictures" / "fit.png", grid)
+        step = len(self.waves)
+        grids = evaluator.grids(self.model, bank) if config.pictures else {}
+        for name, grid in grids.items():
+            pictures.save_png(self.folder / "pictures" / f"fit-{name}.png", grid)
+        self.tracker.images(step, grids)
         if config.orbits:
-            evaluator.orbits(self.model, bank, self.folder / "orbits" / "fit")
+            videos = evaluator.orbits(self.model, bank, self.folder / "orbits" / "fit")
+            self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
         if rank() == 0:
-            self.tracker.scalars(len(self.waves), "fit", {f"eval/{name}": value for name, value in figures.items()})
+            self.tracker.scalars(step, "fit", {f"eval/{name}": value for name, value in figures.items()})
             staging = self.folder / "metrics.json.part"
             staging.write_text(json.dumps({"fit": {"scenes": len(self.scenes), **figures}}, indent=1) + "\n")
             os.replace(staging, self.folder / "metrics.json")

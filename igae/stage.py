@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage of training: its data, its optimizers, its steps."""
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -17,6 +16,7 @@ from igae.distributed import Channel, derive_seed
 from igae.engine import Engine
 from igae.model import IGAE, Views, to_signed
 from igae.recipe import Recipe, StageName
+from igae.records import Meter, Outcome
 from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.shares import Data, steps_per_epoch
 
@@ -25,35 +25,6 @@ ENCODE_BATCH = 64
 
 class TrainingError(RuntimeError):
     """Training can't go on; the text says why and what to do."""
-
-
-class Outcome:
-    """What a step gave, without waiting for the device.
-
-    Args:
-        losses: of this rank, on the device.
-        applied: 1 where all losses and gradients of all ranks were finite; nothing has been changed where it is 0.
-        go_on: 1 where no rank was asked to stop.
-    """
-
-    def __init__(self, losses: dict[str, Tensor], applied: Tensor, go_on: Tensor) -> None:
-        self.losses = losses
-        flags = torch.stack([applied, go_on])
-        self._ready: torch.cuda.Event | None = None
-        if flags.is_cuda:
-            self._flags = torch.empty(2, pin_memory=True)
-            self._flags.copy_(flags, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._flags = flags
-
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step was applied, and whether to stop; waits until the device has made it."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        applied, go_on = self._flags.tolist()
-        return applied > 0, go_on == 0
 
 
 class Stage:
@@ -92,7 +63,7 @@ class Stage:
         self._streams = dict(self._open_streams(data))
         self._prepare_optimizers()
         self._captured: CapturedStep | None = None
-        self.data_wait = 0.0  # seconds spent waiting for data since it was last set to 0
+        self.meter = Meter(engine.device, self._world, engine.replicated)
 
     def _prepare_optimizers(self) -> None:
         rates, parts = self.config.learning_rates, self.model.autoencoder.parts()
@@ -165,9 +136,8 @@ class Stage:
         """The batches of a step from a stream, if there is one and it is its turn."""
         if name not in self._streams or not wanted:
             return None
-        start = time.perf_counter()
-        batches = [next(self._streams[name]) for _ in range(self.config.accumulate)]
-        self.data_wait += time.perf_counter() - start
+        with self.meter.waiting_for_data():
+            batches = [next(self._streams[name]) for _ in range(self.config.accumulate)]
         self.consumed[name] += sum(len(batch if isinstance(batch, Tensor) else batch.scene) for batch in batches)
         return batches
 
@@ -183,6 +153,7 @@ class Stage:
         """
         if self._can_be_captured():
             return self._captured_step(step, stop)
+        self.meter.begin()
         alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
         photos = self._take("photos", not (alternate and step % 2 == 0))
         batches = self._take("views", not (alternate and step % 2 == 1))
@@ -197,6 +168,8 @@ class Stage:
             seed = derive_seed(self.recipe.seed, self.name, step, self._rank, i)
             torch.manual_seed(seed)
             last = i == count - 1
+            if i == 0 and self.engine.forward_waits:
+                self.meter.end()
             losses: dict[str, Tensor] = self.engine.forward(
                 leaf,
                 _views_on(batches[i], places[i], device) if batches is not None and places is not None else None,
@@ -207,20 +180,29 @@ class Stage:
                 refresh and i == 0,
                 last=last,
             )
+            if last and not self.engine.forward_waits:
+                self.meter.end()
             self.engine.backward(losses["total"] / count, last)
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / count
         gradient = leaf.grad if leaf is not None else None
-        finite = total["total"].isfinite() & self.engine.gradients_are_finite()
+        finite, norms = self.engine.check_gradients()
+        finite = total["total"].isfinite() & finite
         if gradient is not None:
-            finite = finite & gradient.norm().isfinite()
+            norms["planes"] = gradient.norm()
+            finite = finite & norms["planes"].isfinite()
         agreed, go_on = self.engine.agree(finite, not stop)
         rates = self.learning_rates(step)
         applied = self.engine.step(rates, agreed)
         if gradient is not None:
             assert rows is not None
             self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / self._world, apply=applied)
-        return Outcome(total, applied, go_on)
+        return self.meter.note(Outcome(total, applied, go_on, norms))
+
+    @property
+    def taken(self) -> int:
+        """Views that this rank has taken in this stage; photographs, where there are no views."""
+        return self.consumed["views" if self.config.batch_size else "photos"]
 
     def _can_be_captured(self) -> bool:
         """Whether all that a step does can be in a CUDA graph."""
@@ -246,7 +228,7 @@ class Stage:
         self.consumed["views"] += len(view)
         rows, index = self.bank.rows_of(loader.cache.scene[view])
         seed = derive_seed(self.recipe.seed, self.name, step, self._rank, 0)
-        return Outcome(*self._captured(rows, index, view, seed, stop, rates))
+        return self.meter.note(Outcome(*self._captured(rows, index, view, seed, stop, rates)))
 
 
 def _views_on(batch: ViewBatch | LatentBatch, index: Tensor, device: torch.device) -> Views:

@@ -20,12 +20,6 @@ Rates = Mapping[str, float | Tensor]
 """Learning rates by the names of groups; as tensors only where steps are captured in a CUDA graph."""
 
 
-def finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.ones((), dtype=torch.bool, device=device)
-    return torch.stack(torch._foreach_norm(list(tensors))).sum().isfinite()
-
-
 def adam(groups: Groups, device: torch.device, capturable: bool = False) -> torch.optim.Adam:
     """With `capturable`, which a CUDA graph needs, learning rates are tensors on the device."""
     settings = [
@@ -39,6 +33,8 @@ class Strategy:
     """One process: the module itself is trained. The base of the other strategies."""
 
     name = "one process"
+    forward_waits = False
+    """A forward pass waits for other ranks."""
 
     def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
         self.device, self.run_ahead = device, run_ahead
@@ -69,9 +65,13 @@ class Strategy:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def gradients(self) -> list[Tensor]:
-        grads = [p.grad for p in self.parameters().values() if p.grad is not None]
-        return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    def gradients(self) -> dict[str, list[Tensor]]:
+        """By the names of groups: this rank's part of their gradients, those that there are."""
+        found = {}
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            found[group["name"]] = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        return found
 
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:
@@ -194,6 +194,7 @@ class Sharded(Strategy):
 
 class FSDP(Sharded):
     name = "FSDP2"
+    forward_waits = True
 
     def shard(self) -> Any:
         net = getattr(getattr(self.trained, "autoencoder", None), "net", None)

@@ -6,16 +6,13 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from igae import checkpoint
@@ -28,10 +25,11 @@ from igae.evaluation.evaluator import Evaluator
 from igae.guards import check_memory, open_run, public_settings
 from igae.pretrained import load_weights
 from igae.recipe import Recipe, StageName
+from igae.records import Outcome
 from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
 from igae.shares import log_ranks, own_data, scene_bytes
-from igae.stage import Outcome, Stage, TrainingError, fit_scale
+from igae.stage import Stage, TrainingError, fit_scale
 from igae.tracking import Tracker
 
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
@@ -211,7 +209,7 @@ class Trainer:
         open_steps: deque[tuple[int, Outcome]] = deque()
         with progress_bar(stage.name, progress.step, stage.steps) as bar:
             self.model.train()
-            start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
+            stage.meter.restart(stage.taken)
             for step in range(progress.step, stage.steps):
                 asked = self._stop_signal is not None
                 outcome = stage.step(step, asked, refresh and step % BACKGROUND_EVERY == 0)
@@ -224,10 +222,7 @@ class Trainer:
                 while len(open_steps) > (0 if settle_all or self._stopped else lag):
                     self._settle(stage, *open_steps.popleft())
                 if due[0] or progress.step == stage.steps:
-                    seconds = time.perf_counter() - start
-                    note = self._report(stage, outcome.losses, progress.step - first, seconds)
-                    bar.set_postfix_str(note, refresh=False)
-                    start, first, stage.data_wait = time.perf_counter(), progress.step, 0.0
+                    bar.set_postfix_str(self._record(stage), refresh=False)
                 bar.update()
                 if self._stopped or progress.step == stage.steps:
                     return
@@ -253,17 +248,12 @@ class Trainer:
                 f"checkpoint is in {self.checkpoints}"
             )
 
-    def _report(self, stage: Stage, losses: dict[str, Tensor], steps: int, seconds: float) -> str:
-        """Write down the means over the ranks of some steps' figures; returns a note for the progress bar."""
-        values = [float(loss) for loss in losses.values()] + [stage.data_wait / seconds]
-        means = (self.channel.sum(torch.tensor(values, dtype=torch.float64)) / world_size()).tolist()
-        views = (stage.config.batch_size or stage.config.photos) * stage.config.accumulate * world_size()
-        rate = steps * views / seconds
-        figures = {f"loss/{name}": value for name, value in zip(losses, means, strict=False)}
+    def _record(self, stage: Stage) -> str:
+        """Write down figures of the steps since the last record; returns a note for the progress bar."""
+        figures = stage.meter.read(stage.taken, self.channel)
         figures |= {f"lr/{key}": value for key, value in stage.learning_rates(self.progress.step - 1).items()}
-        figures |= {"views_per_second": rate, "data_wait": means[-1], "skipped": self.progress.skipped}
-        self.tracker.scalars(self.progress.total, stage.name, figures)
-        return f"loss {figures['loss/total']:.4f}, {rate:.0f} views/s"
+        self.tracker.scalars(self.progress.total, stage.name, figures | {"skipped": self.progress.skipped})
+        return f"loss {figures['loss/total']:.4f}, {figures['views_per_second']:.0f} views/s"
 
     def _evaluator(self) -> Evaluator:
         if not hasattr(self, "_kept_evaluator"):
@@ -289,10 +279,10 @@ class Trainer:
             figures = evaluator.measure(self.model, self.bank)
             self.tracker.scalars(step, stage, {f"eval/{name}": value for name, value in figures.items()})
             if evaluator.config.pictures and (self.data.scenes or self.data.manifest.images):
-                grid = evaluator.grid(self.model, self.bank)
-                if grid is not None:
-                    pictures.save_png(self.folder / "pictures" / f"{stage}-{step:08d}.png", grid)
-                    self.tracker.images(step, {"views": grid})
+                grids = evaluator.grids(self.model, self.bank)
+                for name, grid in grids.items():
+                    pictures.save_png(self.folder / "pictures" / f"{stage}-{name}-{step:08d}.png", grid)
+                self.tracker.images(step, grids)
             if last and evaluator.config.orbits:
                 videos = evaluator.orbits(self.model, self.bank, self.folder / "orbits" / stage)
                 self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})

@@ -190,14 +190,16 @@ def test_evaluation_is_deterministic_and_leaves_no_trace(data: Path, tmp_path: P
     model, bank = build()
     before = trace(model, bank)
     first = evaluator(data, workers=1)
-    figures, picture = first.measure(model, bank), first.grid(model, bank)
+    figures, grids = first.measure(model, bank), first.grids(model, bank)
     videos = first.orbits(model, bank, tmp_path)
     assert trace(model, bank) == before
     assert list(videos) == ["scene_0"] and all(path.stat().st_size > 0 for path in videos.values())
     torch.manual_seed(6)
     second = evaluator(data)
     assert second.measure(model, bank) == figures == first.measure(model, bank)
-    assert np.array_equal(second.grid(model, bank), picture) and picture.dtype == np.uint8
+    again = second.grids(model, bank)
+    assert list(grids) == ["views", "latents"]
+    assert all(np.array_equal(again[name], grid) and grid.dtype == np.uint8 for name, grid in grids.items())
 
 
 def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
@@ -226,7 +228,7 @@ def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
     assert set(found.splits) == {"train"}
     figures = found.measure(model, bank)
     assert {name.split("/")[0] for name in figures} == {"train"}
-    assert found.grid(model, bank).ndim == 3
+    assert found.grids(model, bank).keys() == {"views", "latents"}
 
 
 def test_photographs_alone(data: Path, tmp_path: Path) -> None:
@@ -234,4 +236,4 @@ def test_photographs_alone(data: Path, tmp_path: Path) -> None:
     model, bank = build()
     found = evaluator(tmp_path, photos=4)
     assert found.measure(model, bank).keys() == {"photos/ae_psnr", "photos/ae_ssim"}
-    assert found.grid(model, bank).ndim == 3 and found.orbits(model, bank, tmp_path) == {}
+    assert found.grids(model, bank).keys() == {"views"} and found.orbits(model, bank, tmp_path) == {}

@@ -45,7 +45,7 @@ class Result:
     """What a rank saw of a case, and what it returned."""
 
     figures: dict[str, float]
-    picture: NDArray[np.uint8] | None
+    grids: dict[str, NDArray[np.uint8]]
     videos: dict[str, Path]
     read: set[int]
     photos: NDArray[np.uint8]
@@ -73,7 +73,7 @@ def evaluate(case: Case, owned: list[int], folder: Path) -> Result:
     found, model, bank = build(case, owned)
     return Result(
         found.measure(model, bank),
-        found.grid(model, bank),
+        found.grids(model, bank),
         found.orbits(model, bank, folder / "new" / "orbits"),
         {int(scene) for views in found.splits.values() for scene in views.scene} | set(found.mean_views),
         np.zeros((0, 3, 16, 16), np.uint8) if found.photos is None else found.photos.numpy(),
@@ -143,8 +143,9 @@ def test_ranks_together_see_what_one_rank_sees(
             for key, value in expected.figures.items():
                 assert result.figures[key] == pytest.approx(value, abs=1e-6, rel=0), (name, key)  # measured 3e-7
         # The first rank draws, the others have nothing.
-        assert all(result.picture is None and result.videos == {} for result in found[1:])
-        assert np.array_equal(found[0].picture, expected.picture), name
+        assert all(result.grids == {} and result.videos == {} for result in found[1:])
+        assert list(found[0].grids) == list(expected.grids)
+        assert all(np.array_equal(found[0].grids[key], grid) for key, grid in expected.grids.items()), name
         assert [path.name for path in found[0].videos.values()] == [path.name for path in expected.videos.values()]
         assert digests(folders[index]) == expected.files and len(expected.files) == len(expected.videos), name
         # Nobody reads what is another's.
@@ -161,8 +162,8 @@ def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> No
     assert kinds["all"] == kinds["few"] == {"heldout", "train", "photos"}
     assert kinds["train"] == {"train", "photos"} and kinds["photos"] == {"photos"} and kinds["nothing"] == set()
     assert [len(result.videos) for result in alone.values()] == [3, 2, 1, 3, 1, 0, 0]
-    rows = {name: 0 if result.picture is None else len(result.picture) // 132 for name, result in alone.items()}
-    assert list(rows.values()) == [3, 1, 1, 3, 1, 5, 0]
+    for key, expected in (("views", [3, 1, 1, 3, 1, 5, 0]), ("latents", [3, 1, 1, 0, 1, 0, 0])):
+        assert [len(r.grids[key]) // 132 if key in r.grids else 0 for r in alone.values()] == expected
 
 
 def draw_slowly(case: Case, owners: list[list[int]], folder: Path) -> None:
@@ -178,7 +179,7 @@ def draw_slowly(case: Case, owners: list[list[int]], folder: Path) -> None:
     dist.init_process_group("gloo")
     evaluator.pictures.grid = slow
     found, model, bank = build(case, owners[rank()])
-    found.grid(model, bank)
+    found.grids(model, bank)
     if rank() == 1:
         done.touch()
     dist.destroy_process_group()

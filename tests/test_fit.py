@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import train
@@ -27,9 +28,10 @@ from igae.fit import Fit
 from igae.model import Views
 from igae.pretrained import take_settings
 from igae.recipe import Recipe
+from igae.records import Outcome
 from igae.scenes import SceneBank
 from igae.shares import waves
-from igae.stage import Outcome, Stage
+from igae.stage import Stage
 from igae.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
@@ -79,7 +81,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted(folder: Path) -> Loaded:
     """What one rank makes of all scenes without a pause."""
-    assert ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), "experiment=whole").exit_codes() == [0]
+    seen = ["tracking.trackers=[tensorboard]", "evaluation={views: 1, pictures: 2, orbits: 1, orbit_frames: 2}"]
+    assert ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), "experiment=whole", *seen).exit_codes() == [0]
     return result(folder, "whole")
 
 
@@ -111,6 +114,11 @@ def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> N
     lines = [json.loads(line) for line in (folder / "outputs" / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "seconds_per_scene" in line] == [1, 2, 3, 4]
     assert "seconds_per_scene" in (folder / "outputs" / "whole" / "report.html").read_text()
+    events = EventAccumulator(str(folder / "outputs" / "whole" / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["views", "latents", "orbit/scene_0"]
+    pictures = (folder / "outputs" / "whole" / "pictures").iterdir()
+    assert sorted(path.name for path in pictures) == ["fit-latents.png", "fit-views.png"]
     # Each file is safetensors, and one scene of it can be read alone.
     first = load_file(checkpoints(folder, "whole") / "scenes-00000.safetensors")
     assert first["planes"].shape == (1, 3 * 8 * 8 * 3 + 3 + 1) and len(first["ids"]) == 1

@@ -42,6 +42,7 @@ LAYERS = {
     "reference": 6,
     "captured": 6,
     "guards": 6,
+    "records": 6,
     "shares": 6,
     "export": 6,
     "pretrained": 7,

@@ -77,7 +77,8 @@ def train(
         overrides: of the recipe.
 
     Returns:
-        Shared weights and their moments, and planes and their moments by scene id.
+        Shared weights and their moments, norms of gradients in the first and the last step, and planes and their
+        moments by scene id.
     """
     os.environ.update(ranks.launch_environment(strategy))
     recipe = small_recipe(Path(folder), f"train.joint.accumulate={1 if merge else accumulate}", *overrides)
@@ -116,11 +117,16 @@ def train(
         return losses
 
     engine.forward = changed  # type: ignore[method-assign]
+    channel, norms = Channel(), {}
     start = {name: value.clone() for name, value in model.named_parameters()}
     for step in range(STEPS):
         poison = step == POISONED
         outcome = stage.step(step, refresh=step % 10 == 0)
         assert outcome.read() == (not poison, False)
+        if step in (0, STEPS - 1):
+            for name, value in stage.meter.read(stage.taken, channel).items():
+                if name.startswith("grad_norm/"):
+                    norms[f"norms/{step}/{name}"] = torch.tensor(value, dtype=torch.float64)
         if step == 0:
             with engine.weights():
                 still = [name for name, value in model.named_parameters() if torch.equal(value, start[name])]
@@ -129,7 +135,7 @@ def train(
     stage.plane_adam.catch_up()
     engine.finish()
     result = {f"weights/{k}": v.clone() for k, v in model.state_dict().items()}
-    result |= {f"moments/{k}": v.clone() for k, v in moments.items()}
+    result |= {f"moments/{k}": v.clone() for k, v in moments.items()} | norms
     planes = {}
     for row, i in enumerate(bank.scene_ids.tolist()):
         planes[f"planes/{i}"] = bank.planes[row].clone()
@@ -179,7 +185,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, 
         # The softmax of an attention does not depend on the keys' bias: its gradient is 0, and Adam divides rounding
         # by rounding there. It moves by a learning rate a step at most.
         kind = "keys" if name.endswith("to_k.bias") else name.partition("/")[0]
-        unit = float(b[name].abs().max()) if kind == "plane moments" else 1.0
+        unit = float(b[name].abs().max()) if kind in ("plane moments", "norms") else 1.0
         worst[kind] = max(worst.get(kind, 0.0), float((a[name].double() - b[name].double()).abs().max()) / unit)
     return worst
 
@@ -201,6 +207,8 @@ def test_ranks_compute_what_one_rank_computes(
     assert difference["weights"] < 1e-6 and difference["moments"] < 1e-6, difference
     assert difference["planes"] < 1e-5 and difference["plane moments"] < 1e-5, difference
     assert difference["keys"] < STEPS * 5e-5, difference
+    assert sum(name.startswith("norms/") for name in results[0]) == 2 * 4
+    assert difference["norms"] < 1e-4, difference  # measured 1.4e-6
     for other in results[1:]:
         assert max(largest_difference(results[0], other).values()) == 0
 
@@ -214,6 +222,7 @@ def test_batches_that_are_taken_one_after_another_count_as_one(folder: Path, str
     # Measured: weights 1.1e-7, moments 7.5e-8, planes 2.5e-7, their moments 3.6e-6.
     assert difference["weights"] < 1e-6 and difference["moments"] < 1e-6, difference
     assert difference["planes"] < 1e-5 and difference["plane moments"] < 1e-5, difference
+    assert difference["norms"] < 1e-4, difference  # measured 1.4e-6
 
 
 BASE_PLANES = (
@@ -239,4 +248,5 @@ def test_ranks_share_base_planes(folder: Path, alone_with_base_planes: dict[str,
     # Measured: weights 1.2e-7, moments 1.3e-7, planes 5.7e-7, their moments 4.1e-6.
     assert difference["weights"] < 1e-6 and difference["moments"] < 1e-6, difference
     assert difference["planes"] < 1e-5 and difference["plane moments"] < 2e-5, difference
+    assert sum(name.startswith("norms/") for name in results[0]) == 2 * 5 and difference["norms"] < 1e-4, difference
     assert max(largest_difference(*results).values()) == 0

@@ -136,6 +136,16 @@ def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert media.orbits(tmp_path / "orbits/joint", ["..", "../..", "/"]) == ([], 0)
 
 
+def test_all_pictures_of_a_step_are_shown(tmp_path: Path) -> None:
+    for i in range(30):
+        for name in ("views", "latents"):
+            save_png(tmp_path / f"pictures/joint-{name}-{i:08d}.png", np.zeros((2, 3, 3), np.uint8))
+    shown, left_out = media.pictures(tmp_path)
+    steps = [medium.name.rpartition("-")[2] for medium in shown]
+    assert len(shown) == media.COUNT and left_out == 48 and steps[::2] == steps[1::2] and steps[-1] == "00000029"
+    assert [medium.name for medium in shown[-2:]] == ["joint-views-00000029", "joint-latents-00000029"]
+
+
 def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("experiment: x\n")
     text = write_report(tmp_path).read_text()
@@ -163,6 +173,28 @@ def test_curves_have_the_recorded_values() -> None:
     middle, half = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
     assert points == [(LEFT, BOTTOM), (middle, TOP), (RIGHT, half)]
     assert [tick.label for tick in chart.y] == ["10", "20", "30"] and chart.lines[0].last == 20
+    # families share a chart, and speed comes after them
+    names = [
+        "views_per_second",
+        "data_wait_max",
+        "data_wait",
+        "gpu_memory/reserved",
+        "grad_norm/mlp",
+        "grad_norm/planes",
+    ]
+    names += ["lr/mlp", "loss/total", "eval/heldout/rgb_psnr", "loss/rgb"]
+    found = charts([Record(1, "joint", 0.0, dict.fromkeys(names, 1.0))])
+    assert {chart.title: [line.label for line in chart.lines] for chart in found} == {
+        "loss/total": ["loss/total"],
+        "PSNR (dB)": ["heldout/rgb"],
+        "loss/rgb": ["loss/rgb"],
+        "learning rates": ["mlp"],
+        "gradient norms": ["mlp", "planes"],
+        "GPU memory (GiB)": ["reserved"],
+        "data wait (share of the time)": ["worst rank", "mean"],
+        "views_per_second": ["views_per_second"],
+    }
+    assert [chart.title for chart in found][::7] == ["loss/total", "views_per_second"]
     # a rate that falls by a decade in each step is a straight line; 0 has no place on a logarithmic axis
     rates = [Record(step, "joint", 0.0, {"lr/planes": 10.0**-step, "lr/encoder": 0.0}) for step in range(5)]
     planes, encoder = charts(rates)[0].lines

@@ -189,14 +189,16 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     for name in ("heldout/rgb_psnr", "train/rgb_psnr", "heldout/latent_psnr", "heldout/ae_psnr", "heldout/rgb_ssim"):
         assert isinstance(figures[name], float)
     assert {"photos/ae_psnr", "heldout/constant_psnr"} <= figures.keys()
-    assert len(list((run / "pictures").glob("*.png"))) == 2
+    assert sorted(path.stem.rpartition("-")[0] for path in (run / "pictures").glob("*.png")) == [
+        f"{stage}-{name}" for stage in ("joint", "warmup") for name in ("latents", "views")
+    ]
     assert len(list((run / "orbits" / "joint").glob("*.mp4"))) == 1
     assert config.load(Recipe, run / "config.yaml") == config.load(Recipe, recipe_file, arguments)
     assert list((run / "tensorboard").rglob("events.*"))
     AutoencoderKL.from_pretrained(run / "autoencoder")
     page = (run / "report.html").read_text()
     assert f"{figures['heldout/rgb_psnr']:.5g}" in page and torch.__version__ in page
-    assert (page.count("<img "), page.count("<video ")) == (2, 1)
+    assert (page.count("<img "), page.count("<video ")) == (4, 1)
     # A report that can't be written, and a run that has ended well.
     (run / "report.html").unlink()
     (run / "report.html").mkdir()

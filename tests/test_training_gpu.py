@@ -2,6 +2,7 @@
 """What is faster on a GPU is the same training."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ def test_fast_training_is_the_same_training(recipe_file: str) -> None:
     worst = difference(plain, fast)
     print("MEASURED fast", worst)
     assert worst < 5e-2
+
+
+def test_a_captured_warm_up_records_what_others_do(recipe_file: str) -> None:
+    """The third record (steps count from 1, `tracking.every` is 3) is of a replayed graph."""
+    found = []
+    for name, settings in (("plain", PLAIN), ("graph", ["train.kernels=cuda", "train.joint.epochs=0"])):
+        trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, f"experiment=recorded-{name}", *settings]))
+        trainer.run("warmup")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found.append([json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()])
+    for plain, graph in zip(*found, strict=True):
+        assert plain.keys() == graph.keys()
+        for name in plain:
+            if name.startswith("grad_norm/"):
+                assert graph[name] == pytest.approx(plain[name], rel=5e-2), name
+        if "loss/total" in plain:
+            assert graph["gpu_memory/reserved"] >= graph["gpu_memory/allocated"] > 0
+            assert plain["grad_norm/planes"] > 0 and plain["grad_norm/mlp"] > 0
 
 
 def test_compiled_networks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ class EvaluationConfig(Section):
     photos: int = Field(default=64, ge=0)
     """Number of photographs that the autoencoder is measured on."""
     pictures: int = Field(default=4, ge=0)
-    """Scenes in the picture grid."""
+    """Scenes in the picture grids: views, and channels of their latents."""
     orbits: int = Field(default=4, ge=0)
     """Scenes with an orbit video at the end of a stage."""
     orbit_frames: int = Field(default=48, ge=2)

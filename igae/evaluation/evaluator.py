@@ -23,6 +23,7 @@ from igae.scenes import SceneBank
 
 CHUNK = 32
 SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
+WAYS = ("encoded", "rendered")  # of latents
 MEASURES = ("psnr", "ssim", "lpips")
 KINDS = ("latent_psnr", *(f"{of}_{how}" for of in ("rgb", "ae", "rgb_ae") for how in MEASURES), "constant_psnr")
 FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "photos", "orbit") for kind in KINDS]
@@ -194,17 +195,21 @@ class Evaluator:
         return latents, rendered, depth, opacity
 
     @torch.no_grad()
-    def grid(self, model: IGAE, bank: SceneBank) -> pictures.Picture | None:
-        """Picture, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row: truth,
-        autoencoder, decoded render, latents encoded and rendered, depth. Without scenes: photographs, autoencoded.
+    def grids(self, model: IGAE, bank: SceneBank) -> dict[str, pictures.Picture]:
+        """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row.
+
+        ``views``: truth, autoencoder, decoded render, latents encoded and rendered (their first three channels as
+        colours), depth. Without scenes: photographs, autoencoded. ``latents``, where there is an autoencoder: each
+        channel, encoded and rendered side by side.
 
         Returns:
-            The picture on the first rank, None on the others and where there is nothing to show.
+            The pictures on the first rank, nothing on the others and where there is nothing to show.
         """
         split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
         shown = spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
         if not shown:
-            return self._photo_grid(model)
+            grid = self._photo_grid(model)
+            return {} if grid is None else {"views": grid}
         # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colours. One at
         # a time, because the last bits of a result can depend on what else is in its batch.
         cells = torch.zeros(len(shown), 3, *self.image_size, 3, dtype=torch.uint8)
@@ -224,12 +229,18 @@ class Evaluator:
             depths[:, i] = torch.cat([depth, opacity]).cpu()
         cells, latents, depths = (self.channel.sum(filled) for filled in (cells, latents, depths))
         if rank() != 0:
-            return None
+            return {}
         both = pictures.latent_to_rgb(latents.flatten(0, 1), self.image_size)
         near = pictures.depth_to_rgb(depths[0], depths[1], self.image_size)
         rows = [[*cells[i].numpy(), both[i], both[len(shown) + i], near[i]] for i in range(len(shown))]
         names = ["truth", "autoencoder", "decoded render", "latents: encoded", "latents: rendered", "depth"]
-        return pictures.grid(rows, names)
+        grids = {"views": pictures.grid(rows, names)}
+        if not model.autoencoder.is_identity:
+            grey = pictures.channels_to_grey(latents.flatten(0, 1), self.image_size)
+            channels = range(len(grey[0]))
+            pairs = [[grey[k, c] for c in channels for k in (i, len(shown) + i)] for i in range(len(shown))]
+            grids["latents"] = pictures.grid(pairs, [f"{c + 1} {way}" for c in channels for way in WAYS])
+        return grids
 
     def _photo_grid(self, model: IGAE) -> pictures.Picture | None:
         count = min(self.config.pictures, self.photo_count)

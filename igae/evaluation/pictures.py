@@ -44,6 +44,20 @@ def latent_to_rgb(latents: Tensor, size: tuple[int, int], statistics: tuple[Tens
     return _enlarge(0.5 + (colours - mean) / (4 * std.clamp_min(1e-12)), size)
 
 
+def channels_to_grey(latents: Tensor, size: tuple[int, int]) -> Picture:
+    """Each channel of latents [N, c, h, w] as grey pictures [N, c, *size, 3], enlarged without smoothing.
+
+    A channel's mean - 2 std becomes black and its mean + 2 std white; both are of all latents of the call.
+
+    Args:
+        size: (height, width).
+    """
+    values = latents.detach().float()
+    mean, std = values.mean((0, 2, 3), keepdim=True), values.std((0, 2, 3), correction=0, keepdim=True)
+    grey = 0.5 + (values - mean) / (4 * std.clamp_min(1e-12))
+    return _enlarge(grey.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), size).reshape(*latents.shape[:2], *size, 3)
+
+
 def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Picture:
     """Depth [N, h, w] as colours [N, *size, 3] on white, near light and far dark, enlarged without smoothing.
 

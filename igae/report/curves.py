@@ -11,6 +11,8 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 18, 410, 176  # edges of the plot in it
 BUCKETS = 250  # of a longer line the least and the greatest of each of so many parts are drawn
 WIDE = 20.0  # losses and rates that span a greater ratio have a logarithmic axis
 TOGETHER = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+FAMILIES = {"lr": "learning rates", "grad_norm": "gradient norms", "gpu_memory": "GPU memory (GiB)"}
+WAITS = {"data_wait": "mean", "data_wait_max": "worst rank"}
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#555555", "#e08a2e", "#7a5cc2")
 Point = tuple[float, float]
 
@@ -41,7 +43,7 @@ class Chart:
 
 
 def charts(records: list[Record]) -> list[Chart]:
-    """A chart for each figure, or for those that are compared: PSNRs, SSIMs, learning rates."""
+    """A chart for each figure, or for those that are compared: PSNRs, learning rates, gradient norms, ..."""
     groups: dict[str, dict[str, dict[str, list[Point]]]] = {}  # chart -> line -> stage -> points
     for record in records:
         for name, value in record.values.items():
@@ -59,8 +61,11 @@ def charts(records: list[Record]) -> list[Chart]:
 
 def _group(name: str) -> tuple[str, str]:
     """The title of a figure's chart and the label of its line."""
-    if name.startswith("lr/"):
-        return "learning rates", name.removeprefix("lr/")
+    family, _, rest = name.partition("/")
+    if rest and family in FAMILIES:
+        return FAMILIES[family], rest
+    if name in WAITS:
+        return "data wait (share of the time)", WAITS[name]
     kind = name.rpartition("_")[2]
     if name.startswith("eval/") and kind in TOGETHER:
         return TOGETHER[kind], name.removeprefix("eval/").removesuffix(f"_{kind}")
@@ -70,8 +75,8 @@ def _group(name: str) -> tuple[str, str]:
 def _order(title: str) -> tuple[int, str]:
     if title in TOGETHER.values():
         return 1, title
-    known = [title.endswith("/total"), False, title.startswith("loss/"), title == "learning rates"]
-    return known.index(True) if any(known) else 4, title
+    known = [title.endswith("/total"), False, title.startswith("loss/"), *(title == t for t in FAMILIES.values())]
+    return known.index(True) if any(known) else len(known), title
 
 
 def _chart(
@@ -80,7 +85,7 @@ def _chart(
     values = [value for line in lines.values() for points in line.values() for _, value in points]
     positive = [value for value in values if value > 0]
     logarithmic = (
-        ("loss/" in title or title.endswith("/total") or title == "learning rates")
+        ("loss/" in title or title.endswith("/total") or title in (FAMILIES["lr"], FAMILIES["grad_norm"]))
         and len(positive) > 0
         and max(positive) / min(positive) > WIDE
     )

@@ -28,13 +28,15 @@ class Medium:
 def pictures(folder: Path) -> tuple[list[Medium], int]:
     """Pictures of a run, spread over its steps, the last one among them; and how many are left out."""
 
-    def step(path: Path) -> tuple[int, str]:
+    steps: dict[int, list[Path]] = {}
+    for path in sorted((folder / "pictures").glob("[!.]*.png")):
         number = re.search(r"(\d+)$", path.stem)
-        return (int(number[1]) if number else 0), path.stem
-
-    paths = sorted((folder / "pictures").glob("[!.]*.png"), key=step, reverse=True)
-    found, left_out = _within(paths, lambda path: path.stem, _picture, "image/webp")
-    return found[::-1], left_out
+        steps.setdefault(int(number[1]) if number else 0, []).append(path)
+    groups = [steps[step] for step in sorted(steps, reverse=True)]
+    count = min(len(groups), max(1, COUNT // max(map(len, groups), default=1)))
+    chosen = [path for i in range(count) for path in groups[i * len(groups) // count]]
+    found, _ = _within(chosen, lambda path: path.stem, _picture, "image/webp")
+    return found[::-1], sum(map(len, groups)) - len(found)
 
 
 def orbits(folder: Path, stages: Sequence[str]) -> tuple[list[Medium], int]:
