@@ -123,10 +123,10 @@ class Meter:
         of_losses, of_squares, of_taken, waits, busy, of_memory = zip(*everyone, strict=True)
         count = len(everyone)
         figures = {f"loss/{name}": sum(row[i] for row in of_losses) / count for i, name in enumerate(names)}
-        for part in squares:
+        for part in sorted(set().union(*of_squares)):  # a rank may hold nothing of a part
             # A rank's plane gradients are of its own loss, of scenes that no other rank has.
             share = self._ranks**2 if part == "planes" else self._ranks if self._replicated else 1
-            figures[f"grad_norm/{part}"] = (sum(of_rank[part] for of_rank in of_squares) / share) ** 0.5
+            figures[f"grad_norm/{part}"] = (sum(of_rank.get(part, 0.0) for of_rank in of_squares) / share) ** 0.5
         figures |= {"views_per_second": sum(of_taken) / seconds, "data_wait": sum(waits) / count}
         if self._ranks > 1:
             slowest = max(range(count), key=lambda i: busy[i])
