@@ -104,6 +104,10 @@ TABLE: dict[str, How] = {
         [*SHORT, "experiment=fit-of-an-export"]
     ),
     "python -m igae.reference": Executed(),
+    "accelerate launch train.py --config igae.yaml data.root=SHARDS 'tracking.trackers=[wandb]'": CoveredBy(
+        "test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"
+    ),
+    "wandb sync*": CoveredBy("test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"),
     # -- docs/extending.md
     "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
     "python -m igae.export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
@@ -144,7 +148,7 @@ TABLE: dict[str, How] = {
     "accelerate launch --cpu": Left("what not to do"),
     "make test": Left("runs these tests"),
     ".ci/run": Left("runs these tests"),
-    "python -m pytest -q": Left("runs these tests"),
+    "python -m pytest -q *": Left("runs these tests"),
     "pytest -m gpu": Left("needs a GPU"),
     "ruff *": Left("make test starts it"),
     "mypy igae": Left("make test starts it"),
