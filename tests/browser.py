@@ -141,7 +141,7 @@ class Page:
 
 @contextmanager
 def page(scratch: Path, webgl: bool = False) -> Iterator[Page]:
-    """A page of a new Chromium, whose profile is in the folder ``scratch``; with ``webgl``, which the processor does."""
+    """A page of a new Chromium, whose profile is in the folder ``scratch``; ``webgl`` is done by the processor."""
     assert CHROMIUM is not None
     read_commands, commands = os.pipe()
     answers, write_answers = os.pipe()

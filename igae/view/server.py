@@ -100,13 +100,16 @@ class Viewer:
 def check_address(host: str, port: int) -> None:
     """Raises ValueError where nothing can be served there."""
     try:
+        if not 0 <= port < 1 << 16:  # which would be taken modulo 2^16
+            raise OSError("a port is a number up to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{host}:{port} can't be used ({reason}): choose another --port or --host") from None
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} can't be used ({error.strerror or error}): choose another --port or --host"
+        ) from None
 
 
 def _start(host: str, port: int) -> "viser.ViserServer":

@@ -126,6 +126,8 @@ class Session:
         self._send(self._sheet, RESTING[1])
 
     def _send(self, sheet: Sheet, quality: int) -> None:
+        if self._closed:
+            return
         self.client.scene.set_background_image(sheet.picture, format="jpeg", jpeg_quality=quality)
         self.client.flush()
 

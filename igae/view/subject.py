@@ -122,23 +122,25 @@ class Followed:
 
     def __init__(self, where: str, overrides: Sequence[str], device: torch.device) -> None:
         self._where, self._overrides, self._device = where, overrides, device
-        self._seen = find_model(where)
-        self.is_run = self._seen != where.rstrip("/")
-        self.subject = open_subject(self._seen, overrides, device)
-        self._said = ""
+        self._shown, self._broken, self._said = find_model(where), "", ""
+        self.is_run = self._shown != where.rstrip("/")
+        self.subject = open_subject(self._shown, overrides, device)
 
     def check(self) -> Subject | None:
         """The subject of a checkpoint that has come since the last call, or None. One that can't be read is left alone,
         with a line in the log."""
+        found = ""
         try:
             found = find_model(self._where)
-            if found == self._seen:
+            if found == self._shown:
+                self._broken = ""
+            if found in (self._shown, self._broken):
                 return None
-            self._seen = found
             self.subject = open_subject(found, self._overrides, self._device)
-            self._said = ""
+            self._shown, self._broken, self._said = found, "", ""
             return self.subject
         except (ValueError, OSError, RuntimeError) as error:
+            self._broken = found
             if str(error) != self._said:
                 self._said = str(error)
                 log.warning("a new checkpoint can't be shown, %s stays: %s", self.subject.title, error)
