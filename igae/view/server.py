@@ -73,11 +73,15 @@ class Viewer:
             session.close()
 
     def _draw(self) -> None:
-        more = False
+        more, threads, measured = False, torch.get_num_threads(), None
         while not self._stop.is_set():
             self._wake.wait(0.05 if more else 1.0)
             self._wake.clear()
             more = False
+            if self._sessions and measured is not self.subject:
+                measured = self.subject
+                with contextlib.suppress(ValueError, OSError):  # drawing says what is wrong
+                    measured.choose_threads(threads)
             for session in list(self._sessions.values()):
                 try:
                     if session.subject is not self.subject:

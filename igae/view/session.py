@@ -39,6 +39,11 @@ THUMBNAILS, BACK = "Show thumbnails", "Back to the scene"
 ORBIT, PATH = "orbit", "camera path"
 
 
+def scale_for(cost: float) -> float:
+    """Of the latents' sides while the camera moves, by the seconds that a picture with all of them takes."""
+    return next((scale for scale in (1.0, 0.5) if cost * scale**2 <= BUDGET), 0.25)
+
+
 class Session:
     """A page that is open in a browser. Callbacks of its controls only note what is to be drawn; a thread of the server
     draws it with :meth:`update`.
@@ -87,7 +92,7 @@ class Session:
             if self._sheet is not None:
                 self._draw_thumbnails()
             else:
-                self._draw(1.0 if rests else self._scale, RESTING if rests else MOVING)
+                self._draw(1.0 if rests else scale_for(self._cost), RESTING if rests else MOVING)
         elif self._sheet is not None:
             missing = [name for name in self._names_of_page() if name not in self.subject.thumbnails]
             if missing:
@@ -98,11 +103,6 @@ class Session:
     def fail(self, error: Exception) -> None:
         """Tell the user; the last picture stays."""
         self._tell("this can't be shown", str(error), "red")
-
-    @property
-    def _scale(self) -> float:
-        """Of the latents' sides while the camera moves: what the last picture cost, for which it is enough."""
-        return next((scale for scale in (1.0, 0.5) if self._cost * scale**2 <= BUDGET), 0.25)
 
     def _window(self) -> tuple[int, int]:
         camera = self.client.camera

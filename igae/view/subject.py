@@ -17,7 +17,7 @@ from igae.model import IGAE
 from igae.pretrained import find_model
 from igae.secrets import hide_credentials
 from igae.view.cameras import angle_of, lens_of
-from igae.view.drawing import Scene, draw
+from igae.view.drawing import Scene, choose_threads, draw
 
 KEPT, KEPT_THUMBNAILS = 32, 1000
 """Scenes whose planes, and whose thumbnails, stay in memory."""
@@ -65,6 +65,11 @@ class Subject:
         if len(self.thumbnails) >= KEPT_THUMBNAILS:
             del self.thumbnails[next(iter(self.thumbnails))]
         self.thumbnails[name] = image
+
+    def choose_threads(self, most: int) -> int:
+        """See :func:`igae.view.drawing.choose_threads`."""
+        lens = lens_of(self.angle, self.image_size)
+        return choose_threads(self.model, self.scene(self.names[0]), self.front, lens, most)
 
     @torch.no_grad()
     def scene(self, name: str) -> Scene:
