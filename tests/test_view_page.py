@@ -135,10 +135,18 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         choose(shown, "scene_0", "scene_3")
         fourth = changed(shown, third)
 
-        # A newer checkpoint of the run takes its place; camera, view and scene stay.
+        # The run removes old checkpoints: a scene that was not read yet is gone, and the page says so.
+        (run / "checkpoints" / made.older.name / "scenes-00000.safetensors").unlink()
+        choose(shown, "scene_3", "scene_1")
+        shown.wait_for("""document.body.innerText.includes("can't be shown")""")
+        close_notes(shown)
+        shown.wait_for("document.querySelectorAll('.mantine-Notification-closeButton').length === 0")
+        assert not differ(settled(shown), fourth)
+
+        # A newer checkpoint takes its place; camera, view and scene stay.
         shutil.copytree(made.newer, run / "checkpoints" / made.newer.name)
         changed(shown, fourth)
-        assert "step 8" in viewer.subject.title and session.name == "scene_3"
+        assert "step 8" in viewer.subject.title and session.name == "scene_1"
         shown.wait_for("[...document.querySelectorAll('input')].some(e => e.value.endsWith('step 8'))")
         assert torch.equal(session.camera().cam2world, turned)
 
@@ -147,20 +155,20 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         saved.mkdir()
         shown.download_to(saved)
         shown.click_text("Save picture (PNG)")
-        wait(lambda: (saved / "scene_3.png").is_file())
-        assert Image.open(saved / "scene_3.png").size == (16, 16)
+        wait(lambda: (saved / "scene_1.png").is_file())
+        assert Image.open(saved / "scene_1.png").size == (16, 16)
         shown.click_text("Add this camera")
         shown.click_text("Reset the view")
         wait(lambda: torch.allclose(session.camera().cam2world, pose, atol=1e-4))
         shown.click_text("Add this camera")
         shown.click_text("Save path (JSON)")
-        wait(lambda: (saved / "scene_3.json").is_file())
-        frames = json.loads((saved / "scene_3.json").read_text())["frames"]
+        wait(lambda: (saved / "scene_1.json").is_file())
+        frames = json.loads((saved / "scene_1.json").read_text())["frames"]
         assert frames[0]["transform_matrix"] == turned.tolist() and len(frames) == 2
         session._seconds.value = 1  # a slider is no easy thing to hit with a mouse
         shown.click_text("Save video (MP4)")
-        wait(lambda: (saved / "scene_3.mp4").is_file())
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(saved / "scene_3.mp4"), "-f", "null", "-"]
+        wait(lambda: (saved / "scene_1.mp4").is_file())
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(saved / "scene_1.mp4"), "-f", "null", "-"]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         assert "h264" in told and "256x256" in told and re.findall(r"frame= *(\d+)", told)[-1] == "24"
 

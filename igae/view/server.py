@@ -8,6 +8,7 @@ import math
 import socket
 import threading
 import traceback
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,8 @@ class Viewer:
     def _connect(self, client: "viser.ClientHandle") -> None:
         client.gui.main_panel.dock_right()
         self._sessions[client.client_id] = Session(client, self.subject, self._wake.set)
+        if client.client_id not in self._server.get_clients():  # it has gone meanwhile
+            self._disconnect(client)
 
     def _disconnect(self, client: "viser.ClientHandle") -> None:
         session = self._sessions.pop(client.client_id, None)
@@ -127,6 +130,8 @@ def _start(host: str, port: int) -> "viser.ViserServer":
             """A page could ask for a public address of this server: it never gets one."""
             return None
 
+    # A page may be closed while something is drawn for it.
+    warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
     with _quiet():
         server = Server(host=host, port=port, label="igae", verbose=False)
     if port not in (0, server.get_port()):  # it takes the next one where another process was quicker

@@ -16,6 +16,7 @@ from PIL import Image
 
 from igae.cameras import orbit
 from igae.evaluation.pictures import Picture, write_video
+from igae.secrets import hide_credentials
 from igae.view.cameras import Camera, between, dump_path, lens_of, orbit_from, parse_path, pose_of, rotation_of
 from igae.view.drawing import ALL, RGB, VIEWS, Sheet, arrange, draw, is_decoded, panels, side_by_side, views_of
 from igae.view.subject import ELEVATION, Subject
@@ -57,6 +58,7 @@ class Session:
         self.name = subject.names[0]
         self._path: list[Camera] = []
         self._sheet: Sheet | None = None  # of thumbnails, while they are shown
+        self._failed: set[str] = set()
         self._found, self._page = subject.names, 0
         self._dirty, self._coarse, self._moved, self._cost = True, False, 0.0, 0.0
         self._closed = False
@@ -69,6 +71,7 @@ class Session:
     def show(self, subject: Subject) -> None:
         """Go on with another model, the scene that is shown and the camera being what they are."""
         self.subject = subject
+        self._failed.clear()
         _set(self._title, subject.title)
         if self.name not in subject.names:
             self._select(subject.names[0])
@@ -94,15 +97,18 @@ class Session:
             else:
                 self._draw(1.0 if rests else scale_for(self._cost), RESTING if rests else MOVING)
         elif self._sheet is not None:
-            missing = [name for name in self._names_of_page() if name not in self.subject.thumbnails]
+            there = self.subject.thumbnails.keys() | self._failed
+            missing = [name for name in self._names_of_page() if name not in there]
             if missing:
+                self._failed.add(missing[0])  # which is not tried again
                 self.subject.make_thumbnail(missing[0])
+                self._failed.remove(missing[0])
                 self._dirty = True
         return self._dirty or self._coarse
 
     def fail(self, error: Exception) -> None:
         """Tell the user; the last picture stays."""
-        self._tell("this can't be shown", str(error), "red")
+        self._tell("this can't be shown", hide_credentials(str(error)), "red")
 
     def _window(self) -> tuple[int, int]:
         camera = self.client.camera
@@ -156,8 +162,9 @@ class Session:
             pages.on_click(lambda _: self._turn(1 if pages.value == NEXT else -1))
             self._place = gui.add_text("shown", self._place_text(), disabled=True)
         with gui.add_folder("camera"):
+            angle = min(max(round(2 * subject.angle) / 2, 5.0), 120.0)
             self._angle = gui.add_slider(
-                "angle", 5.0, 120.0, 0.5, round(2 * subject.angle) / 2, hint="of view, from top to bottom, in degrees"
+                "angle", 5.0, 120.0, 0.5, angle, hint="of view, from top to bottom, in degrees"
             )
             self._angle.on_update(lambda _: self._zoom())
             self._up = gui.add_dropdown("up", list(UP), initial_value="z", hint="the axis that points upwards")
@@ -254,7 +261,10 @@ class Session:
 
     def _save_picture(self) -> None:
         data = io.BytesIO()
-        picture = side_by_side(self._panels(self.subject, self._view.value, self.camera()))
+        try:
+            picture = side_by_side(self._panels(self.subject, self._view.value, self.camera()))
+        except (ValueError, OSError) as error:
+            return self.fail(error)
         Image.fromarray(picture).save(data, "PNG")
         self._give("png", data.getvalue())
 
