@@ -4,9 +4,13 @@
 import json
 import logging
 import math
+import re
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +41,7 @@ from igae.view.cameras import (
 from igae.view.drawing import ALL, CHANNELS, DEPTH, LATENTS, RGB, VIEWS, Sheet, arrange, draw, panels, side_by_side
 from igae.view.subject import Followed, open_subject
 
+ROOT = Path(__file__).resolve().parent.parent
 LENS = lens_of(50, (16, 16))
 numbers = st.floats(-1, 1, allow_subnormal=False)
 
@@ -93,7 +98,7 @@ def test_lenses() -> None:
 
 
 def test_a_path_goes_through_its_cameras() -> None:
-    path = [camera(turned(2, a), a, a * a, 0) for a in (0.0, 0.5, 1.5, 4.0)]
+    path = [camera(turned(2, a), 1 + a, a * a, 0) for a in (0.0, 0.5, 1.5, 4.0)]
     path[3] = Camera(path[3].cam2world, lens_of(30, (16, 16)))
     found = between(path, 31)
     assert len(found) == 31
@@ -109,11 +114,13 @@ def test_a_path_goes_through_its_cameras() -> None:
     assert (places[1:] - places[:-1]).norm(dim=-1).max() < 2 * (path[3].cam2world - path[2].cam2world).norm() / 10
 
 
-def test_between_two_cameras_is_straight() -> None:
-    """Half way there is half the turn, also where the shorter way is over the quaternion's other sign."""
+def test_between_two_cameras() -> None:
+    """Half way there is half the turn, also where the shorter way is over the quaternion's other sign, and half of the
+    arc around the origin at the mean distance."""
     for start, end in ((0.2, 1.2), (3.0, 3.0 + 1.0), (-0.5, 0.5)):
-        middle = between([camera(turned(1, start), 0, 0, 0), camera(turned(1, end), 2, 4, 6)], 3)[1]
-        torch.testing.assert_close(middle.cam2world, camera(turned(1, (start + end) / 2), 1, 2, 3).cam2world)
+        middle = between([camera(turned(1, start), 0, 0, 1), camera(turned(1, end), 3, 0, 0)], 3)[1]
+        half = camera(turned(1, (start + end) / 2), math.sqrt(2), 0, math.sqrt(2))
+        torch.testing.assert_close(middle.cam2world, half.cam2world)
     alone = camera(turned(0, 1), 1, 2, 3)
     assert all(torch.allclose(one.cam2world, alone.cam2world) for one in between([alone], 4))
 
@@ -293,10 +300,28 @@ def test_what_is_refused_is_one_sentence(
         port = busy.getsockname()[1]
         text = error(str(made.export), "--port", str(port))
         assert f"127.0.0.1:{port}" in text and "in use" in text and "--port" in text
-    assert "--host" in error(str(made.export), "--host", "192.0.2.1")  # nobody's address
+    assert "--host" in error(str(made.export), "--host", "203.0.113.1")  # nobody's address
     assert "--port" in error(str(made.export), "--port", "70000")
     assert "neither a checkpoint" in error(str(tmp_path))
     assert "no manifest.json" in error(str(made.newer), f"data.root={tmp_path}")
     assert "leave it out" in error(str(made.export), "data.root=x")
     monkeypatch.setitem(sys.modules, "viser", None)
     assert "pip install 'igae[viewer]'" in error(str(made.export), "--port", "0")
+
+
+def test_the_command_serves_this_machine_alone_until_it_is_ended(made: Made) -> None:
+    command = [sys.executable, "-m", "igae.view", str(made.export), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+) shows .*/export \(4 scenes\); Ctrl-C ends it\n", line)
+    assert found is not None, line
+    with urllib.request.urlopen(line.split()[0]) as answer:
+        assert b"<html" in answer.read()
+    for address in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}:
+        if not str(address).startswith("127."):
+            with pytest.raises(OSError):
+                socket.create_connection((str(address), int(found[1])), timeout=5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "")

@@ -78,8 +78,9 @@ def orbit_from(camera: Camera, frames: int, up: Tensor, centre: Tensor) -> list[
 
 
 def between(path: list[Camera], frames: int) -> list[Camera]:
-    """A smooth way through cameras, the same time from each to the next: Catmull-Rom splines of the positions, of the
-    focal lengths and of the quaternions, which are made unit ones again.
+    """A smooth way through cameras, the same time from each to the next: Catmull-Rom splines of the positions'
+    directions and distances from the origin, where the object is (a straight way would go nearer to it), of the focal
+    lengths and of the quaternions. Directions and quaternions are made unit ones again.
 
     Args:
         path: one or more cameras. The first and last are the first and last of the result.
@@ -91,7 +92,8 @@ def between(path: list[Camera], frames: int) -> list[Camera]:
             turns[i] = -turns[i]
     positions = torch.stack([camera.cam2world[:3, 3] for camera in path])
     lenses = torch.stack([camera.intrinsics for camera in path])
-    knots = torch.cat([turns, positions, lenses.flatten(1)], 1)
+    distances = positions.norm(dim=1, keepdim=True)
+    knots = torch.cat([turns, positions / distances.clamp_min(1e-12), distances, lenses.flatten(1)], 1)
     if len(knots) == 1:
         knots = knots.repeat(2, 1)
     # Ends that go straight on.
@@ -101,8 +103,9 @@ def between(path: list[Camera], frames: int) -> list[Camera]:
     t = (time - start)[:, None]
     a, b, c, d = (knots[start + i] for i in range(4))
     found = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    poses = pose_of(rotation_of(found[:, :4]), found[:, 4:7])
-    return [Camera(pose, lens.view(3, 3)) for pose, lens in zip(poses, found[:, 7:], strict=True)]
+    places = found[:, 4:7] / found[:, 4:7].norm(dim=1, keepdim=True).clamp_min(1e-12) * found[:, 7:8]
+    poses = pose_of(rotation_of(found[:, :4]), places)
+    return [Camera(pose, lens.view(3, 3)) for pose, lens in zip(poses, found[:, 8:], strict=True)]
 
 
 def dump_path(path: list[Camera], size: tuple[int, int]) -> bytes:

@@ -25,7 +25,7 @@ VIEWS = {
     ALL: (RGB, LATENTS, DEPTH),
 }
 """What can be looked at -> the panels that show it."""
-LABEL, GAP = 18, 8  # pixels above a panel, and between two
+LABEL, GAP, FONT = 20, 8, 13  # pixels of the screen above a panel, between two, and of a label's letters
 LEAST = 4  # latents of fewer rows or columns are not decoded
 
 
@@ -165,8 +165,8 @@ def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: t
     reduced = min(1.0, most / max(window))
     height, width = (max(1, round(side * reduced)) for side in window)
     shape = next((picture.shape[:2] for picture in pictures if picture is not None), (1, 1))
-    count, label = len(pictures), LABEL if len(pictures) > 1 else 0
-    gap = GAP if count > 1 else 0
+    count, several = len(pictures), len(pictures) > 1
+    label, gap = (round(size * reduced) if several else 0 for size in (LABEL, GAP))
 
     def side(columns: int) -> float:
         rows = math.ceil(count / columns)
@@ -178,7 +178,7 @@ def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: t
     h, w = max(1, int(shape[0] * factor)), max(1, int(shape[1] * factor))
     left, top = (width - columns * (w + gap) + gap) // 2, (height - rows * (h + gap + label) + gap) // 2
     canvas = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(1, FONT * reduced))
     cells = []
     for i, picture in enumerate(pictures):
         spare = columns * rows - count if i // columns == rows - 1 else 0  # the last row is in the middle
@@ -191,7 +191,7 @@ def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: t
             canvas.paste(Image.fromarray(_resize(picture, (h, w), labels[i] in (LATENTS, CHANNELS, DEPTH))), (x, y))
         if label:
             text = _fit(labels[i], font, w)
-            pen.text((x + w / 2, y - 4), text, fill="#333333", font=font, anchor="ms")
+            pen.text((x + w / 2, y - label / 4), text, fill="#333333", font=font, anchor="ms")
         cells.append((x / width, (y - label) / height, (x + w) / width, (y + h) / height))
     return Sheet(np.asarray(canvas), cells)
 
