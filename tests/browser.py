@@ -87,6 +87,12 @@ class Page:
             assert time.monotonic() < deadline, f"not true after {seconds} s: {script}"
             time.sleep(0.05)
 
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to an element that takes one."""
+        root = self._call("DOM.getDocument")["root"]["nodeId"]
+        node = self._call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
     def download_to(self, folder: Path) -> None:
         """Where files go that the page gives to be saved."""
         self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))

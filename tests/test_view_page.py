@@ -165,6 +165,11 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         wait(lambda: (saved / "scene_1.json").is_file())
         frames = json.loads((saved / "scene_1.json").read_text())["frames"]
         assert frames[0]["transform_matrix"] == turned.tolist() and len(frames) == 2
+        shown.click_text("Remove the last")
+        wait(lambda: session._count.value == "1")
+        shown.choose_file("input[type=file]", saved / "scene_1.json")
+        wait(lambda: session._count.value == "2")
+        assert torch.equal(session._path[0].cam2world, turned)
         session._seconds.value = 1  # a slider is no easy thing to hit with a mouse
         shown.click_text("Save video (MP4)")
         wait(lambda: (saved / "scene_1.mp4").is_file())
