@@ -22,7 +22,7 @@ class Page:
     """Attributes: ``requests``, URLs of all that was asked for (the page itself and web sockets too); ``complaints``,
     warnings and errors in the console and uncaught exceptions; ``errors``, those of them that are no warnings."""
 
-    def __init__(self, commands: int, answers: int) -> None:
+    def __init__(self, commands: int, answers: int, size: tuple[int, int]) -> None:
         self._commands, self._answers, self._data, self._last = commands, answers, b"", 0
         self._session: str | None = None
         self.requests: list[str] = []
@@ -33,7 +33,8 @@ class Page:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        self._call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        window = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **window)
 
     def open(self, url: str) -> None:
         self._events.clear()
@@ -146,8 +147,13 @@ class Page:
 
 
 @contextmanager
-def page(scratch: Path, webgl: bool = False) -> Iterator[Page]:
-    """A page of a new Chromium, whose profile is in the folder ``scratch``; ``webgl`` is done by the processor."""
+def page(scratch: Path, webgl: bool = False, size: tuple[int, int] = (1280, 900)) -> Iterator[Page]:
+    """A page of a new Chromium, whose profile is in the folder ``scratch``.
+
+    Args:
+        webgl: have it, done by the processor.
+        size: (width, height) of the window in pixels.
+    """
     assert CHROMIUM is not None
     read_commands, commands = os.pipe()
     answers, write_answers = os.pipe()
@@ -166,7 +172,7 @@ def page(scratch: Path, webgl: bool = False) -> Iterator[Page]:
     os.close(read_commands)
     os.close(write_answers)
     try:
-        yield Page(commands, answers)
+        yield Page(commands, answers, size)
     finally:
         os.close(commands)
         os.close(answers)

@@ -30,6 +30,7 @@ from igae.view.subject import Followed
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 
 Pixels = NDArray[np.int16]
+WIDTH, HEIGHT = 570, 600  # of the picture; the controls have the rest of the window
 MANY = 10_000
 
 
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
     folder = tmp_path_factory.mktemp("browser")
-    with browser.page(folder / "profile", webgl=True) as page:
+    with browser.page(folder / "profile", webgl=True, size=(WIDTH + 330, HEIGHT)) as page:
         (folder / "saved").mkdir()
         page.download_to(folder / "saved")
         yield page
@@ -66,7 +67,7 @@ def wait(condition: Callable[[], object], seconds: float = 30) -> object:
 def pixels(page: browser.Page) -> Pixels:
     """What is seen left of the controls and below notifications that come and go."""
     picture = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(np.int16)
-    return picture[:, :950]
+    return picture[:, :WIDTH]
 
 
 def differ(a: Pixels, b: Pixels) -> bool:
@@ -83,7 +84,7 @@ def changed(page: browser.Page, before: Pixels) -> Pixels:
 def settled(page: browser.Page) -> Pixels:
     last = pixels(page)
     for _ in range(40):
-        time.sleep(0.5)
+        time.sleep(0.4)
         now = pixels(page)
         if not differ(now, last):
             return now
@@ -127,7 +128,7 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         # Another view; a drag turns the camera around the object, and the picture with it; another scene.
         choose(shown, "decoded RGB", "latents")
         second = changed(shown, first)
-        shown.drag([[300.0, 500.0], [330.0, 510.0], [400.0, 520.0], [450.0, 520.0]])
+        shown.drag([[150.0, 300.0], [180.0, 305.0], [240.0, 310.0], [280.0, 310.0]])
         third = changed(shown, second)
         turned = session.camera().cam2world
         assert not torch.allclose(turned, pose, atol=0.1)
@@ -195,7 +196,7 @@ def picture_of(made: Made, session: Session) -> Pixels:
     window = (session.client.camera.image_height, session.client.camera.image_width)
     sheet = arrange([image], ["decoded RGB"], window, 1280).picture
     whole = np.asarray(Image.fromarray(sheet).resize(window[::-1])).astype(np.int16)
-    return whole[:900, :950]
+    return whole[:HEIGHT, :WIDTH]
 
 
 def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
         shown.click_text("Show thumbnails")
         wait(lambda: set(viewer.subject.thumbnails) == {names[9876]})
         changed(shown, before)
-        shown.drag([[475.0, 450.0]])
+        shown.drag([[WIDTH / 2, HEIGHT / 2]])
         wait(lambda: session.name == names[9876])
         assert time.monotonic() - start < 30
         # Of all others nothing was drawn or read; the next page is drawn as soon as it is looked at.
