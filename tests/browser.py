@@ -19,20 +19,22 @@ START = 'exec "$@" 3<&{0} 4>&{1}'
 
 
 class Page:
-    """Attributes: ``requests``, URLs of all that was asked for (the page itself too); ``complaints``, errors in the
-    console and uncaught exceptions."""
+    """Attributes: ``requests``, URLs of all that was asked for (the page itself and web sockets too); ``complaints``,
+    warnings and errors in the console and uncaught exceptions; ``errors``, those of them that are no warnings."""
 
-    def __init__(self, commands: int, answers: int) -> None:
+    def __init__(self, commands: int, answers: int, size: tuple[int, int]) -> None:
         self._commands, self._answers, self._data, self._last = commands, answers, b"", 0
         self._session: str | None = None
         self.requests: list[str] = []
         self.complaints: list[str] = []
+        self.errors: list[str] = []
         self._events: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        self._call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+        window = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **window)
 
     def open(self, url: str) -> None:
         self._events.clear()
@@ -51,8 +53,50 @@ class Page:
             f"(e => {{e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect();"
             f"return [b.x + b.width / 2, b.y + b.height / 2]}})(document.querySelector({json.dumps(selector)}))"
         )
-        for kind in ("mousePressed", "mouseReleased"):
-            self._call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+        self.drag([box])
+
+    def click_text(self, text: str) -> None:
+        """A click on the smallest visible element with this text, which is waited for."""
+        mark = (
+            "(text => {const found = [...document.querySelectorAll('*')].filter(e => e.innerText?.trim() === text"
+            " && e.getClientRects().length).at(-1); found?.setAttribute('data-found', ''); return found !== undefined})"
+        )
+        self.wait_for(f"{mark}({json.dumps(text)})")
+        self.click("[data-found]")
+        self.run("document.querySelector('[data-found]')?.removeAttribute('data-found')")
+
+    def drag(self, points: list[list[float]]) -> None:
+        """The left button is pressed at the first point (x, y in pixels), moved along the others and released."""
+
+        def mouse(kind: str, point: list[float], held: int) -> None:
+            place = {"x": point[0], "y": point[1], "button": "left", "buttons": held, "clickCount": 1}
+            self._call("Input.dispatchMouseEvent", type=kind, **place)
+
+        mouse("mousePressed", points[0], 1)
+        for point in points[1:]:
+            mouse("mouseMoved", point, 1)
+        mouse("mouseReleased", points[-1], 0)
+
+    def type(self, text: str) -> None:
+        """Into what has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def wait_for(self, script: str, seconds: float = 20) -> None:
+        """Until a JavaScript expression is true."""
+        deadline = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < deadline, f"not true after {seconds} s: {script}"
+            time.sleep(0.05)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Give a file to an element that takes one."""
+        root = self._call("DOM.getDocument")["root"]["nodeId"]
+        node = self._call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self._call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def download_to(self, folder: Path) -> None:
+        """Where files go that the page gives to be saved."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def screenshot(self, whole: bool = False) -> bytes:
         """A PNG of what is seen, or of the whole page."""
@@ -87,23 +131,37 @@ class Page:
         self._events.append(event)
         if event == "Network.requestWillBeSent":
             self.requests.append(found["request"]["url"])
+        elif event == "Network.webSocketCreated":
+            self.requests.append(found["url"])
         elif event == "Runtime.consoleAPICalled" and found["type"] in ("error", "assert", "warning"):
-            self.complaints.append(str(found["args"]))
+            self._complain(str(found["args"]), found["type"])
         elif event == "Runtime.exceptionThrown":
-            self.complaints.append(str(found["exceptionDetails"]))
+            self._complain(str(found["exceptionDetails"]), "error")
         elif event == "Log.entryAdded" and found["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(found["entry"]["text"])
+            self._complain(found["entry"]["text"], found["entry"]["level"])
+
+    def _complain(self, text: str, level: str) -> None:
+        self.complaints.append(text)
+        if level != "warning":
+            self.errors.append(text)
 
 
 @contextmanager
-def page(scratch: Path) -> Iterator[Page]:
-    """A page of a new Chromium, whose profile is in the folder ``scratch``."""
+def page(scratch: Path, webgl: bool = False, size: tuple[int, int] = (1280, 900)) -> Iterator[Page]:
+    """A page of a new Chromium, whose profile is in the folder ``scratch``.
+
+    Args:
+        webgl: have it, done by the processor.
+        size: (width, height) of the window in pixels.
+    """
     assert CHROMIUM is not None
     read_commands, commands = os.pipe()
     answers, write_answers = os.pipe()
     for descriptor in (read_commands, write_answers):
         os.set_inheritable(descriptor, True)
-    arguments = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
+    graphics = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    arguments = [CHROMIUM, "--headless=new", "--no-sandbox", *(graphics if webgl else ["--disable-gpu"])]
+    arguments += ["--remote-debugging-pipe"]
     arguments += [f"--user-data-dir={scratch}", "--no-first-run", "--disable-background-networking"]
     process = subprocess.Popen(
         ["bash", "-c", START.format(read_commands, write_answers), "chromium", *arguments],
@@ -114,7 +172,7 @@ def page(scratch: Path) -> Iterator[Page]:
     os.close(read_commands)
     os.close(write_answers)
     try:
-        yield Page(commands, answers)
+        yield Page(commands, answers, size)
     finally:
         os.close(commands)
         os.close(answers)

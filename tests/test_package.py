@@ -51,6 +51,7 @@ LAYERS = {
     "stage": 7,
     "evaluate": 8,
     "trainer": 8,
+    "view": 8,
     "fit": 9,
 }
 ALONE = {"config", "rendering"}  # import nothing else of igae
@@ -64,7 +65,7 @@ SOURCES = sorted(
     if path.suffix in (".py", ".cu", ".cuh", ".sh", ".sbatch")
 )
 CORE = ("torch", "accelerate", "diffusers", "webdataset", "numpy", "PIL")
-OPTIONAL = ("wandb", "deepspeed", "tensorboard", "torch.utils.tensorboard", "cuda", "s3fs", "skimage")
+OPTIONAL = ("wandb", "deepspeed", "tensorboard", "torch.utils.tensorboard", "cuda", "s3fs", "skimage", "viser")
 
 
 def module_of(path: Path) -> str:

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The viewer's page in a real browser, driven by mouse and keyboard as a user would."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import browser
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
+from PIL import Image
+from view_models import CPU, Made, make, open_as_run, write_many
+
+from igae.export import load_run, open_run
+from igae.export.reader import Scene
+from igae.view.drawing import arrange
+from igae.view.server import Viewer
+from igae.view.session import Session
+from igae.view.subject import Followed
+
+pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+
+Pixels = NDArray[np.int16]
+WIDTH, HEIGHT = 570, 600  # of the picture; the controls have the rest of the window
+MANY = 10_000
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    found = make(tmp_path_factory.mktemp("view"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    folder = tmp_path_factory.mktemp("browser")
+    with browser.page(folder / "profile", webgl=True, size=(WIDTH + 330, HEIGHT)) as page:
+        (folder / "saved").mkdir()
+        page.download_to(folder / "saved")
+        yield page
+
+
+def only_session(viewer: Viewer) -> Session:
+    wait(lambda: viewer._sessions)
+    (session,) = viewer._sessions.values()
+    return session
+
+
+def wait(condition: Callable[[], object], seconds: float = 30) -> object:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.1)
+    return found
+
+
+def pixels(page: browser.Page) -> Pixels:
+    """What is seen left of the controls and below notifications that come and go."""
+    picture = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(np.int16)
+    return picture[:, :WIDTH]
+
+
+def differ(a: Pixels, b: Pixels) -> bool:
+    """Whether a user would call them different: JPEG and rounding change less (measured: nothing at all)."""
+    return bool((np.abs(a - b).max(-1) > 24).mean() > 0.02)
+
+
+def changed(page: browser.Page, before: Pixels) -> Pixels:
+    """Waits for another picture than the one before, and for it to stay."""
+    wait(lambda: differ(pixels(page), before))
+    return settled(page)
+
+
+def settled(page: browser.Page) -> Pixels:
+    last = pixels(page)
+    for _ in range(40):
+        time.sleep(0.4)
+        now = pixels(page)
+        if not differ(now, last):
+            return now
+        last = now
+    raise AssertionError("the picture does not come to rest")
+
+
+def choose(page: browser.Page, now: str, then: str) -> None:
+    """Choose in a list whose value is `now`."""
+    page.run(
+        f"[...document.querySelectorAll('input')].find(e => e.value === {json.dumps(now)}"
+        " && e.getAttribute('aria-haspopup') === 'listbox').setAttribute('data-list', '')"
+    )
+    page.click("[data-list]")
+    page.run("document.querySelector('[data-list]').removeAttribute('data-list')")
+    page.click_text(then)
+
+
+def close_notes(page: browser.Page) -> None:
+    page.run("document.querySelectorAll('.mantine-Notification-closeButton').forEach(e => e.click())")
+
+
+def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = open_as_run(made, tmp_path)
+    viewer = Viewer(Followed(str(run), made.overrides, CPU), port=0, poll=0.2)
+    try:
+        shown.open(viewer.url)
+        session = only_session(viewer)
+        shown.wait_for("document.body.innerText.includes('Show thumbnails')")
+        close_notes(shown)
+        shown.wait_for("document.querySelectorAll('.mantine-Notification-closeButton').length === 0")
+
+        # The first camera is that of an orbit like the data's; what is seen is what the renderer makes of it.
+        choose(shown, "side by side", "decoded RGB")
+        first = settled(shown)
+        pose = session.camera().cam2world
+        torch.testing.assert_close(pose, viewer.subject.front, atol=1e-5, rtol=0)
+        expected = picture_of(made, session)
+        assert np.abs(first - expected).mean() < 4  # of 255: JPEG, and the page's enlargement; measured 1
+
+        # Another view; a drag turns the camera around the object, and the picture with it; another scene.
+        choose(shown, "decoded RGB", "latents")
+        second = changed(shown, first)
+        shown.drag([[150.0, 300.0], [180.0, 305.0], [240.0, 310.0], [280.0, 310.0]])
+        third = changed(shown, second)
+        turned = session.camera().cam2world
+        assert not torch.allclose(turned, pose, atol=0.1)
+        assert turned[:3, 3].norm() == pytest.approx(float(pose[:3, 3].norm()), rel=1e-3)
+        choose(shown, "scene_0", "scene_3")
+        fourth = changed(shown, third)
+
+        # The run removes old checkpoints: a scene that was not read yet is gone, and the page says so.
+        (run / "checkpoints" / made.older.name / "scenes-00000.safetensors").unlink()
+        choose(shown, "scene_3", "scene_1")
+        shown.wait_for("""document.body.innerText.includes("can't be shown")""")
+        close_notes(shown)
+        shown.wait_for("document.querySelectorAll('.mantine-Notification-closeButton').length === 0")
+        assert not differ(settled(shown), fourth)
+
+        # A newer checkpoint takes its place; camera, view and scene stay.
+        shutil.copytree(made.newer, run / "checkpoints" / made.newer.name)
+        changed(shown, fourth)
+        assert "step 8" in viewer.subject.title and session.name == "scene_1"
+        shown.wait_for("[...document.querySelectorAll('input')].some(e => e.value.endsWith('step 8'))")
+        assert torch.equal(session.camera().cam2world, turned)
+
+        # Files.
+        saved = tmp_path_factory.getbasetemp() / "saved"
+        saved.mkdir()
+        shown.download_to(saved)
+        shown.click_text("Save picture (PNG)")
+        wait(lambda: (saved / "scene_1.png").is_file())
+        assert Image.open(saved / "scene_1.png").size == (16, 16)
+        shown.click_text("Add this camera")
+        shown.click_text("Reset the view")
+        wait(lambda: torch.allclose(session.camera().cam2world, pose, atol=1e-4))
+        shown.click_text("Add this camera")
+        shown.click_text("Save path (JSON)")
+        wait(lambda: (saved / "scene_1.json").is_file())
+        frames = json.loads((saved / "scene_1.json").read_text())["frames"]
+        assert frames[0]["transform_matrix"] == turned.tolist() and len(frames) == 2
+        shown.click_text("Remove the last")
+        wait(lambda: session._count.value == "1")
+        shown.choose_file("input[type=file]", saved / "scene_1.json")
+        wait(lambda: session._count.value == "2")
+        assert torch.equal(session._path[0].cam2world, turned)
+        session._seconds.value = 1  # a slider is no easy thing to hit with a mouse
+        shown.click_text("Save video (MP4)")
+        wait(lambda: (saved / "scene_1.mp4").is_file())
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(saved / "scene_1.mp4"), "-f", "null", "-"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        assert "h264" in told and "256x256" in told and re.findall(r"frame= *(\d+)", told)[-1] == "24"
+
+        # Nothing came from elsewhere, and nothing went wrong.
+        assert shown.requests[0] == f"{viewer.url}/"
+        foreign = [url for url in shown.requests if not re.match(r"(data|blob|(http|ws)://127\.0\.0\.1)[:/]", url)]
+        assert foreign == [] and shown.errors == []
+    finally:
+        shown.open("about:blank")
+        viewer.close()
+
+
+def picture_of(made: Made, session: Session) -> Pixels:
+    """What the page should show of scene_0 in the older checkpoint, by the renderer's other way to it."""
+    run = open_run(str(made.older), made.overrides)
+    camera = session.camera()
+    scene = Scene("scene_0", run.rows([0])[0], load_run(run).eval())
+    image = scene.image(camera.cam2world, camera.intrinsics)[0].numpy()
+    window = (session.client.camera.image_height, session.client.camera.image_width)
+    sheet = arrange([image], ["decoded RGB"], window, 1280).picture
+    whole = np.asarray(Image.fromarray(sheet).resize(window[::-1])).astype(np.int16)
+    return whole[:HEIGHT, :WIDTH]
+
+
+def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
+    names = write_many(tmp_path / "export", MANY)
+    followed = Followed(str(tmp_path / "export"), [], CPU)
+    viewer = Viewer(followed, port=0)
+    try:
+        shown.open(viewer.url)
+        session = only_session(viewer)
+        shown.wait_for("document.body.innerText.includes('Show thumbnails')")
+        close_notes(shown)
+        before = settled(shown)
+        start = time.monotonic()
+        shown.run("[...document.querySelectorAll('input')].find(e => !e.value && e.type === 'text').focus()")
+        shown.type("9876")
+        wait(lambda: session._place.value == "1 to 1 of 1")
+        shown.click_text("Show thumbnails")
+        wait(lambda: set(viewer.subject.thumbnails) == {names[9876]})
+        changed(shown, before)
+        shown.drag([[WIDTH / 2, HEIGHT / 2]])
+        wait(lambda: session.name == names[9876])
+        assert time.monotonic() - start < 30
+        # Of all others nothing was drawn or read; the next page is drawn as soon as it is looked at.
+        session._text.value = ""
+        shown.click_text("next")
+        wait(lambda: session._place.value == f"13 to 24 of {MANY}")
+        assert len(viewer.subject.thumbnails) == 1 and len(viewer.subject._scenes) == 2
+        shown.click_text("Show thumbnails")
+        wait(lambda: set(viewer.subject.thumbnails) == {names[9876], *names[12:24]})
+        sheet = wait(lambda: session._sheet)
+        left, top, right, bottom = sheet.cells[5]  # type: ignore[attr-defined]
+        window = session.client.camera.image_width, session.client.camera.image_height
+        shown.drag([[window[0] * (left + right) / 2, window[1] * (top + bottom) / 2]])
+        wait(lambda: session.name == names[17])
+        assert shown.errors == []
+    finally:
+        shown.open("about:blank")
+        viewer.close()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models to look at, for tests of the viewer."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import runs
+import torch
+
+import train
+from igae import checkpoint
+from igae.autoencoder import Autoencoder
+from igae.export import Content, read_run, write
+from igae.model import IGAE
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
+
+CPU = torch.device("cpu")
+NAMES = ["scene_0", "scene_1", "scene_2", "scene_3"]
+# Scenes that differ from the start.
+SETTINGS = [
+    "planes.init_std=2",
+    "train.warmup.epochs=1",
+    "train.joint.epochs=0",
+    "checkpoint.every=4",
+    "checkpoint.keep=9",
+]
+
+
+@dataclass
+class Made:
+    run: Path
+    older: Path
+    """Its checkpoint in the middle of the stage, after 4 steps."""
+    newer: Path
+    """Its checkpoint at the end, after 8."""
+    export: Path
+    """Of the newer one."""
+    overrides: list[str]
+
+
+def make(folder: Path) -> Made:
+    """A small run of one stage and its export."""
+    shards = runs.packed_data(folder)
+    assert train.main(["--config", str(runs.recipe_file(folder, shards)), *SETTINGS]) == 0
+    run = folder / "outputs/run"
+    older, newer = map(Path, checkpoint.list_complete(str(run / "checkpoints")))
+    write(read_run(str(newer)), str(folder / "export"))
+    return Made(run, older, newer, folder / "export", [f"data.root={shards}"])
+
+
+def open_as_run(made: Made, folder: Path) -> Path:
+    """A run's folder that has the older checkpoint alone."""
+    (folder / "checkpoints").mkdir()
+    shutil.copytree(made.older, folder / "checkpoints" / made.older.name)
+    return folder
+
+
+def write_many(url: Path, count: int) -> list[str]:
+    """An export of RGB scenes, 16 x 16 pixels; returns their names."""
+    model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (16, 16))
+    model.refresh_background()
+    planes = PlanesConfig(resolution=4, features=4)
+    names = [f"object-{i:05d}" for i in range(count)]
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(start)
+        return 4 * torch.randn(stop - start, 3, 4, 4, 4, generator=generator)
+
+    write(Content(model, (1.0, 1.0, 1.0), names, planes, rows, "Made up."), str(url))
+    return names
