@@ -93,11 +93,12 @@ def test_runs_are_recipes_of_disjoint_scenes_and_equal_views(tmp_path: Path) -> 
     }
 
 
-def finish(runner: objects.Runner, job: objects.Job, psnr: float, seconds: float) -> None:
-    """Files as a finished run has them."""
+def finish(runner: objects.Runner, job: objects.Job, model: objects.Job, psnr: float, seconds: float) -> None:
+    """Files as a finished run has them; its planes are those of its model."""
     run = runner.done(job).parent
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(config.dump(recipe_of(job)))
+    recipe = recipe_of(job).model_copy(update={"planes": recipe_of(model).planes})
+    (run / "config.yaml").write_text(config.dump(recipe))
     figures = {"heldout/rgb_psnr": psnr, "heldout/latent_psnr": 30.0, "heldout/ae_psnr": 35.0}
     (run / "metrics.json").write_text(json.dumps({job.stage: figures}))
     records: list[dict[str, float | str]] = [{"step": 1, "stage": "fit", "seconds_per_scene": seconds}]
@@ -120,9 +121,9 @@ def test_the_table_has_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     for variant, (short, long) in psnr.items():
         jobs = objects.jobs_of(variant, arguments, str(shards), manifest)
         for job, value in zip(jobs[-2:], (short, long), strict=True):
-            finish(runner, job, value, seconds=2.0)
+            finish(runner, job, jobs[0], value, seconds=2.0)
         if variant != "rgb":
-            finish(runner, jobs[0], 25.0, seconds=1.0)
+            finish(runner, jobs[0], jobs[0], 25.0, seconds=1.0)
     result = tmp_path / "table.json"
     assert objects.main([*given, "--variants", *psnr, "--json", str(result)]) == 0  # nothing is trained
     text = capsys.readouterr().out
