@@ -185,16 +185,16 @@ def views_share(epochs: float) -> float:
 
 
 class Runner:
-    """Makes runs, several at once, and leaves out what is there. A SIGTERM goes to all of them: they save and end."""
+    """Makes runs, several at once, and leaves out what is there. Told to stop, it tells them: they save and end."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock, self.stopped = threading.Lock(), False
         (output / "logs").mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, self._stop)
 
-    def _stop(self, number: int, _: FrameType | None) -> None:
+    def stop(self, number: int, _: FrameType | None) -> None:
+        """Handler of a signal."""
         self.stopped = True
         for process in self._processes:
             process.terminate()
@@ -206,7 +206,7 @@ class Runner:
     def _make(self, job: Job) -> bool:
         done = self.done(job)
         if done.is_file():
-            if self.seconds(job) is None:
+            if not self.finished(job):
                 raise ValueError(f"{done.parent} is a run with other settings: take another --output, or remove it")
             return True
         log, start = self.output / "logs" / f"{job.name}.log", time.perf_counter()
@@ -225,7 +225,7 @@ class Runner:
                 print("\n".join([f"{job.name} ended with code {code} ({log}):", *tail]), file=sys.stderr, flush=True)
             return False
         # What a run that was stopped has cost in all is not known.
-        done.write_text(json.dumps({"command": job.text, "seconds": math.nan if begun else seconds}) + "\n")
+        done.write_text(json.dumps({"command": job.text, "seconds": None if begun else seconds}) + "\n")
         print(f"{job.name}: {seconds:.0f} s\n", flush=True)
         return True
 
@@ -233,10 +233,14 @@ class Runner:
         """The file that says that a run is finished."""
         return self.output / "runs" / job.name / "benchmark.json"
 
+    def finished(self, job: Job) -> bool:
+        """Whether a run is finished, with these settings."""
+        return self.done(job).is_file() and json.loads(self.done(job).read_text())["command"] == job.text
+
     def seconds(self, job: Job) -> float | None:
-        """What a finished run took; None where it isn't finished, or has other settings."""
-        done = json.loads(self.done(job).read_text()) if self.done(job).is_file() else {}
-        return float(done["seconds"]) if done.get("command") == job.text else None
+        """What a finished run took; None where it was stopped and went on."""
+        value: float | None = json.loads(self.done(job).read_text())["seconds"]
+        return value
 
 
 def metrics(run: Path) -> dict[str, dict[str, float]]:
@@ -294,7 +298,7 @@ def table(rows: list[Row]) -> str:
 
     def number(value: float | None, form: str) -> str:
         width = form.split(".")[0]
-        return f"{'-':>{width}s}" if value is None or math.isnan(value) else f"{value:{form}f}"
+        return f"{'-':>{width}s}" if value is None else f"{value:{form}f}"
 
     for row in rows:
         lines.append(
@@ -308,8 +312,8 @@ def table(rows: list[Row]) -> str:
         plain = by_key.get(("plain", row.epochs))
         if plain is not None and row.variant != "plain":
             lines.append(
-                f"{row.variant} to plain, {row.epochs:g} epochs: {plain.bytes / row.bytes:.2f}x fewer bytes a scene, "
-                f"{row.rgb - plain.rgb:+.2f} dB"
+                f"{row.variant}, {row.epochs:g} epochs: {row.rgb - plain.rgb:+.2f} dB to plain, which has "
+                f"{plain.bytes / row.bytes:.2f}x its bytes a scene"
             )
     for variant in dict.fromkeys(row.variant for row in rows):
         curve = {row.epochs: row.rgb for row in rows if row.variant == variant}
@@ -371,22 +375,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 all runs are there, 1 some failed or were stopped, 2 wrong input."""
-    arguments = parse(argv)
+    arguments, before = parse(argv), {}
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         shards = find_shards(arguments)
         manifest = Manifest.load(shards)
         chains = {variant: jobs_of(variant, arguments, shards, manifest) for variant in VARIANTS}
         runner = Runner(arguments.output)
+        before = {number: signal.signal(number, runner.stop) for number in (signal.SIGTERM, signal.SIGINT)}
         with ThreadPoolExecutor(arguments.parallel) as pool:
             complete = list(pool.map(runner.chain, (chains[variant] for variant in arguments.variants)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     rows = []
     for variant, jobs in chains.items():
         fits = zip(sorted(arguments.lengths), jobs if variant == "rgb" else jobs[1:], strict=True)
-        rows += [row_of(variant, n, jobs, job, runner, manifest) for n, job in fits if runner.seconds(job) is not None]
+        rows += [row_of(variant, n, jobs, job, runner, manifest) for n, job in fits if runner.finished(job)]
     _, (learned, end) = halves(len(manifest.scenes), arguments.learn, arguments.scenes)
     print(f"{arguments.data}: {learned} scenes learned from, {end - learned} fitted; load {os.getloadavg()[0]:.1f}")
     print(table(rows))

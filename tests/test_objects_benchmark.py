@@ -134,7 +134,7 @@ def test_the_table_has_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(row["seconds_per_object"] == pytest.approx(2.0) for row in rows)
     assert all(row["views"] == pytest.approx(1.1 * 4 * row["epochs"]) for row in rows)
     assert [row["bytes"] for row in rows] == [98304] * 2 + [4 * (7680 + 17)] * 2 + [4 * 393216] * 2
-    assert "macro to plain, 20 epochs: 3.19x fewer bytes a scene, -0.40 dB" in text
+    assert "macro, 20 epochs: -0.40 dB to plain, which has 3.19x its bytes a scene" in text
     assert "macro: flat within 0.1 dB from 10 epochs on: 2.000 s an object" in text
     assert "rgb: not flat within 0.1 dB at 20 epochs" in text
     # The same name with other settings is not taken for it.
