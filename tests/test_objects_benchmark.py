@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import objects
+from benchmarks.objects_table import flat_from
 from igae import config
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.recipe import Recipe
@@ -45,7 +46,7 @@ def test_each_scene_is_learned_from_or_fitted(scenes: int, learn: int | None, mo
     ],
 )
 def test_a_curve_is_flat_where_all_that_follows_is(curve: dict[float, float], flat: float | None) -> None:
-    assert objects.flat_from(curve) == flat
+    assert flat_from(curve) == flat
 
 
 def manifest_of(views: list[int]) -> Manifest:
