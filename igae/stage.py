@@ -127,6 +127,7 @@ class Stage:
                         workers=settings.workers,
                         background=settings.background,
                         verify=settings.verify,
+                        cache=settings.cache,
                         state=state,
                     ),
                 )
@@ -143,6 +144,7 @@ class Stage:
                     repeat=True,
                     workers=min(1, settings.workers),
                     verify=settings.verify,
+                    cache=settings.cache,
                     state=StreamState(*divmod(self.consumed["photos"], len(data.photos))),
                 ),
             )
@@ -285,6 +287,7 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
             workers=settings.workers,
             background=settings.background,
             verify=settings.verify,
+            cache=settings.cache,
         )
     ) as loader:
         return LatentCache(loader, encode, device)
@@ -306,6 +309,7 @@ def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, cha
             shuffle=settings.shuffle,
             workers=0,
             background=settings.background,
+            cache=settings.cache,
         )
     else:
         loader = image_loader(
@@ -316,6 +320,7 @@ def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, cha
             seed=seed,
             shuffle=settings.shuffle,
             workers=0,
+            cache=settings.cache,
         )
     squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
     with closing(loader):

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
+from igae.data.cache import Cache
 from igae.data.manifest import Shard, ShardKind, join
 from igae.data.store import File, StoreError
 from igae.secrets import hide_credentials
@@ -141,6 +142,7 @@ def read_records(
     wanted: Callable[[str], bool] | None = None,
     part: range | None = None,
     verify: Verify = "size",
+    cache: Cache | None = None,
 ) -> Iterator[Record]:
     """Reads the samples of a shard in their order, without decoding.
 
@@ -150,17 +152,20 @@ def read_records(
         wanted: takes a scene's name; the views of other scenes are passed over.
         part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
         verify: what is compared with the manifest before the first sample; see `view_loader`.
+        cache: reads a copy there, which is made first if there is none.
 
     Raises:
         ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
     """
     try:
-        with _open(root, shard) as file:
+        with _open(root, shard, cache=cache) as file:
             if verify != "off" and file.size != shard.bytes:
                 raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
             key = (root, shard.name, shard.sha256)
             if verify == "sha256" and key not in _verified:
                 if _sha256(file) != shard.sha256:
+                    if cache is not None:
+                        raise ShardError(f"{cache.path(shard)}, a copy of shard {shard.name}, is damaged: delete it")
                     raise wrong(root, shard.name, "has another sha256 than the manifest says")
                 _verified.add(key)
                 file.rewind()
@@ -171,8 +176,15 @@ def read_records(
         raise wrong(root, shard.name, str(error)) from None
 
 
-def _open(root: str, shard: Shard, digest: Any = None) -> File:
-    return File(join(root, shard.name), f"shard {shard.name} in {hide_credentials(root)}", shard.bytes, digest)
+def title(root: str, shard: Shard) -> str:
+    """What stands for a shard in messages."""
+    return f"shard {shard.name} in {hide_credentials(root)}"
+
+
+def _open(root: str, shard: Shard, digest: Any = None, cache: Cache | None = None) -> File:
+    what = title(root, shard)
+    url = join(root, shard.name) if cache is None else cache.get(shard, what)
+    return File(url, what, shard.bytes, digest)
 
 
 def wrong(root: str, shard: str, how: str) -> ShardError:
@@ -245,10 +257,15 @@ def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, par
     number = -1
     found: dict[str, tuple[int, bytes]] = {}
     seen = Counter[str]()
+    left = sum(count for scene, count in _counts(shard).items() if wanted is None or wanted(scene))
+    some = left < shard.samples
     for member in _members(file):
         if member.key != key:
             if found:
                 yield _record(shard, key or "", found)
+                left -= 1
+            if some and not left:
+                return  # held-out views lie scene after scene: those that follow are not read
             key, number, found = member.key, number + 1, {}
             if part is not None and number >= part.stop:
                 return

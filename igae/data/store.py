@@ -22,6 +22,8 @@ from igae.secrets import hide_credentials
 
 log = logging.getLogger(__name__)
 
+CLIENTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs"}
+"""Packages that fsspec needs for some schemes."""
 ATTEMPTS = 6
 FIRST_WAIT = 1.0
 """Seconds before the second try; they double with each further one."""
@@ -74,7 +76,10 @@ class File:
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url)
         except Exception as error:  # a client that is not installed, or does not take these options
-            raise StoreError(f"{what} cannot be read: {_reason(error)}") from None
+            client = CLIENTS.get(url.split("://")[0].split("::")[-1])
+            todo = f"; pip install {client}" if client and isinstance(error, ImportError) else ""
+            raise StoreError(f"{what} cannot be read: {_reason(error)}{todo}") from None
+        self._hub = "hf" in self._fs.protocol
         self._step = LOCAL_BLOCK if isinstance(self._fs, LocalFileSystem) else REMOTE_BLOCK
         found = self._try(self._find_size)
         if found is None:
@@ -135,18 +140,28 @@ class File:
                 self._handle = open(self._path, "rb", buffering=0)
             data = os.pread(self._handle.fileno(), end - start, start)
         else:
-            data = self._call(limit, "cat_file", start=start, end=end)
+            # The hub's client reads 5 MB more than it is asked for, unless it is told not to.
+            options = {"cache_type": "none", "size": self.size} if self._hub else {}
+            data = self._call(limit, "cat_file", start=start, end=end, **options)
         if len(data) != end - start:
             hint = ": does the server support range requests?" if len(data) > end - start else ""
             raise _WrongLength(f"{len(data)} bytes came instead of {end - start}{hint}")
         return data
 
     def _find_size(self, limit: float) -> int | None:
-        self._fs.invalidate_cache(self._fs._parent(self._path))  # a listing may be older than the file
-        size = self._call(limit, "info")["size"]
+        try:
+            if not self._hub:
+                self._fs.invalidate_cache(self._fs._parent(self._path))  # a listing may be older than the file
+            size = self._call(limit, "info")["size"]
+        except FileNotFoundError:
+            if not self._hub:
+                raise
+            # The hub's client lists the whole folder to find a size: once is enough, if the file is in the list.
+            self._fs.invalidate_cache(self._fs._parent(self._path))
+            size = self._call(limit, "info")["size"]
         return None if size is None else int(size)
 
-    def _call(self, limit: float, method: str, **options: int) -> Any:
+    def _call(self, limit: float, method: str, **options: Any) -> Any:
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, getattr(self._fs, "_" + method), self._path, timeout=limit, **options)
         return getattr(self._fs, method)(self._path, **options)

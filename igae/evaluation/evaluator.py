@@ -43,6 +43,7 @@ class Evaluator:
         background: colour in [0, 1] behind the views.
         workers: decoding processes.
         verify: what of a shard is compared with the manifest.
+        cache: folder of copies of shards.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Evaluator:
         device: torch.device,
         channel: Channel,
         verify: Literal["off", "size", "sha256"] = "size",
+        cache: str | None = None,
     ) -> None:
         self.config, self.device, self.channel = config, device, channel
         self.scenes = scenes if config.scenes is None else spread(scenes, config.scenes)
@@ -80,6 +82,7 @@ class Evaluator:
                 workers=workers,
                 background=background,
                 verify=verify,
+                cache=cache,
             )
             for batch in loader:
                 for i, scene in enumerate(batch.scene.tolist()):
@@ -104,6 +107,7 @@ class Evaluator:
                 workers=0,
                 part=self.part,
                 verify=verify,
+                cache=cache,
             )
             self.photos = next(photos)
             photos.close()
