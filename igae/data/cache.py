@@ -43,15 +43,14 @@ class Cache:
         self.folder = Path(folder).expanduser()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for partial in self.folder.glob("*.partial"):
-                if time.time() - partial.stat().st_mtime > STALE:
-                    partial.unlink(missing_ok=True)
             if not os.access(self.folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except FileNotFoundError:
-            pass  # another process was faster
         except OSError as error:
             raise ValueError(f"data.cache {folder} cannot be used: {error.strerror}") from None
+        for partial in self.folder.glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if time.time() - partial.stat().st_mtime > STALE:
+                    partial.unlink()
 
     def path(self, shard: Shard) -> Path:
         """Where the copy of a shard is, or will be."""
@@ -98,6 +97,8 @@ class Cache:
                     stack.enter_context(FileLock(f"{path}.lock"))
                 if not self.has(shard):
                     self._download(shard, what, path)
+                with contextlib.suppress(OSError):  # who waits for it, or makes it anew, finds the copy
+                    os.unlink(f"{path}.lock")
         return str(path)
 
     def _download(self, shard: Shard, what: str, path: Path) -> None:

@@ -41,7 +41,7 @@ KINDS = {
 Verify = Literal["off", "size", "sha256"]
 
 _verified: set[tuple[str, str, str]] = set()
-"""(root, name, checksum) of shards whose bytes have been compared in this process."""
+"""(root or folder of copies, name, checksum) of shards whose bytes have been compared in this process."""
 
 
 class ShardError(ValueError):
@@ -161,7 +161,7 @@ def read_records(
         with _open(root, shard, cache=cache) as file:
             if verify != "off" and file.size != shard.bytes:
                 raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
-            key = (root, shard.name, shard.sha256)
+            key = (root if cache is None else str(cache.folder), shard.name, shard.sha256)
             if verify == "sha256" and key not in _verified:
                 if _sha256(file) != shard.sha256:
                     if cache is not None:
