@@ -27,8 +27,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fsspec
 import torch
@@ -39,6 +38,7 @@ from igae.shares import own_data
 from igae.stage import Stage
 from igae.trainer import Trainer
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
 
 
@@ -151,7 +151,9 @@ def main() -> None:
                         for key, value in figures.items():
                             totals[stage, source][key] += value
                     print(f"round {number}, {stage}, {source}: {figures}", file=sys.stderr)
-    print(f"{arguments.rounds} rounds of {arguments.epochs:g} epochs, latency {arguments.latency:g} ms, {arguments.data}")
+    print(
+        f"{arguments.rounds} rounds of {arguments.epochs:g} epochs, latency {arguments.latency:g} ms, {arguments.data}"
+    )
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores, {arguments.threads} threads\n")
     print("| stage | data | opening, s | step, ms | data wait | starvation | requests | MB |")
     print("|---|---|---|---|---|---|---|---|")

@@ -73,7 +73,8 @@ def view_loader(
             is downloaded while one is read. None: shards are read where they are.
 
     Raises:
-        ValueError: no such views, a number out of range, or a cache without room. While iterating `ShardError`, which names the shard.
+        ValueError: no such views, a number out of range, or a cache without room. While iterating `ShardError`, which
+            names the shard.
     """
     if not all(0 <= channel <= 1 for channel in background):
         raise ValueError(f"background {background} is not a colour in [0, 1]")
