@@ -99,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             branches.setdefault(str(revision), dict(branches["main"]))
             self._json({})
             return
+        revision = next((branch for branch in branches if _sha(branch) == revision), revision)
         if revision is not None and revision not in branches:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return

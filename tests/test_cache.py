@@ -127,6 +127,24 @@ def test_one_shard_ahead(packed, log, tmp_path):
     loader.close()
 
 
+def test_the_next_shard_is_begun(packed, log, tmp_path):
+    """Without copies: its first block is there when the shard before is read to its end."""
+    root, manifest = packed
+    first, second, third = (shard.name for shard in manifest.shards if shard.kind == "scenes")
+    loader = view_loader(f"far://{root}", manifest, manifest.scenes, batch_size=1, shuffle=0, workers=0)
+    records = loader._plan.records(loader.state)
+    for _ in range(loader._plan.counts[first]):
+        next(records)
+    deadline = time.monotonic() + 20
+    while not asked(log)[f"read {second}"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert asked(log) == {f"{what} {name}": 1 for what in ("info", "read") for name in (first, second)}
+    next(records)
+    assert asked(log)[f"read {second}"] == 1
+    loader.close()
+
+
 def fetching(log: Path, root: str, shard: Shard, folder: Path) -> multiprocessing.Process:
     """A process that downloads a shard slowly, in many requests; it exits with 1 if it gets something else."""
 

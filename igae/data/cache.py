@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,16 +71,6 @@ class Cache:
                 f"data.cache {self.folder} has {free / 1e9:.1f} GB left and {missing / 1e9:.1f} GB of shards are to be "
                 "kept there: make room, choose another folder, or leave data.cache out"
             )
-
-    def begin(self, shard: Shard, what: str) -> None:
-        """Downloads a shard in the background, if there is no copy. Who needs it hears of what goes wrong."""
-
-        def download() -> None:
-            with contextlib.suppress(StoreError):
-                self.get(shard, what)
-
-        if not self.has(shard):
-            threading.Thread(target=download, name="igae-download", daemon=True).start()
 
     def get(self, shard: Shard, what: str) -> str:
         """The path of the copy; downloads the shard if there is none. `what` stands for the shard in messages.

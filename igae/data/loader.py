@@ -22,7 +22,7 @@ from webdataset import filters
 from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
-from igae.data.shards import Record, ShardError, Verify, read_records, title
+from igae.data.shards import Opening, Record, ShardError, Verify, read_records
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""
@@ -70,15 +70,16 @@ class Plan:
         skip = state.position
         visits = self._visits(state.epoch)
         visit = next(visits, None)
+        opening: Opening | None = None
         while visit is not None:
             (epoch, shard), visit = visit, next(visits, None)
             if skip >= self.counts[shard.name]:
                 skip -= self.counts[shard.name]
                 continue
-            records = self._shard(shard, epoch)
-            for number, record in enumerate(records):
-                if number == 0 and visit is not None and self.cache is not None:
-                    self.cache.begin(visit[1], title(self.root, visit[1]))
+            records, opening = self._shard(shard, epoch, opening), None
+            for record in records:
+                if opening is None and visit is not None:
+                    opening = Opening(self.root, visit[1], self.cache)
                 if skip:
                     skip -= 1
                 else:
@@ -93,10 +94,10 @@ class Plan:
             for shard in shards:
                 yield epoch, shard
 
-    def _shard(self, shard: Shard, epoch: int) -> Iterator[Record]:
+    def _shard(self, shard: Shard, epoch: int, opening: Opening | None) -> Iterator[Record]:
         wanted = None if self.scenes is None else self.scenes.__contains__
         part = None if self.parts is None else self.parts[shard.name]
-        records = read_records(self.root, shard, wanted, part, self.verify, self.cache)
+        records = read_records(self.root, shard, wanted, part, self.verify, self.cache, opening)
         if self.shuffle < 2:
             return records
         rng = _rng(self.seed, epoch, shard.name)

@@ -25,6 +25,7 @@ from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest
 from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
+from igae.data.store import file_system
 from igae.secrets import hide_credentials
 
 STAGED = ".partial"
@@ -91,7 +92,7 @@ def pack(
     """
     if scenes is None and images is None:
         raise ValueError("nothing to pack: give scenes, images or both")
-    fs, root = fsspec.core.url_to_fs(output)
+    fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not overwrite:
         hidden = hide_credentials(output)
         raise ValueError(f"{hidden} has a {NAME} already: choose another folder or overwrite it")
@@ -150,7 +151,7 @@ def _scan(ref: SceneRef, progress: Progress) -> Scanned | str:
     progress(1)
     try:
         scene = sources.read_scene(ref)
-        fs, folder = fsspec.core.url_to_fs(ref.folder)
+        fs, folder = file_system(ref.folder)
         prefix = folder.rstrip("/") + "/"
         sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
         total = 0

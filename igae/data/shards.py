@@ -8,8 +8,10 @@ key of a view is `<scene>/<index>`, that of a photograph `images/<number>`.
 import hashlib
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -143,6 +145,7 @@ def read_records(
     part: range | None = None,
     verify: Verify = "size",
     cache: Cache | None = None,
+    opening: "Opening | None" = None,
 ) -> Iterator[Record]:
     """Reads the samples of a shard in their order, without decoding.
 
@@ -153,12 +156,13 @@ def read_records(
         part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
         verify: what is compared with the manifest before the first sample; see `view_loader`.
         cache: reads a copy there, which is made first if there is none.
+        opening: the shard, if it was begun to be opened before.
 
     Raises:
         ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
     """
     try:
-        with _open(root, shard, cache=cache) as file:
+        with opening.wait() if opening is not None else _open(root, shard, cache=cache) as file:
             if verify != "off" and file.size != shard.bytes:
                 raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
             key = (root if cache is None else str(cache.folder), shard.name, shard.sha256)
@@ -176,13 +180,30 @@ def read_records(
         raise wrong(root, shard.name, str(error)) from None
 
 
-def title(root: str, shard: Shard) -> str:
-    """What stands for a shard in messages."""
-    return f"shard {shard.name} in {hide_credentials(root)}"
+class Opening:
+    """Opens a shard and fetches its beginning (all of it into a cache) in the background."""
+
+    def __init__(self, root: str, shard: Shard, cache: Cache | None) -> None:
+        self._future: Future[File] = Future()
+
+        def work() -> None:
+            try:
+                file = _open(root, shard, cache=cache)
+                file.begin()
+                self._future.set_result(file)
+            except BaseException as error:  # whatever it is, who waits has to hear of it
+                self._future.set_exception(error)
+
+        # A daemon: a store that does not answer keeps no process.
+        threading.Thread(target=work, name="igae-open", daemon=True).start()
+
+    def wait(self) -> File:
+        """The file; raises what went wrong."""
+        return self._future.result()
 
 
 def _open(root: str, shard: Shard, digest: Any = None, cache: Cache | None = None) -> File:
-    what = title(root, shard)
+    what = f"shard {shard.name} in {hide_credentials(root)}"
     url = join(root, shard.name) if cache is None else cache.get(shard, what)
     return File(url, what, shard.bytes, digest)
 

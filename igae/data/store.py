@@ -76,9 +76,7 @@ class File:
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url)
         except Exception as error:  # a client that is not installed, or does not take these options
-            client = CLIENTS.get(url.split("://")[0].split("::")[-1])
-            todo = f"; pip install {client}" if client and isinstance(error, ImportError) else ""
-            raise StoreError(f"{what} cannot be read: {_reason(error)}{todo}") from None
+            raise StoreError(f"{what} cannot be read: {_reason(error)}{_todo(url, error)}") from None
         self._hub = "hf" in self._fs.protocol
         self._step = LOCAL_BLOCK if isinstance(self._fs, LocalFileSystem) else REMOTE_BLOCK
         found = self._try(self._find_size)
@@ -120,6 +118,11 @@ class File:
             self._at = len(self._block)
             self._load()
         self._at = end - self._start
+
+    def begin(self) -> None:
+        """Fetches the first block, before it is asked for."""
+        if not self._block and self.size:
+            self._load()
 
     def rewind(self) -> None:
         """Goes back to the beginning."""
@@ -187,6 +190,24 @@ class File:
                 raise StoreError(f"{self.what} cannot be read, it was tried {number} times: {reason}")
             log.warning("%s: try %d of %d failed (%s), next in %.1f s", self.what, number, ATTEMPTS, reason, wait)
             time.sleep(wait)
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+        ValueError: there is none, its client is not installed, or does not take these options.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except Exception as error:
+        raise ValueError(f"{hide_credentials(url)} cannot be used: {_reason(error)}{_todo(url, error)}") from None
+    return fs, path
+
+
+def _todo(url: str, error: Exception) -> str:
+    client = CLIENTS.get(url.split("://")[0].split("::")[-1])
+    return f"; pip install {client}" if client and isinstance(error, ImportError) else ""
 
 
 def read_whole(url: str, what: str, limit: int) -> bytes:
