@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data in a hub repository: packed straight from it, and trained on there, by the hub's own client and a hub on this
-machine."""
+"""Data in a hub repository: packed straight from it, read there, and the commands of docs/cloud.md, by the hub's own
+client and a hub on this machine."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -26,7 +27,8 @@ from igae.data.streams import image_loader, view_loader
 
 folder = sys.argv[1]
 raw, there = "hf://datasets/user/raw/train", "hf://datasets/user/shards/packed"
-sys.argv = ["pack_shards.py", "--scenes", raw + "/scenes", "--subset", "square16", "--images", raw + "/photos"]
+sys.argv = ["pack_shards.py", "--scenes", raw + "/objaverse", "--subset", "square128"]
+sys.argv += ["--images", raw + "/imagenet/square128"]
 sys.argv += ["--output", folder + "/from-hub", "--shard-size", "20000", "--workers", "1"]
 code = pack_shards.main()
 
@@ -46,17 +48,34 @@ print(json.dumps({"code": code, "same": same, "missing": missing}))
 """
 
 
+def follow_the_page(folder: Path, environment: dict[str, str]) -> None:
+    """The first two commands of docs/cloud.md (tests/test_training.py trains), which README.md has too."""
+    lines = re.findall(r"^    (.+)$", (ROOT / "docs" / "cloud.md").read_text(), re.MULTILINE)[:3]
+    assert "\n".join(f"    {line}" for line in lines) in (ROOT / "README.md").read_text()
+    tools = {"hf": [str(Path(sys.executable).parent / "hf")], "python": [sys.executable]}
+    for line in lines[:2]:
+        first, *words = shlex.split(line.replace("k-kassab/igae-data", "user/raw"))
+        words = [str(ROOT / word) if word.startswith("data_tools/") else word for word in words]
+        command = [*tools[first], *words, *(["--workers", "1"] if first == "python" else [])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    assert not (folder / "data/igae-data/README.md").exists()
+    assert lines[2].endswith("train.py --config igae.yaml data.root=data/shards")
+
+
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", views=(6, 3, 6), images=5)
     local = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
-    pack(str(tmp_path / "out"), **local, subset="square16", shard_size=20_000)
+    (data / "scenes" / "square16").rename(data / "scenes" / "square128")
+    pack(str(tmp_path / "out"), **local, subset="square128", shard_size=20_000)
     manifest = Manifest.load(str(tmp_path / "out"))
 
     def files(folder: Path, inside: str) -> dict[str, bytes]:
         return {f"{inside}/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
     with hub.running() as server:
-        server.repos["datasets/user/raw"] = {"main": files(data, "train")}
+        raw = files(data / "scenes", "train/objaverse") | files(data / "photos", "train/imagenet/square128")
+        server.repos["datasets/user/raw"] = {"main": {**raw, "README.md": b"not wanted"}}
         server.repos["datasets/user/shards"] = {"main": files(tmp_path / "out", "packed")}
         environment = {
             **os.environ,
@@ -69,6 +88,11 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         }
         command = [sys.executable, "-c", CODE, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        log = list(server.log)
+        follow_the_page(tmp_path, environment)
+    pack(str(tmp_path / "whole"), **local, subset="square128")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "data/shards" / path.name).read_bytes() == path.read_bytes()
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["code"] == 0 and found["same"]
@@ -77,7 +101,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
     }
     # Each shard is one request of exactly its bytes; the folder is listed once by each thread that reads.
-    asked = [(method, path, span) for method, path, span in server.log if "/user/shards/" in path]
+    asked = [(method, path, span) for method, path, span in log if "/user/shards/" in path]
     ranges = Counter((path.rsplit("/", 1)[-1], span) for _, path, span in asked if "/resolve/" in path)
     sizes = {shard.name: shard.bytes for shard in manifest.shards if shard.kind != "heldout"}
     sizes["manifest.json"] = (tmp_path / "out" / "manifest.json").stat().st_size
