@@ -12,8 +12,10 @@ import object_store
 import pytest
 import ranks
 import runs
+import yaml
 from object_store import Proxy
 from scene_files import write_data
+from test_fit import FIT
 
 from igae import evaluate, ownership
 from igae.data import store
@@ -143,3 +145,12 @@ def test_runs(manifest, proxy, tmp_path):
     (scenes,) = files(counts, "scenes")
     assert files(counts, "heldout") <= {scenes.replace("scenes", "heldout")}
     assert len(files(counts, "images")) == 1 and counts["GET manifest.json"] == 1
+
+    # Fitting of one scene: its two shards.
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump({**FIT, "data": {"root": ROOT, "workers": 0}, "outputs": str(tmp_path / "outputs")}))
+    ranks.run(train_from, 1, proxy.port, str(path), f"model={run}", "data.categories={cars: [0, 1]}")
+    (counts,) = asked(proxy).values()
+    (shard,) = (shard.name for shard in manifest.shards if shard.kind == "scenes" and "scene_1" in shard.scenes)
+    assert files(counts, "scenes") == {shard} and files(counts, "heldout") == {shard.replace("scenes", "heldout")}
+    assert not files(counts, "images") and counts["GET manifest.json"] == 1

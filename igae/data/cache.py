@@ -101,6 +101,7 @@ class Cache:
                 with open(handle, "wb") as target:
                     while data := source.read(BLOCK):
                         target.write(data)
+                    os.fchmod(handle, 0o644)  # a temporary file is its owner's alone
                     target.flush()
                     os.fsync(handle)  # the name must not outlive the content when the machine goes down
             if digest.hexdigest() != shard.sha256:
