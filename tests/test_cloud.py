@@ -29,7 +29,7 @@ pytest.importorskip("s3fs")
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
 ROOT = "s3://bucket/packed"
-SETTINGS = [f"data.root={ROOT}", "evaluation.photos=6", "train.warmup.epochs=2", "train.joint.epochs=3"]
+SETTINGS = [f"data.root={ROOT}", "evaluation.photos=6", "train.warmup.epochs=1", "train.joint.epochs=2"]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,7 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
         assert sent <= 30_000 < sum(shard.bytes for shard in manifest.shards)
 
 
+@pytest.mark.slow
 def test_runs(manifest, proxy, tmp_path):
     """Two ranks of one machine with copies of shards: all is read once. Then resuming, evaluation and fitting."""
     recipe = str(runs.recipe_file(tmp_path, "unset"))
@@ -133,7 +134,7 @@ def test_runs(manifest, proxy, tmp_path):
     expected = {f"{method} {shard.name}": 1 for shard in manifest.shards for method in ("HEAD", "GET")}
     assert {name: count for name, count in both.items() if "manifest" not in name} == expected
 
-    ranks.run(train_from, 2, proxy.port, recipe, cache, *SETTINGS[:-1], "train.joint.epochs=4")
+    ranks.run(train_from, 2, proxy.port, recipe, cache, *SETTINGS[:-1], "train.joint.epochs=3")
     found = asked(proxy)
     assert found == {rank: {"HEAD manifest.json": 1, "GET manifest.json": 1} for rank in (0, 1)}
 

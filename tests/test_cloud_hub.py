@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import hub
+import pytest
 from scene_files import write_data
 
 from igae.data.manifest import Manifest
@@ -63,6 +64,7 @@ def follow_the_page(folder: Path, environment: dict[str, str]) -> None:
     assert lines[2].endswith("train.py --config igae.yaml data.root=data/shards")
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", views=(6, 3, 6), images=5)
     local = {"scenes": str(data / "scenes"), "images": str(data / "photos")}

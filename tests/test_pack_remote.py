@@ -56,6 +56,7 @@ def test_memory_store(data):
     assert fs.find("/packed/two") == []
 
 
+@pytest.mark.slow
 def test_from_and_to_s3_in_two_runs(tmp_path, monkeypatch):
     """The command reads from a bucket and writes to it; no shard that an earlier run has finished is written again."""
     boto3 = pytest.importorskip("boto3")
