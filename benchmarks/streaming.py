@@ -4,8 +4,8 @@
 
 Both stages of a configuration (the quickstart's) are opened and stepped from either, in turns, in one process. The
 store is a process on this machine that answers what S3 answers to reads of objects and nothing else, so that s3fs, the
-real client, is in the way; moto, made for tests, takes several times the processor time for an answer, which two cores
-miss in training. It adds `--latency` to each answer, and counts requests and bytes.
+real client, is in the way; moto, made for tests, takes four times the processor time for an answer (5.8 against 1.5 ms
+for 1.2 MB), which two cores miss in training. It adds `--latency` to each answer, and counts requests and bytes.
 
 Starvation: what a step waits longer for data than it does with local files, of the time of a step with local files.
 The step time itself differs between turns by whatever else the machine does.
