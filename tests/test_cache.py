@@ -165,7 +165,9 @@ def test_processes_share_a_download(packed, log, tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert asked(log) == {f"info {shard.name}": 1, f"read {shard.name}": -(-shard.bytes // 1000)}
+    # Of this shard: a thread of a test before, which opens the next shard, may still note its own.
+    found = {what: count for what, count in asked(log).items() if what.endswith(shard.name)}
+    assert found == {f"info {shard.name}": 1, f"read {shard.name}": -(-shard.bytes // 1000)}
 
 
 def test_a_killed_download(packed, log, tmp_path):
