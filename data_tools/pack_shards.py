@@ -91,7 +91,7 @@ def main() -> int:
     except (ValueError, OSError, ImportError, BrokenExecutor) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was packed", file=sys.stderr)
+        print("error: interrupted; the same command goes on with the shards that are left", file=sys.stderr)
     return 2
 
 

@@ -184,6 +184,7 @@ def _measure(
         device,
         channel,
         recipe.data.verify,
+        recipe.data.cache,
     )
     perceptual = _lpips(recipe.train.lpips_weights, manifest.image_size, channel)
     model = subject.model.to(device).eval()

@@ -224,6 +224,7 @@ class Fit:
             self.engine.device,
             self.channel,
             recipe.data.verify,
+            recipe.data.cache,
         )
         self.model.eval()
         figures = evaluator.measure(self.model, bank)

@@ -30,6 +30,8 @@ class DataConfig(Section):
     """Images in the shuffle buffer."""
     verify: Literal["off", "size", "sha256"] = "size"
     """What of a shard is compared with the manifest before its first use; `sha256` reads it once more."""
+    cache: str | None = None
+    """Folder of this machine where copies of shards are kept, so that an object store is asked for each only once."""
 
     @field_validator("background")
     @classmethod

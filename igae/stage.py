@@ -98,6 +98,7 @@ class Stage:
                         workers=settings.workers,
                         background=settings.background,
                         verify=settings.verify,
+                        cache=settings.cache,
                         state=state,
                     ),
                 )
@@ -114,6 +115,7 @@ class Stage:
                     repeat=True,
                     workers=min(1, settings.workers),
                     verify=settings.verify,
+                    cache=settings.cache,
                     state=StreamState(*divmod(self.consumed["photos"], len(data.photos))),
                 ),
             )
@@ -267,6 +269,7 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
             workers=settings.workers,
             background=settings.background,
             verify=settings.verify,
+            cache=settings.cache,
         )
     ) as loader:
         return LatentCache(loader, encode, device)
@@ -288,6 +291,7 @@ def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, cha
             shuffle=settings.shuffle,
             workers=0,
             background=settings.background,
+            cache=settings.cache,
         )
     else:
         loader = image_loader(
@@ -298,6 +302,7 @@ def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, cha
             seed=seed,
             shuffle=settings.shuffle,
             workers=0,
+            cache=settings.cache,
         )
     squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
     with closing(loader):

@@ -269,6 +269,7 @@ class Trainer:
                 self.engine.device,
                 self.channel,
                 data.verify,
+                data.cache,
             )
         return self._kept_evaluator
 

@@ -108,6 +108,21 @@ TABLE: dict[str, How] = {
         "test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"
     ),
     "wandb sync*": CoveredBy("test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"),
+    # -- buckets and the hub
+    "hf download k-kassab/igae-data *": CoveredBy("test_cloud_hub.py::test_a_data_set_of_the_hub"),
+    "python data_tools/pack_shards.py --scenes data/igae-data/*": CoveredBy(
+        "test_cloud_hub.py::test_a_data_set_of_the_hub"
+    ),
+    "python data_tools/pack_shards.py --scenes s3://*": CoveredBy(
+        "test_pack_remote.py::test_from_and_to_s3_in_two_runs"
+    ),
+    "accelerate launch train.py --config igae.yaml data.root=s3://* data.cache=*": CoveredBy(
+        "test_cloud.py::test_runs"
+    ),
+    "hf upload": Left("writes to the hub, with an account"),
+    # -- the viewer
+    "python -m igae.view *": CoveredBy("test_view.py::test_the_command_serves_this_machine_alone_until_it_is_ended"),
+    "ssh *": Left("needs another machine"),
     # -- docs/extending.md
     "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
     "python -m igae.export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),

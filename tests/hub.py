@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model hub on this machine: as much of huggingface.co's interface as its client uses for repositories of models."""
+"""A hub on this machine: as much of huggingface.co's interface as its client uses for repositories of models, and for
+reading those of data sets, which are `datasets/user/name` here."""
 
 import base64
 import hashlib
@@ -12,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-REPO = re.compile(r"/api/models/([\w.\-]+/[\w.\-]+)(?:/([a-z\-]+)(?:/([^/]+)(?:/(.*))?)?)?")
-FILE = re.compile(r"/([\w.\-]+/[\w.\-]+)/resolve/([^/]+)/(.+)")
+REPO = re.compile(r"/api/(?:models/)?((?:datasets/)?[\w.\-]+/[\w.\-]+)(?:/([a-z\-]+)(?:/([^/]+)(?:/(.*))?)?)?")
+FILE = re.compile(r"/((?:datasets/)?[\w.\-]+/[\w.\-]+)/resolve/([^/]+)/(.+)")
 
 
 class Hub(ThreadingHTTPServer):
@@ -98,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             branches.setdefault(str(revision), dict(branches["main"]))
             self._json({})
             return
+        revision = next((branch for branch in branches if _sha(branch) == revision), revision)
         if revision is not None and revision not in branches:
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
@@ -128,7 +130,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([_entry(files, path) for path in paths if _entry(files, path)])
         elif what == "tree":
             inside = f"{rest}/" if rest else ""
-            heads = {inside + path[len(inside) :].split("/")[0] for path in files if path.startswith(inside)}
+            below = [path[len(inside) :].split("/") for path in files if path.startswith(inside)]
+            deep = "recursive=true" in urlsplit(self.path).query.lower()
+            heads = {inside + "/".join(parts[: i + 1]) for parts in below for i in range(len(parts) if deep else 1)}
+            if not heads:
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                return
             self._json([_entry(files, path) for path in sorted(heads)])
         else:
             self._send(404, b"{}")

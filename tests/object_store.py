@@ -90,6 +90,8 @@ class Proxy(ThreadingHTTPServer):
         self.after: int | str | None = None
         self.seen: list[tuple[str, str, int | str | None]] = []
         """Method, path, and what was done to it."""
+        self.sent: list[tuple[str, str, str, int]] = []
+        """User agent, method, path, and bytes of the body that was sent, of the answers that came from upstream."""
         self.released = threading.Event()
 
     @property
@@ -151,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             body += body
             length = len(body)
         cut = len(body) // 2 if fault in ("reset", "short", "stall") else len(body)
+        self.server.sent.append((self.headers.get("User-Agent", ""), self.command, self.path, cut))
         self._send(response.status, headers, body[:cut], length)
         if fault == "stall":
             self.server.released.wait(30)

@@ -341,16 +341,41 @@ def test_command(data, tmp_path):
     assert damaged.returncode == 1 and "heldout-00000.tar" in damaged.stderr
 
 
-def test_interrupted_packing_leaves_no_manifest(data, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    write = packing._write_images
-    monkeypatch.setattr(packing, "_write_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        pack(str(out), **sources(data))
-    assert list(out.iterdir()) == []
-    monkeypatch.setattr(packing, "_write_images", write)
+def interrupt(out: Path, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when all scenes are written and no photograph is."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "_write_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        pack(str(out), **arguments)
+    assert all(path.name.endswith(".partial") for path in out.iterdir())
+
+
+def test_interrupted_packing_goes_on(data, tmp_path, monkeypatch):
+    out, again = tmp_path / "out", tmp_path / "again"
+    interrupt(out, sources(data), monkeypatch)
+    kept = {path.name: path.stat().st_ino for path in out.glob("scenes-*.tar.partial")}
+    written, write = [], packing._write_scenes
+    monkeypatch.setattr(packing, "_write_scenes", lambda *args: written.append(args) or write(*args))
     pack(str(out), **sources(data))
-    assert verify(str(out)) == []
+    assert not written and {f"{path.name}.partial": path.stat().st_ino for path in out.glob("scenes-*.tar")} == kept
+    pack(str(again), **sources(data))
+    assert written and verify(str(out)) == [] and digests(out) == digests(again)
+
+
+@pytest.mark.parametrize("change", ["seed", "input", "shard", "note"])
+def test_what_is_no_longer_the_same_is_packed_again(change, data, tmp_path, monkeypatch):
+    out, again, options = tmp_path / "out", tmp_path / "again", {}
+    interrupt(out, sources(data), monkeypatch)
+    if change == "seed":
+        options["seed"] = 5
+    elif change == "input":
+        image = next((data / "scenes").rglob("*.png"))
+        image.write_bytes(image.read_bytes() + b"more")
+    else:
+        path = out / ("scenes-00000.tar.partial" if change == "shard" else "scenes-00000.tar.done.partial")
+        path.write_bytes(path.read_bytes()[:-100])
+    for target in (out, again):
+        pack(str(target), **sources(data), **options)
+    assert verify(str(out)) == [] and digests(out) == digests(again)
 
 
 def test_killed_packing_leaves_no_manifest(tmp_path):

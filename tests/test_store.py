@@ -280,6 +280,25 @@ def test_unknown_stores():
         File("nonsense://x", "it")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "client"), [("s3", "s3fs"), ("gs", "gcsfs"), ("http", "aiohttp"), ("simplecache::s3", "s3fs")]
+)
+def test_clients_that_are_not_installed(scheme, client, monkeypatch):
+    """One sentence with what to do, for reading and for packing."""
+
+    def absent(*_):
+        raise ImportError("not installed")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(ValueError, match=f"^x:// cannot be used: ImportError: not installed; pip install {client}$"):
+        try:
+            pack(f"{scheme}://bucket/out", images="photos")
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{scheme}://bucket/out", "x://")) from None
+    with pytest.raises(ValueError, match=f"manifest.json cannot be read: ImportError: .*; pip install {client}$"):
+        Manifest.load(f"{scheme}://bucket/out")
+
+
 @pytest.fixture
 def packed(tmp_path: Path) -> Manifest:
     data = write_data(tmp_path, views=(9, 9), images=3)

@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import DataLoader
 from webdataset import filters
 
+from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
-from igae.data.shards import Record, ShardError, Verify, read_records
+from igae.data.shards import Opening, Record, ShardError, Verify, read_records
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""
@@ -46,6 +47,7 @@ class Plan:
         scenes: names of the scenes that are wanted; None: all.
         parts: numbers of the samples that are wanted, of those in each shard; None: all.
         verify, seed, shuffle, repeat: as in `igae.data.streams.view_loader`.
+        cache: where copies of the shards are kept; None: nowhere.
     """
 
     root: str
@@ -57,6 +59,7 @@ class Plan:
     seed: int
     shuffle: int
     repeat: bool
+    cache: Cache | None = None
 
     @property
     def samples(self) -> int:
@@ -65,24 +68,36 @@ class Plan:
     def records(self, state: StreamState) -> Iterator[Record]:
         """Raw samples from `state` on, endless with `repeat`."""
         skip = state.position
-        for epoch in _count_from(state.epoch) if self.repeat else [state.epoch]:
+        visits = self._visits(state.epoch)
+        visit = next(visits, None)
+        opening: Opening | None = None
+        while visit is not None:
+            (epoch, shard), visit = visit, next(visits, None)
+            if skip >= self.counts[shard.name]:
+                skip -= self.counts[shard.name]
+                continue
+            records, opening = self._shard(shard, epoch, opening), None
+            for record in records:
+                if opening is None and visit is not None:
+                    opening = Opening(self.root, visit[1], self.cache)
+                if skip:
+                    skip -= 1
+                else:
+                    yield record
+
+    def _visits(self, start: int) -> Iterator[tuple[int, Shard]]:
+        """Epochs, and the shards in their order."""
+        for epoch in _count_from(start) if self.repeat else [start]:
             shards = list(self.shards)
             if self.shuffle:
                 _rng(self.seed, epoch, "").shuffle(shards)
             for shard in shards:
-                if skip >= self.counts[shard.name]:
-                    skip -= self.counts[shard.name]
-                    continue
-                for record in self._shard(shard, epoch):
-                    if skip:
-                        skip -= 1
-                    else:
-                        yield record
+                yield epoch, shard
 
-    def _shard(self, shard: Shard, epoch: int) -> Iterator[Record]:
+    def _shard(self, shard: Shard, epoch: int, opening: Opening | None) -> Iterator[Record]:
         wanted = None if self.scenes is None else self.scenes.__contains__
         part = None if self.parts is None else self.parts[shard.name]
-        records = read_records(self.root, shard, wanted, part, self.verify)
+        records = read_records(self.root, shard, wanted, part, self.verify, self.cache, opening)
         if self.shuffle < 2:
             return records
         rng = _rng(self.seed, epoch, shard.name)

@@ -20,6 +20,7 @@ MAX_SIDE = 16384
 """Pixels. Memory for a batch is allocated by what the manifest says."""
 ShardKind = Literal["scenes", "heldout", "images"]
 SHARD_NAME = re.compile(r"(scenes|heldout|images)-\d{5,}\.tar")
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,11 @@ class Manifest:
             raise _Inconsistent("two shards have one name")
         counts: dict[str, dict[str, int]] = {"scenes": {}, "heldout": {}, "images": {}}
         for shard in self.shards:
-            # The name becomes a path: nothing but our own names may come out of a file that anybody can write.
+            # Name and checksum become paths: nothing but our own may come out of a file that anybody can write.
             if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.kind}-"):
                 raise _Inconsistent(f"shard name {shard.name!r}")
+            if not SHA256.fullmatch(shard.sha256):
+                raise _Inconsistent(f"sha256 {shard.sha256[:80]!r} of shard {shard.name}")
             if min([shard.bytes, shard.samples, *shard.scenes.values()]) < 1:
                 raise _Inconsistent(f"the numbers of shard {shard.name}")
             if shard.kind != "images" and sum(shard.scenes.values()) != shard.samples:

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import fsspec
@@ -20,10 +20,12 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from igae.data import sources
-from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene, Shard, ShardKind, join
+from igae.data.jobs import NOTE, Job, Options, Written, finish, finished
+from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene, ShardKind, join
 from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
+from igae.data.store import file_system
 from igae.secrets import hide_credentials
 
 STAGED = ".partial"
@@ -42,29 +44,6 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all jobs of a run share. `size`: (height, width) of all images."""
-
-    output: str
-    staged: str
-    size: tuple[int, int]
-    resize: bool
-    seed: int
-    skip_bad: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """Shards to write: either the scenes of one group or the photographs (key, file) of one shard."""
-
-    options: Options
-    index: int
-    scenes: Sequence[SceneRef] = ()
-    root: str = ""
-    images: Sequence[tuple[str, str]] = ()
-
-
-@dataclass(frozen=True)
 class Scanned:
     """A scene as planned: bytes of its images, and the (height, width) of its first."""
 
@@ -72,17 +51,6 @@ class Scanned:
     bytes: int
     views: int
     size: tuple[int, int]
-
-
-@dataclass
-class Written:
-    """What a job wrote: shards, scenes (name -> training views, held-out views), their cameras, and what was bad."""
-
-    shards: list[Shard] = field(default_factory=list)
-    scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    distances: list[tuple[float, float, float]] = field(default_factory=list)
-    focal: float = 0.0
-    bad: dict[str, str] = field(default_factory=dict)
 
 
 def pack(
@@ -102,7 +70,8 @@ def pack(
     """Packs scenes and photographs into shards and a manifest in the folder or URL `output`.
 
     Args:
-        output: a local folder or any fsspec URL. Locally all files have staging names until everything is written.
+        output: a local folder or any fsspec URL. Locally all files have staging names until everything is written. The
+            shards that a run which was stopped has finished are not written again.
         scenes: folder of the scenes, with or without a dataset_map.json; None: photographs only.
         subset: folder below `scenes/` or below which the scenes are (`square128`).
         categories: category -> [start, stop) in the lists of dataset_map.json; None: all scenes.
@@ -123,7 +92,7 @@ def pack(
     """
     if scenes is None and images is None:
         raise ValueError("nothing to pack: give scenes, images or both")
-    fs, root = fsspec.core.url_to_fs(output)
+    fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not overwrite:
         hidden = hide_credentials(output)
         raise ValueError(f"{hidden} has a {NAME} already: choose another folder or overwrite it")
@@ -145,7 +114,7 @@ def pack(
         if not staged and fs.exists(join(root, NAME)):
             # An object store has no renaming: the manifest is the marker, so it goes before its shards do.
             fs.rm_file(join(root, NAME))
-        names = {name for job in jobs for name in _names(job).values()}
+        names = {name for job in jobs for name in job.names.values()}
         try:
             total = sum(entry.views for entry in scanned) + len(photographs)
             written = run("packing", _write, jobs, total)
@@ -153,8 +122,8 @@ def pack(
             manifest = _manifest(options, dataset, scanned, written)
             if problems and not skip_bad or not manifest.shards:
                 raise Refused(problems)
-        except BaseException:
-            _remove(fs, root, [name + staged for name in names])
+        except Refused:
+            _remove(fs, root, [*(name + staged for name in names), *(job.note for job in jobs)])
             raise
     _remove(fs, root, [name + staged for name in names - {shard.name for shard in manifest.shards}])
     _finish(fs, root, manifest, staged)
@@ -182,7 +151,7 @@ def _scan(ref: SceneRef, progress: Progress) -> Scanned | str:
     progress(1)
     try:
         scene = sources.read_scene(ref)
-        fs, folder = fsspec.core.url_to_fs(ref.folder)
+        fs, folder = file_system(ref.folder)
         prefix = folder.rstrip("/") + "/"
         sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
         total = 0
@@ -214,14 +183,17 @@ def _plan(
         return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
 
     jobs = [
-        Job(options, index, scenes=[entry.ref for entry in group])
+        Job(options, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
         for index, group in enumerate(_groups(scanned, stored, shard_size))
     ]
     files = list(photographs)
     _rng(options.seed, "images").shuffle(files)
     keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
     groups = _groups(keyed, lambda entry: photographs[entry[1]] + TAR_OVERHEAD, shard_size)
-    return jobs + [Job(options, index, root=root, images=group) for index, group in enumerate(groups)]
+    return jobs + [
+        Job(options, index, root=root, images=group, bytes=sum(photographs[file] for _, file in group))
+        for index, group in enumerate(groups)
+    ]
 
 
 def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -237,19 +209,22 @@ def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterato
         yield group
 
 
-def _names(job: Job) -> dict[ShardKind, str]:
-    if job.images:
-        return {"images": f"images-{job.index:05d}.tar"}
-    return {"scenes": f"scenes-{job.index:05d}.tar", "heldout": f"heldout-{job.index:05d}.tar"}
-
-
 def _rng(seed: int, use: str) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
 
 
 def _write(job: Job, progress: Progress) -> Written:
-    if job.images:
-        return _write_images(job, progress)
+    written = finished(job)
+    if written is not None:
+        progress(sum(shard.samples for shard in written.shards))
+        return written
+    written = _write_images(job, progress) if job.images else _write_groups(job, progress)
+    if not written.bad or job.options.skip_bad:
+        finish(job, written)
+    return written
+
+
+def _write_groups(job: Job, progress: Progress) -> Written:
     bad: dict[str, str] = {}
     while True:
         written = _write_scenes(job, [ref for ref in job.scenes if ref.name not in bad], progress)
@@ -326,7 +301,7 @@ def _write_images(job: Job, progress: Progress) -> Written:
 
 
 def _open(job: Job, kind: ShardKind) -> ShardWriter:
-    name = _names(job)[kind]
+    name = job.names[kind]
     return ShardWriter(join(job.options.output, name + job.options.staged), name, kind)
 
 
@@ -367,6 +342,9 @@ def _finish(fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest, staged
     if staged:
         for name in sorted(names):
             fs.mv(join(root, name + staged), join(root, name))
+    fs.invalidate_cache(root)
+    present = [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
+    _remove(fs, root, [name for name in present if name.endswith(NOTE + staged)])
     fs.pipe_file(manifest_file + staged, manifest.to_json())
     if staged:
         fs.mv(manifest_file + staged, manifest_file)

@@ -8,12 +8,15 @@ key of a view is `<scene>/<index>`, that of a photograph `images/<number>`.
 import hashlib
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple
 
 import fsspec
 
+from igae.data.cache import Cache
 from igae.data.manifest import Shard, ShardKind, join
 from igae.data.store import File, StoreError
 from igae.secrets import hide_credentials
@@ -40,7 +43,7 @@ KINDS = {
 Verify = Literal["off", "size", "sha256"]
 
 _verified: set[tuple[str, str, str]] = set()
-"""(root, name, checksum) of shards whose bytes have been compared in this process."""
+"""(root or folder of copies, name, checksum) of shards whose bytes have been compared in this process."""
 
 
 class ShardError(ValueError):
@@ -141,6 +144,8 @@ def read_records(
     wanted: Callable[[str], bool] | None = None,
     part: range | None = None,
     verify: Verify = "size",
+    cache: Cache | None = None,
+    opening: "Opening | None" = None,
 ) -> Iterator[Record]:
     """Reads the samples of a shard in their order, without decoding.
 
@@ -150,17 +155,21 @@ def read_records(
         wanted: takes a scene's name; the views of other scenes are passed over.
         part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
         verify: what is compared with the manifest before the first sample; see `view_loader`.
+        cache: reads a copy there, which is made first if there is none.
+        opening: the shard, if it was begun to be opened before.
 
     Raises:
         ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
     """
     try:
-        with _open(root, shard) as file:
+        with opening.wait() if opening is not None else _open(root, shard, cache=cache) as file:
             if verify != "off" and file.size != shard.bytes:
                 raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
-            key = (root, shard.name, shard.sha256)
+            key = (root if cache is None else str(cache.folder), shard.name, shard.sha256)
             if verify == "sha256" and key not in _verified:
                 if _sha256(file) != shard.sha256:
+                    if cache is not None:
+                        raise ShardError(f"{cache.path(shard)}, a copy of shard {shard.name}, is damaged: delete it")
                     raise wrong(root, shard.name, "has another sha256 than the manifest says")
                 _verified.add(key)
                 file.rewind()
@@ -171,8 +180,32 @@ def read_records(
         raise wrong(root, shard.name, str(error)) from None
 
 
-def _open(root: str, shard: Shard, digest: Any = None) -> File:
-    return File(join(root, shard.name), f"shard {shard.name} in {hide_credentials(root)}", shard.bytes, digest)
+class Opening:
+    """Opens a shard and fetches its beginning (all of it into a cache) in the background."""
+
+    def __init__(self, root: str, shard: Shard, cache: Cache | None) -> None:
+        self._future: Future[File] = Future()
+
+        def work() -> None:
+            try:
+                file = _open(root, shard, cache=cache)
+                file.begin()
+                self._future.set_result(file)
+            except BaseException as error:  # whatever it is, who waits has to hear of it
+                self._future.set_exception(error)
+
+        # A daemon: a store that does not answer keeps no process.
+        threading.Thread(target=work, name="igae-open", daemon=True).start()
+
+    def wait(self) -> File:
+        """The file; raises what went wrong."""
+        return self._future.result()
+
+
+def _open(root: str, shard: Shard, digest: Any = None, cache: Cache | None = None) -> File:
+    what = f"shard {shard.name} in {hide_credentials(root)}"
+    url = join(root, shard.name) if cache is None else cache.get(shard, what)
+    return File(url, what, shard.bytes, digest)
 
 
 def wrong(root: str, shard: str, how: str) -> ShardError:
@@ -245,10 +278,15 @@ def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, par
     number = -1
     found: dict[str, tuple[int, bytes]] = {}
     seen = Counter[str]()
+    left = sum(count for scene, count in _counts(shard).items() if wanted is None or wanted(scene))
+    some = left < shard.samples
     for member in _members(file):
         if member.key != key:
             if found:
                 yield _record(shard, key or "", found)
+                left -= 1
+            if some and not left:
+                return  # held-out views lie scene after scene: those that follow are not read
             key, number, found = member.key, number + 1, {}
             if part is not None and number >= part.stop:
                 return

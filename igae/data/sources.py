@@ -20,6 +20,7 @@ from torch import Tensor
 
 from igae.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
 from igae.data.manifest import join, name_problem, unknown_category
+from igae.data.store import file_system
 from igae.secrets import hide_credentials
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -95,7 +96,7 @@ def find_scenes(
     Raises:
         ValueError: `root` has no scenes, the map is no such map, or a category is unknown.
     """
-    fs, path = fsspec.core.url_to_fs(root)
+    fs, path = file_system(root)
     folder = join(root, subset) if subset else root
     dataset = path.rstrip("/").rsplit("/", 1)[-1]
     map_file = join(path, "dataset_map.json")
@@ -160,7 +161,7 @@ def read_scene(ref: SceneRef) -> SourceScene:
     Raises:
         BadInput: no transforms file, unreadable, no frames, or a frame without image name or with a bad camera.
     """
-    fs, folder = fsspec.core.url_to_fs(ref.folder)
+    fs, folder = file_system(ref.folder)
     try:
         name = _transforms_file(fs, folder)
         if name is None:
@@ -231,7 +232,7 @@ def _image_file(path: Any, where: str) -> str:
 
 def find_images(root: str) -> dict[str, int]:
     """All photographs below `root` (PNG, JPEG, WebP), sorted by path: path relative to `root` -> size in bytes."""
-    fs, path = fsspec.core.url_to_fs(root)
+    fs, path = file_system(root)
     found = fs.find(path, detail=True)
     prefix = path.rstrip("/") + "/"
     sizes = {
@@ -248,7 +249,7 @@ def read_files(files: Iterable[tuple[str, str]]) -> Iterator[bytes | Exception]:
     """Reads (folder, file in it) one after the other; what cannot be read comes as the exception."""
     pending = iter(files)
     while chunk := [entry for _, entry in zip(range(READ_TOGETHER), pending, strict=False)]:
-        fs = fsspec.core.url_to_fs(chunk[0][0])[0]
+        fs = file_system(chunk[0][0])[0]
         folders = {folder: fs._strip_protocol(folder) for folder, _ in chunk}
         paths = [join(folders[folder], name) for folder, name in chunk]
         if isinstance(fs, LocalFileSystem):

@@ -22,6 +22,8 @@ from igae.secrets import hide_credentials
 
 log = logging.getLogger(__name__)
 
+CLIENTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs"}
+"""Packages that fsspec needs for some schemes."""
 ATTEMPTS = 6
 FIRST_WAIT = 1.0
 """Seconds before the second try; they double with each further one."""
@@ -74,7 +76,8 @@ class File:
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url)
         except Exception as error:  # a client that is not installed, or does not take these options
-            raise StoreError(f"{what} cannot be read: {_reason(error)}") from None
+            raise StoreError(f"{what} cannot be read: {_reason(error)}{_todo(url, error)}") from None
+        self._hub = "hf" in self._fs.protocol
         self._step = LOCAL_BLOCK if isinstance(self._fs, LocalFileSystem) else REMOTE_BLOCK
         found = self._try(self._find_size)
         if found is None:
@@ -116,6 +119,11 @@ class File:
             self._load()
         self._at = end - self._start
 
+    def begin(self) -> None:
+        """Fetches the first block, before it is asked for."""
+        if not self._block and self.size:
+            self._load()
+
     def rewind(self) -> None:
         """Goes back to the beginning."""
         self._block, self._start, self._at = b"", 0, 0
@@ -135,18 +143,28 @@ class File:
                 self._handle = open(self._path, "rb", buffering=0)
             data = os.pread(self._handle.fileno(), end - start, start)
         else:
-            data = self._call(limit, "cat_file", start=start, end=end)
+            # The hub's client reads 5 MB more than it is asked for, unless it is told not to.
+            options = {"cache_type": "none", "size": self.size} if self._hub else {}
+            data = self._call(limit, "cat_file", start=start, end=end, **options)
         if len(data) != end - start:
             hint = ": does the server support range requests?" if len(data) > end - start else ""
             raise _WrongLength(f"{len(data)} bytes came instead of {end - start}{hint}")
         return data
 
     def _find_size(self, limit: float) -> int | None:
-        self._fs.invalidate_cache(self._fs._parent(self._path))  # a listing may be older than the file
-        size = self._call(limit, "info")["size"]
+        try:
+            if not self._hub:
+                self._fs.invalidate_cache(self._fs._parent(self._path))  # a listing may be older than the file
+            size = self._call(limit, "info")["size"]
+        except FileNotFoundError:
+            if not self._hub:
+                raise
+            # The hub's client lists the whole folder to find a size: once is enough, if the file is in the list.
+            self._fs.invalidate_cache(self._fs._parent(self._path))
+            size = self._call(limit, "info")["size"]
         return None if size is None else int(size)
 
-    def _call(self, limit: float, method: str, **options: int) -> Any:
+    def _call(self, limit: float, method: str, **options: Any) -> Any:
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, getattr(self._fs, "_" + method), self._path, timeout=limit, **options)
         return getattr(self._fs, method)(self._path, **options)
@@ -172,6 +190,24 @@ class File:
                 raise StoreError(f"{self.what} cannot be read, it was tried {number} times: {reason}")
             log.warning("%s: try %d of %d failed (%s), next in %.1f s", self.what, number, ATTEMPTS, reason, wait)
             time.sleep(wait)
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it.
+
+    Raises:
+        ValueError: there is none, its client is not installed, or does not take these options.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except Exception as error:
+        raise ValueError(f"{hide_credentials(url)} cannot be used: {_reason(error)}{_todo(url, error)}") from None
+    return fs, path
+
+
+def _todo(url: str, error: Exception) -> str:
+    client = CLIENTS.get(url.split("://")[0].split("::")[-1])
+    return f"; pip install {client}" if client and isinstance(error, ImportError) else ""
 
 
 def read_whole(url: str, what: str, limit: int) -> bytes:

@@ -12,9 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from igae.data.cache import Cache
 from igae.data.decoding import Decoder, ViewBatch, decode_image
 from igae.data.loader import Loader, Plan, StreamState
-from igae.data.manifest import Manifest, Scene
+from igae.data.manifest import Manifest, Scene, Shard
 from igae.data.shards import Verify
 from igae.secrets import hide_credentials
 
@@ -48,6 +49,7 @@ def view_loader(
     background: tuple[float, float, float] = (1.0, 1.0, 1.0),
     state: StreamState | None = None,
     verify: Verify = "size",
+    cache: str | None = None,
 ) -> ViewLoader:
     """Batches of views of some scenes.
 
@@ -67,9 +69,12 @@ def view_loader(
         verify: what of a shard is compared with the manifest before its first sample is given out. `size`: its size, a
             small request each time that it is opened. `sha256`: all its bytes too, which are read through once in each
             process for that; on an object store this is a download. `off`: nothing.
+        cache: folder of this machine where copies of whole shards are kept, which are read from then on; the next shard
+            is downloaded while one is read. None: shards are read where they are.
 
     Raises:
-        ValueError: no such views, or a number out of range. While iterating `ShardError`, which names the shard.
+        ValueError: no such views, a number out of range, or a cache without room. While iterating `ShardError`, which
+            names the shard.
     """
     if not all(0 <= channel <= 1 for channel in background):
         raise ValueError(f"background {background} is not a colour in [0, 1]")
@@ -83,7 +88,8 @@ def view_loader(
     if not counts:
         raise ValueError(f"the {len(scenes)} chosen scenes have no {split} views in {hide_credentials(root)}")
     shards = [shard for shard in manifest.shards if shard.name in counts]
-    plan = Plan(root, shards, counts, names, None, verify, seed, shuffle, repeat)
+    kept = _cache(cache, root, shards)
+    plan = Plan(root, shards, counts, names, None, verify, seed, shuffle, repeat, kept)
     decoder = Decoder[ViewBatch](root, manifest.image_size, background, {scene.name: scene.id for scene in scenes})
     return Loader(plan, decoder, batch_size, workers, state)
 
@@ -99,6 +105,7 @@ def image_loader(
     workers: int = 2,
     state: StreamState | None = None,
     verify: Verify = "size",
+    cache: str | None = None,
     part: range | None = None,
 ) -> ImageLoader:
     """Batches uint8 [B, 3, H, W] of photographs.
@@ -126,5 +133,14 @@ def image_loader(
             first += shard.samples
     shards = [shard for shard in manifest.shards if parts.get(shard.name)]
     counts = {shard.name: len(parts[shard.name]) for shard in shards}
-    plan = Plan(root, shards, counts, None, parts, verify, seed, shuffle, repeat)
+    kept = _cache(cache, root, shards)
+    plan = Plan(root, shards, counts, None, parts, verify, seed, shuffle, repeat, kept)
     return Loader(plan, Decoder[Tensor](root, manifest.image_size, (1.0, 1.0, 1.0), None), batch_size, workers, state)
+
+
+def _cache(folder: str | None, root: str, shards: Sequence[Shard]) -> Cache | None:
+    if folder is None:
+        return None
+    cache = Cache(folder, root)
+    cache.check_space(shards)
+    return cache

@@ -44,6 +44,7 @@ class Evaluator:
         background: colour in [0, 1] behind the views.
         workers: decoding processes.
         verify: what of a shard is compared with the manifest.
+        cache: folder of copies of shards.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Evaluator:
         device: torch.device,
         channel: Channel,
         verify: Literal["off", "size", "sha256"] = "size",
+        cache: str | None = None,
     ) -> None:
         self.config, self.device, self.channel = config, device, channel
         self.scenes = scenes if config.scenes is None else spread(scenes, config.scenes)
@@ -81,6 +83,7 @@ class Evaluator:
                 workers=workers,
                 background=background,
                 verify=verify,
+                cache=cache,
             )
             for batch in loader:
                 for i, scene in enumerate(batch.scene.tolist()):
@@ -105,6 +108,7 @@ class Evaluator:
                 workers=0,
                 part=self.part,
                 verify=verify,
+                cache=cache,
             )
             self.photos = next(photos)
             photos.close()
