@@ -39,7 +39,7 @@ class LostRank(RuntimeError):
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
-    signs = ("onnection closed by peer", "onnection reset", "imed out", "onnection refused", "NCCL", "watchdog")
+    signs = ("onnection closed by peer", "onnection reset", "onnection refused", "imed out", "imeout", "NCCL", "watchdog")
     said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
     return world_size() > 1 and said
 

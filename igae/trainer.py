@@ -67,7 +67,8 @@ class Trainer:
         self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
         self.data = own_data(recipe)
         self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead)
-        self.channel = Channel(recipe.train.timeout)
+        # Both here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
+        self.channel, self._saving = Channel(recipe.train.timeout), Channel(recipe.train.timeout)
         device, owned = self.engine.device, self.data.owned
         if rank() == 0:
             log_ranks(recipe, self.data, self.engine.strategy)
@@ -102,8 +103,7 @@ class Trainer:
         self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=rank() == 0)
         self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
         settings = self.recipe.checkpoint
-        own = Channel(self.recipe.train.timeout)
-        self.writer = checkpoint.Writer(self.checkpoints, settings.keep, own, settings.background)
+        self.writer = checkpoint.Writer(self.checkpoints, settings.keep, self._saving, settings.background)
         figures: dict[str, float] = {}
         try:
             with stop_signals(self._stop):
