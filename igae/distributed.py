@@ -39,7 +39,8 @@ class LostRank(RuntimeError):
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
-    signs = ("onnection closed by peer", "onnection reset", "onnection refused", "imed out", "imeout", "NCCL", "watchdog")
+    connection = ("onnection closed by peer", "onnection reset", "onnection refused")
+    signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
     said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
     return world_size() > 1 and said
 
