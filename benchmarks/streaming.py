@@ -102,14 +102,15 @@ def measure(trainer: Trainer, name: StageName, recipe: Recipe) -> dict[str, floa
     """Seconds of opening a stage (the warm-up reads and encodes all views there), of its steps, of waiting for data."""
     start = time.perf_counter()
     stage = Stage(name, recipe, trainer.engine, trainer.model, trainer.bank, own_data(recipe), {})
-    opened, stage.data_wait = time.perf_counter() - start, 0.0
+    opened = time.perf_counter() - start
+    stage.meter.restart(0)
     start = time.perf_counter()
     for step in range(stage.steps):
         stage.step(step)
     seconds = time.perf_counter() - start
     stage.close()
     trainer.engine.finish()
-    return {"opened": opened, "steps": stage.steps, "seconds": seconds, "wait": stage.data_wait}
+    return {"opened": opened, "steps": stage.steps, "seconds": seconds, "wait": stage.meter.data_wait}
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ class Meter:
 
     def restart(self, taken: int) -> None:
         """Forget the time so far. ``taken``: views that this rank has taken until now."""
-        self._taken, self._data_wait = taken, 0.0
+        self._taken, self.data_wait = taken, 0.0
         self._spans: list[tuple[Any, Any]] = []
         self._start = time.perf_counter()
 
@@ -68,7 +68,7 @@ class Meter:
     def waiting_for_data(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._data_wait += time.perf_counter() - start
+        self.data_wait += time.perf_counter() - start
 
     def begin(self) -> None:
         """A step begins."""
@@ -117,7 +117,7 @@ class Meter:
                 "gpu_memory/allocated": torch.cuda.max_memory_allocated(self._device) / GIB,
                 "gpu_memory/reserved": torch.cuda.max_memory_reserved(self._device) / GIB,
             }
-        own = (losses, squares, taken - self._taken, self._data_wait / seconds, self._busy(), memory)
+        own = (losses, squares, taken - self._taken, self.data_wait / seconds, self._busy(), memory)
         self.restart(taken)
         everyone = channel.gather(own)
         of_losses, of_squares, of_taken, waits, busy, of_memory = zip(*everyone, strict=True)
