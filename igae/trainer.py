@@ -18,7 +18,7 @@ from tqdm import tqdm
 from igae import checkpoint
 from igae.assembly import build_model
 from igae.checkpoint import Progress
-from igae.distributed import Channel, rank, world_size
+from igae.distributed import Channel, LostRank, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator
@@ -115,7 +115,7 @@ class Trainer:
                         break
                 self.writer.close()
         except TrainingError:  # on all ranks alike: what is being saved in the background still can be
-            with suppress(ValueError):
+            with suppress(ValueError, LostRank):
                 self.writer.close()
             raise
         finally:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 import train
 from igae import captured, checkpoint, config
+from igae.distributed import LostRank
 from igae.engine import Engine
 from igae.recipe import Recipe
-from igae.stage import Stage
+from igae.stage import Stage, TrainingError
 from igae.trainer import LAG, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
@@ -269,6 +270,20 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: 
     assert trainer.progress.skipped == 3
     assert torch.equal(trainer.bank.planes, planes)
     assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
+
+
+@pytest.mark.parametrize("problem", [ValueError, LostRank])
+def test_why_training_ends_is_said_though_saving_fails_too(
+    recipe_file: str, problem: type[Exception], monkeypatch: pytest.MonkeyPatch, one_run_a_process: None
+) -> None:
+    def close(self: checkpoint.Writer) -> None:
+        raise problem("the last checkpoint can't be written")
+
+    monkeypatch.setattr(checkpoint.Writer, "close", close)
+    trainer = Trainer(config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.max_skipped=2"]))
+    _poison_from(trainer, 0)
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        trainer.run("warmup")
 
 
 def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(recipe_file: str, ahead: bool) -> None:
