@@ -128,7 +128,6 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       float s = out[j][e];
       out[j][e] = w[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
-      out[j][e] = to_tf32(out[j][e]);
     }
     store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
   }
@@ -148,7 +147,7 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
     float4 h4 = *quad(tile.h, H_ROW, n);
     float h[4] = {h4.x, h4.z, h4.y, h4.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) g_h[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
+    for (int e = 0; e < 4; ++e) g_h[e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
     store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[2], g_h[1], g_h[3]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
@@ -174,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   // Other uses of a tile's place, while it has no activations.
   float *draws = tile.h;
   Cells *cells = (Cells *)tile.g_out;
-  int2 *table = (int2 *)tile.h;
-  static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && TAP_FLOATS <= H_FLOATS && 16 * G_ROW <= H_FLOATS, "fit");
+  Runs &runs = *(Runs *)tile.h;
+  static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && RUN_FLOATS <= 2 * H_FLOATS && 8 * GRADIENT_ROW <= F_FLOATS, "fit");
   Kept &kept = *(Kept *)(tile.g_out + O_FLOATS);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
@@ -231,8 +230,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
     if (lane == 0) busy[warp] = hit;
     if (!__syncthreads_or(hit)) continue;
-    Accumulator acc = {};
-    acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 #pragma unroll 1
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
@@ -256,20 +253,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       for (int w = 0; w < WARPS; ++w)
         if (busy[w]) accumulate(tile_of(shared, w), warp, sums);
       __syncthreads();
-      if (hit) {  // the tile's places are free again
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-#pragma unroll
-          for (int i = 0; i < CHUNKS; ++i)
-            if (C % 16 == 0 || 16 * i + 4 * q < C)
-              *(float4 *)(tile.g_h + (g + 8 * row) * G_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
-        tap_table(p, ray, sorted_t + first, N - first, table);
-        scatter(p, ray, table, tile.g_h, min(16, N - first), acc);
-        __syncwarp();
-      }
+      if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, tile.f, runs, cells);  // the places are free
     }
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane) change(p, scene_sums(p, ray), acc, plane, -1);
   }
   store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
 }

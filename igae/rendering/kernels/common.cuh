@@ -97,10 +97,9 @@ DEV float round_tf32(float x) {
   return __uint_as_float(y);
 }
 
-// What an operand is multiplied by before a product, which cuts off all but 10 bits of it: makes up for the mean of what
-// is cut off. One instruction instead of the three of a rounding, with nearly its error, and NaN stays NaN.
+// A product cuts off all but 10 bits of its operands. This factor makes up for the mean of what is cut off of one, and is in
+// the other (weights, which are rounded) or in the result: nearly the error of a rounding, and nothing to compute.
 constexpr float CUT = FP32 ? 1.f : 1.000352f;
-DEV float to_tf32(float x) { return FP32 ? x : CUT * x; }
 
 DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -118,7 +117,7 @@ DEV void split(float x, u32 &high, u32 &low) {
 
 // d[16x8] += a[16x8] b[8x8]. Rows g, g + 8 of d are d[0..1], d[2..3], columns 2 q, 2 q + 1. a0, a1 are rows g, g + 8 and a2,
 // a3 the same rows again: an inner index belongs to (q, first | second), and how many of what it counts is the caller's
-// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come from to_tf32, weights rounded.
+// choice, as long as b0 (first) and b1 (second), of column g, agree.
 DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float b1) {
 #if FP32
   u32 ah[4], al[4], bh[2], bl[2];
@@ -150,7 +149,7 @@ struct Mlp {
 // Colours come first and the density after them, so that colours fill whole tiles.
 DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
 
-DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
+DEV float weight_operand(float w) { return FP32 ? w : round_tf32(CUT * w); }
 
 // Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
 // of the colours' rows of w2 with h; the density's row gives the raw density itself.
@@ -201,9 +200,8 @@ DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, f
   *quad(matrix, row_length, tile) = {a, b, c, d};
 }
 
-// f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. Activations, rounded, go to the
-// matrix `hidden` if it is there.
+// f: features of rows g and g + 8. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
+// Colours come before their sigmoid2. Activations go to the matrix `hidden` if it is there.
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
@@ -225,7 +223,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
       mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
+    for (int e = 0; e < 4; ++e) h[e] = softplus2(h[e]);
     if (hidden) store_quad(hidden, H_ROW, n, h[0], h[2], h[1], h[3]);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {

@@ -64,16 +64,16 @@ DEV void store(float *to, int warp, const MlpGradient &grad) {
 #pragma unroll
       for (int m = 0; m < STEPS; ++m) {
         int c = feature_of(m, column);
-        if (c < C) to[unit * C + c] = LOG2E * grad.w1[u][m][e];
+        if (c < C) to[unit * C + c] = CUT * CUT * LOG2E * grad.w1[u][m][e];
       }
-      if (column == 0) to_b1[unit] = LOG2E * grad.b1[u][e];
+      if (column == 0) to_b1[unit] = CUT * LOG2E * grad.b1[u][e];
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
-        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = out_unit(8 * j + column) * grad.w2[u][j][e];
+        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = CUT * CUT * out_unit(8 * j + column) * grad.w2[u][j][e];
     }
 #pragma unroll
   for (int i = 0; i < B2_TILES; ++i) {
-    float sum = grad.b2[i] / CUT;
+    float sum = grad.b2[i];
     sum += __shfl_xor_sync(ALL, sum, 1);
     sum += __shfl_xor_sync(ALL, sum, 2);
     int n = 8 * (warp + WARPS * i) + g;

@@ -305,10 +305,10 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   __syncwarp();
 }
 
-// Features of a tile, rounded for the products; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for
-// the samples that are rows of theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on
-// are not wanted.
-template <int HALVES>
+// Features of a tile; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
+// theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on are not wanted. WITHOUT: a plane
+// that is left out of a product.
+template <int HALVES, int WITHOUT = -1>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
@@ -328,6 +328,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
       float part[WIDE][4];
 #pragma unroll
       for (int plane = 0; plane < 3; ++plane) {
+        if (plane == WITHOUT) continue;
         const void *corner = advance(mine, plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z);
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) {
@@ -346,7 +347,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
           if (plane == 2 || PRODUCT) {
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-              read[other][i][e] = PRODUCT && plane > 0 ? read[other][i][e] * part[i][e] : part[i][e];
+              read[other][i][e] = PRODUCT && plane > (WITHOUT == 0) ? read[other][i][e] * part[i][e] : part[i][e];
           }
         }
       }
@@ -355,7 +356,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float first = to_tf32(read[0][i][e]), second = to_tf32(read[1][i][e]);
+        float first = read[0][i][e], second = read[1][i][e];
         float received = __shfl_xor_sync(ALL, odd ? first : second, 4);
         f[row][2 * i][e] = odd ? received : first;
         if (2 * i + 1 < CHUNKS) f[row][2 * i + 1 < CHUNKS ? 2 * i + 1 : 0][e] = odd ? second : received;
