@@ -114,10 +114,10 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile` for the other warps, and g_f with the gradients of the features. out: sigmoid2 of
+// One tile back: fills the rest of `tile` for the other warps, adds to the gradients b2, and fills g_f with the gradients of the features. out: sigmoid2 of
 // the MLP's outputs; w, d: see composite_backward.
 DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient &grad, const float (&w)[2],
-                       const float (&d)[2], const Tile &tile, float (&g_f)[2][CHUNKS][4]) {
+                       const float (&d)[2], const Tile &tile, float (&b2)[TILES][2], float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
@@ -130,6 +130,8 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
     }
     store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
+    b2[j][0] += out[j][0] + out[j][2];
+    b2[j][1] += out[j][1] + out[j][3];
   }
   float back[STEPS][4];
 #pragma unroll
@@ -145,10 +147,10 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       mma(g_h, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
     }
     float4 h4 = *quad(tile.h, H_ROW, n);
-    float h[4] = {h4.x, h4.z, h4.y, h4.w};
+    float h[4] = {h4.x, h4.y, h4.z, h4.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) g_h[e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
-    store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[2], g_h[1], g_h[3]);
+    store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[1], g_h[2], g_h[3]);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       const float *w = mlp.w1 + (n * STEPS + s) * 64;
@@ -247,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         mlp_forward(mlp, f, tile.h, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, out, grad, w, d, tile, g_f);
+        tile_backward(mlp, out, grad, w, d, tile, sums.b2, g_f);
       }
       __syncthreads();
       for (int w = 0; w < WARPS; ++w)
@@ -256,5 +258,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, tile.f, runs, cells);  // the places are free
     }
   }
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
+  __syncthreads();
+  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);
 }

@@ -184,9 +184,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
 
 // --- matrices of a tile in shared memory ---
 
-// 8 rows of pairs (sample g, sample g + 8) of columns. A lane writes the four numbers that it has of 8 columns, in the order
-// in which a product takes them, and reads a pair. Columns are permuted by row so that neither meets a bank twice:
-// writing, two rows of 16 floats; reading, four rows of 8.
+// 8 rows of quads: of samples g and g + 8 two columns, which a lane writes as it has them of 8 columns, and which another
+// reads as a product takes them: with the samples as inner indices, (g, g + 8) of one column and of the next are two B
+// operands; both columns of g and both of g + 8 are one A operand. Quads are permuted by row so that neither meets a bank
+// twice: writing, two rows of 16 floats; reading, four rows of 8.
 constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
 
 DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
@@ -224,7 +225,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) h[e] = softplus2(h[e]);
-    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[2], h[1], h[3]);
+    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[1], h[2], h[3]);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
       float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);
