@@ -74,6 +74,7 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
+        weights += 64 * 8 * steps
         per_warp = 4 * (samples + 2) + 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2)) + 8 * tiles + 36
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):

@@ -7,11 +7,11 @@
 #include "ray.cuh"
 #include "scatter.cuh"
 
-constexpr int ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
+constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + W1_FLOATS, ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
 constexpr int WARP_FLOATS = KEPT_PLACE + 8 * TILES + 36;
-static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
+static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
-DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + WEIGHT_FLOATS + warp * WARP_FLOATS + ARRAYS); }
+DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS); }
 
 // --- a ray ---
 
@@ -152,9 +152,10 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
     for (int e = 0; e < 4; ++e) g_h[e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
     store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[1], g_h[2], g_h[3]);
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      const float *w = mlp.w1 + (n * STEPS + s) * 64;
-      mma(back[s], g_h[0], g_h[2], g_h[1], g_h[3], w[even], w[odd]);
+    for (int i = 0; i < CHUNKS; ++i) {
+      float4 w = *((const float4 *)mlp.w1_back + (n * CHUNKS + i) * 32 + lane_id());
+      mma(back[2 * i], g_h[0], g_h[2], g_h[1], g_h[3], w.x, w.y);
+      mma(back[2 * i + 1], g_h[0], g_h[2], g_h[1], g_h[3], w.z, w.w);
     }
   }
 #pragma unroll
@@ -167,10 +168,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
   __shared__ int busy[WARPS];
-  Mlp mlp = load_mlp(shared, p);
+  Mlp mlp = load_mlp<true>(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   Tile tile = tile_of(shared, warp);
-  float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
+  float *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
   float *draws = tile.h;
@@ -259,5 +260,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
   }
   __syncthreads();
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + WEIGHT_FLOATS);
+  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + BLOCK_FLOATS);
 }

@@ -138,12 +138,14 @@ DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float
 
 // --- the decoding MLP ---
 
-// Weights lie in shared memory as 8x8 blocks; where row n of a block lies is chosen so that neither reading rows (a lane
-// takes columns 2 q, 2 q + 1 of row g) nor reading columns (column g of rows 2 q and 2 q + 1) meets a bank twice.
+// Weights lie in shared memory as 8x8 blocks, of which a product with the matrix takes columns 2 q, 2 q + 1 of row g, and one
+// with its transpose column g of rows 2 q and 2 q + 1. Those of w1 are there once for either, two blocks' numbers of a
+// lane together; in those of w2 rows are where neither reading meets a bank twice.
 DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | (n & 4)); }
 
 struct Mlp {
-  const float *w1, *w2, *b1, *b2;  // w1 blocks [hidden / 8][features / 8], w2 blocks [out / 8][hidden / 8]
+  const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
+  const float *w2, *b1, *b2;  // w2: blocks [out / 8][hidden / 8]
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -160,14 +162,17 @@ DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column
 DEV int step_of(int c) { return 2 * (c >> 4) + (c >> 1 & 1); }
 DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
 
+template <bool BACKWARD>
 DEV Mlp load_mlp(float *shared, const Params &p) {
   constexpr int WIDTH = 16 * CHUNKS;
-  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN, *w1_back = shared + WEIGHT_FLOATS;
 #pragma unroll 8
   for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
     int h = i / WIDTH, c = i % WIDTH;
     float w = c < C ? p.w1[h * C + min(c, C - 1)] : 0.f;
-    w1[(h / 8 * STEPS + step_of(c)) * 64 + block_row(h & 7) + column_of(c)] = weight_operand(LOG2E * w);
+    int row = h & 7, column = column_of(c), block = (h / 8 * CHUNKS + c / 16) * 128 + 2 * (step_of(c) & 1);
+    w1[block + 16 * row + 4 * (column >> 1) + (column & 1)] = weight_operand(LOG2E * w);
+    if (BACKWARD) w1_back[block + 16 * column + 4 * (row >> 1) + (row & 1)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
   for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
@@ -179,7 +184,7 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS)
     b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
   __syncthreads();
-  return {w1, w2, b1, b2};
+  return {w1, w1_back, w2, b1, b2};
 }
 
 // --- matrices of a tile in shared memory ---
@@ -218,10 +223,10 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
     float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
     float h[4] = {bias.x, bias.y, bias.x, bias.y};
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      float2 w = *(const float2 *)(mlp.w1 + (n * STEPS + s) * 64 + row);
-      int i = s >> 1, b = 2 * (s & 1);
-      mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
+    for (int i = 0; i < CHUNKS; ++i) {
+      float4 w = *((const float4 *)mlp.w1 + (n * CHUNKS + i) * 32 + lane_id());
+      mma(h, f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
+      mma(h, f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) h[e] = softplus2(h[e]);
