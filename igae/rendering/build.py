@@ -70,7 +70,7 @@ class Usage(NamedTuple):
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
     samples, steps, tiles = variant.coarse + variant.fine, 2 * -(-variant.features // 16), variant.colours // 8 + 1
-    weights = 64 * 8 * (steps + tiles) + HIDDEN + 8 * tiles
+    weights = 64 * 8 * (steps + tiles) + 2 * (HIDDEN + 8 * tiles)
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:

@@ -19,7 +19,7 @@ constexpr int TILES = (OUT + 8) / 8;                                 // 8s of th
 constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
 constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
-constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + HIDDEN + 8 * TILES;
+constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * TILES);
 
 struct Params {
   const void *planes;
@@ -145,7 +145,7 @@ DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | 
 
 struct Mlp {
   const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
-  const float *w2, *b1, *b2;  // w2: blocks [out / 8][hidden / 8]
+  const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -165,7 +165,7 @@ DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
 template <bool BACKWARD>
 DEV Mlp load_mlp(float *shared, const Params &p) {
   constexpr int WIDTH = 16 * CHUNKS;
-  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN, *w1_back = shared + WEIGHT_FLOATS;
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + 2 * HIDDEN, *w1_back = shared + WEIGHT_FLOATS;
 #pragma unroll 8
   for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
     int h = i / WIDTH, c = i % WIDTH;
@@ -180,9 +180,14 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
     float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
     w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
   }
-  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) b1[i] = LOG2E * p.b1[i];
-  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS)
-    b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
+    int place = 4 * (i >> 1) + (i & 1);
+    b1[place] = b1[place + 2] = LOG2E * p.b1[i];
+  }
+  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
+    int place = 4 * (i >> 1) + (i & 1);
+    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+  }
   __syncthreads();
   return {w1, w1_back, w2, b1, b2};
 }
@@ -212,16 +217,15 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
-    float2 bias = *(const float2 *)(mlp.b2 + 8 * j + 2 * q);
-    out[j][0] = out[j][2] = bias.x;
-    out[j][1] = out[j][3] = bias.y;
+    float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
+    out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
   int row = block_row(g) + 2 * q;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
-    float h[4] = {bias.x, bias.y, bias.x, bias.y};
+    float4 bias = *(const float4 *)(mlp.b1 + 16 * n + 4 * q);
+    float h[4] = {bias.x, bias.y, bias.z, bias.w};
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
       float4 w = *((const float4 *)mlp.w1 + (n * CHUNKS + i) * 32 + lane_id());

@@ -312,8 +312,9 @@ template <int HALVES, int WITHOUT = -1>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
-  long long next_row = p.resolution * C;
-  const void *mine = advance(base, feature);
+  const void *upper = advance(base, feature), *lower = advance(upper, p.resolution * C);  // rows of texels
+  asm volatile("" : "+l"(upper));  // else they are put together for each texel
+  asm volatile("" : "+l"(lower));
 #pragma unroll
   for (int row = 0; row < HALVES; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
@@ -329,7 +330,8 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
 #pragma unroll
       for (int plane = 0; plane < 3; ++plane) {
         if (plane == WITHOUT) continue;
-        const void *corner = advance(mine, plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z);
+        int corner = plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z;
+        const void *rows[2] = {advance(upper, corner), advance(lower, corner)};
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) {
           if (plane == 0 || PRODUCT) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.f;
@@ -337,7 +339,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
 #pragma unroll
             for (int tap = 0; tap < 4; ++tap) {
               float w = weight[row_axis(plane)][tap >> 1] * weight[column_axis(plane)][tap & 1];
-              float4 v = read_texel(advance(advance(corner, (tap >> 1) * next_row), (tap & 1) * C + 32 * i));
+              float4 v = read_texel(advance(rows[tap >> 1], (tap & 1) * C + 32 * i));
               part[i][0] = fmaf(w, v.x, part[i][0]);
               part[i][1] = fmaf(w, v.y, part[i][1]);
               part[i][2] = fmaf(w, v.z, part[i][2]);
