@@ -138,25 +138,33 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
   int even = block_row(2 * q) + g, odd = block_row(2 * q + 1) + g;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float g_h[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int n = 0; n < 8; n += 2) {  // as in mlp_forward
+    asm volatile("" ::: "memory");
+    float g_h[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      const float *w = mlp.w2 + (j * 8 + n) * 64;
-      mma(g_h, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const float *w = mlp.w2 + (j * 8 + n + u) * 64;
+        mma(g_h[u], out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      float4 h4 = *quad(tile.h, H_ROW, n + u);
+      float h[4] = {h4.x, h4.y, h4.z, h4.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g_h[u][e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
     }
-    float4 h4 = *quad(tile.h, H_ROW, n);
-    float h[4] = {h4.x, h4.y, h4.z, h4.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) g_h[e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
-    store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[1], g_h[2], g_h[3]);
+    for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      float4 w = *((const float4 *)mlp.w1_back + (n * CHUNKS + i) * 32 + lane_id());
-      mma(back[2 * i], g_h[0], g_h[2], g_h[1], g_h[3], w.x, w.y);
-      mma(back[2 * i + 1], g_h[0], g_h[2], g_h[1], g_h[3], w.z, w.w);
-    }
+      for (int u = 0; u < 2; ++u) {
+        float4 w = *((const float4 *)mlp.w1_back + ((n + u) * CHUNKS + i) * 32 + lane_id());
+        mma(back[2 * i], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.x, w.y);
+        mma(back[2 * i + 1], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.z, w.w);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) store_quad(tile.g_h, H_ROW, n + u, g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]);
   }
 #pragma unroll
   for (int s = 0; s < STEPS; ++s)
@@ -222,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         float f[2][CHUNKS][4] = {}, out[TILES][4], worth[2];
         find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
         gather<HALVES>(p, scene_planes(p, ray), cells, f);
-        mlp_forward(mlp, f, nullptr, out);
+        mlp_forward<false>(mlp, f, nullptr, out);
         find_worth(grad, out, worth);
         if (q == 0) {
           kept.worth[g] = worth[0];
@@ -247,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           store_quad(tile.f, F_ROW, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
         }
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward(mlp, f, tile.h, out);
+        mlp_forward<true>(mlp, f, tile.h, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
         tile_backward(mlp, out, grad, w, d, tile, sums.b2, g_f);

@@ -211,8 +211,9 @@ DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, f
   *quad(matrix, row_length, tile) = {a, b, c, d};
 }
 
-// f: features of rows g and g + 8. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. Activations go to the matrix `hidden` if it is there.
+// f: features of rows g and g + 8. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
+// their sigmoid2. KEEP: activations go to the matrix `hidden`.
+template <bool KEEP>
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
@@ -222,23 +223,36 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
   }
   int row = block_row(g) + 2 * q;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float4 bias = *(const float4 *)(mlp.b1 + 16 * n + 4 * q);
-    float h[4] = {bias.x, bias.y, bias.z, bias.w};
+  for (int n = 0; n < 8; n += 2) {  // two at a time, because each product waits for the one before
+    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
+    float h[2][4];
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      float4 w = *((const float4 *)mlp.w1 + (n * CHUNKS + i) * 32 + lane_id());
-      mma(h, f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
-      mma(h, f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
+    for (int u = 0; u < 2; ++u) {
+      float4 bias = *(const float4 *)(mlp.b1 + 16 * (n + u) + 4 * q);
+      h[u][0] = bias.x, h[u][1] = bias.y, h[u][2] = bias.z, h[u][3] = bias.w;
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) h[e] = softplus2(h[e]);
-    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[1], h[2], h[3]);
+    for (int u = 0; u < 2; ++u)
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);
-      mma(out[j], h[0], h[2], h[1], h[3], w.x, w.y);
+      for (int i = 0; i < CHUNKS; ++i) {
+        float4 w = *((const float4 *)mlp.w1 + ((n + u) * CHUNKS + i) * 32 + lane_id());
+        mma(h[u], f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
+        mma(h[u], f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n + u) * 64 + row);
+        mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
+      }
+    if (KEEP) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
 }

@@ -313,8 +313,8 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
   const void *upper = advance(base, feature), *lower = advance(upper, p.resolution * C);  // rows of texels
-  asm volatile("" : "+l"(upper));  // else they are put together for each texel
-  asm volatile("" : "+l"(lower));
+  asm("" : "+l"(upper));  // else they are put together for each texel
+  asm("" : "+l"(lower));
 #pragma unroll
   for (int row = 0; row < HALVES; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers

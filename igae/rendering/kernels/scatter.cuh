@@ -88,10 +88,9 @@ typedef u64 Sum;
 typedef float Sum;
 #endif
 
-// Adds v to the four elements from `at` on, unless `texel` is below 0.
-DEV void add(const Params &p, Sum *at, float4 v, int texel) {
+// Adds v to the four elements from `at` on.
+DEV void add(const Params &p, Sum *at, float4 v) {
 #if DETERMINISTIC
-  if (texel < 0) return;
   float values[4] = {v.x, v.y, v.z, v.w};
   if (p.measure) {
     // Of positive floats, and NaN above all, the bits are in order.
@@ -110,15 +109,13 @@ DEV void add(const Params &p, Sum *at, float4 v, int texel) {
   }
 #else
 #if __CUDA_ARCH__ >= 900
-#define ADD "@wanted red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+#define ADD "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
 #else
-#define ADD                                                                                     \
-  "@wanted red.global.add.f32 [%0], %1; @wanted red.global.add.f32 [%0 + 4], %2;"               \
-  "@wanted red.global.add.f32 [%0 + 8], %3; @wanted red.global.add.f32 [%0 + 12], %4;"
+#define ADD                                                               \
+  "red.global.add.f32 [%0], %1; red.global.add.f32 [%0 + 4], %2;"         \
+  "red.global.add.f32 [%0 + 8], %3; red.global.add.f32 [%0 + 12], %4;"
 #endif
-  asm volatile("{ .reg .pred wanted; setp.ge.s32 wanted, %5, 0; " ADD " }"
-               ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(texel)
-               : "memory");
+  asm volatile(ADD ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 #endif
 }
 
@@ -135,18 +132,22 @@ DEV void add_runs(const Params &p, Sum *base, Runs &runs, int count, const float
       a[k] = *place;
       *place = {0.f, 0.f, 0.f, 0.f};
     }
-    Sum *low = base + (long long)texel.x * C, *high = base + (long long)texel.y * C;
+    float d[CHUNKS][2][4] = {};
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      float d[2][4] = {};
+    for (int k = 0; k < 2; ++k)
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        mma(d[0], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].x, gradient[k][i].y);
-        mma(d[1], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].z, gradient[k][i].w);
+      for (int i = 0; i < CHUNKS; ++i) {
+        mma(d[i][0], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].x, gradient[k][i].y);
+        mma(d[i][1], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].z, gradient[k][i].w);
       }
-      bool mine = C % 16 == 0 || 16 * i + 4 * q < C;
-      add(p, low + 16 * i, {d[0][0], d[0][1], d[1][0], d[1][1]}, mine ? texel.x : -1);
-      add(p, high + 16 * i, {d[0][2], d[0][3], d[1][2], d[1][3]}, mine ? texel.y : -1);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      int to = row ? texel.y : texel.x;
+      if (to < 0) continue;
+#pragma unroll
+      for (int i = 0; i < CHUNKS; ++i)
+        if (C % 16 == 0 || 16 * i + 4 * q < C)
+          add(p, base + (long long)to * C + 16 * i, {d[i][0][2 * row], d[i][0][2 * row + 1], d[i][1][2 * row], d[i][1][2 * row + 1]});
     }
   }
   __syncwarp();
