@@ -153,7 +153,7 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       float4 h4 = *quad(tile.h, H_ROW, n + u);
       float h[4] = {h4.x, h4.y, h4.z, h4.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) g_h[u][e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
+      for (int e = 0; e < 4; ++e) g_h[u][e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
     }
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i)

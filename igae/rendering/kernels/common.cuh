@@ -97,9 +97,10 @@ DEV float round_tf32(float x) {
   return __uint_as_float(y);
 }
 
-// A product cuts off all but 10 bits of its operands. This factor makes up for the mean of what is cut off of one, and is in
-// the other (weights, which are rounded) or in the result: nearly the error of a rounding, and nothing to compute.
+// A product cuts off all but 10 bits of its operands. This factor makes up for the mean of what is cut off of one: nearly the
+// error of a rounding. It is put where it costs least: in what features are read with, in results, in what is added up.
 constexpr float CUT = FP32 ? 1.f : 1.000352f;
+constexpr float CUT_ROOT = FP32 ? 1.f : PRODUCT ? 1.00005866f : 1.000176f;  // a feature is a product of two such factors, or six
 
 DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -151,7 +152,7 @@ struct Mlp {
 // Colours come first and the density after them, so that colours fill whole tiles.
 DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
 
-DEV float weight_operand(float w) { return FP32 ? w : round_tf32(CUT * w); }
+DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
 
 // Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
 // of the colours' rows of w2 with h; the density's row gives the raw density itself.
@@ -186,7 +187,7 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   }
   for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
-    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) / CUT : 0.f;
   }
   __syncthreads();
   return {w1, w1_back, w2, b1, b2};
@@ -211,7 +212,7 @@ DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, f
   *quad(matrix, row_length, tile) = {a, b, c, d};
 }
 
-// f: features of rows g and g + 8. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
+// f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
 // their sigmoid2. KEEP: activations go to the matrix `hidden`.
 template <bool KEEP>
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
@@ -255,4 +256,8 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
       for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[j][e] *= CUT;
 }

@@ -72,7 +72,7 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
 #pragma unroll
       for (int m = 0; m < STEPS; ++m) {
         int found = quad_column(m, column), c = feature_of(found >> 3, found & 7);
-        if (c < C) to[unit * C + c] = CUT * CUT * LOG2E * grad.w1[u][m][e];
+        if (c < C) to[unit * C + c] = CUT * LOG2E * grad.w1[u][m][e];
       }
       if (column == 0) to_b1[unit] = CUT * LOG2E * grad.b1[u][e];
 #pragma unroll

@@ -293,8 +293,9 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
     int first = (int)whole;
     place[a] = min(max(first, 0), size - 2);
     int moved = first - place[a];
-    found.weight[a][0] = moved == 0 ? 1.f - fraction : moved == -1 ? fraction : 0.f;
-    found.weight[a][1] = moved == 0 ? fraction : moved == 1 ? 1.f - fraction : 0.f;
+    float near = fmaf(-CUT_ROOT, fraction, CUT_ROOT), far = CUT_ROOT * fraction;
+    found.weight[a][0] = moved == 0 ? near : moved == -1 ? far : 0.f;
+    found.weight[a][1] = moved == 0 ? far : moved == 1 ? near : 0.f;
   }
 #pragma unroll
   for (int plane = 0; plane < 3; ++plane)
@@ -305,7 +306,7 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   __syncwarp();
 }
 
-// Features of a tile; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
+// Features of a tile, times CUT; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
 // theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on are not wanted. WITHOUT: a plane
 // that is left out of a product.
 template <int HALVES, int WITHOUT = -1>

@@ -13,10 +13,10 @@ constexpr int GRADIENT_ROW = 32 * CHUNKS;  // of 8 rows, each a pair of samples
 struct Runs {
   // As products take them: of 16 runs lane 4 g + q has the weights of runs 2 g, 2 g + 1 for sample q, then for sample q + 8;
   // the second half has q + 4 and q + 12. Zero but while there are runs.
-  float weight[2][8 * MOST_RUNS];
-  float unused[32];
+  float weight[2 * 8 * MOST_RUNS + 32];  // and a place for what is outside
   int texel[MOST_RUNS];  // which of the scene's
 };
+constexpr float ROOTS = CUT_ROOT * CUT_ROOT, SCATTER_CUT = CUT * CUT * CUT / (PRODUCT ? ROOTS * ROOTS : 1.f);
 constexpr int OUTSIDE = -(1 << 30);
 constexpr int RUN_FLOATS = sizeof(Runs) / 4;
 
@@ -49,8 +49,9 @@ DEV int find_runs(const Params &p, const Spots &spots, int plane, Runs &runs) {
   int lane = lane_id(), sample = lane & 15, a = column_axis(plane), b = row_axis(plane), total = 0;
   bool odd = lane >= 16;
   int column = (odd ? spots.texel[a][1] : spots.texel[a][0]) + plane * p.resolution * p.resolution;
-  float across = CUT * CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
-  float *mine = runs.weight[sample >> 2 & 1] + 4 * (sample & 3) + 2 * (sample >> 3), *nowhere = runs.unused + lane;
+  float across = SCATTER_CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
+  int mine = 8 * MOST_RUNS * (sample >> 2 & 1) + 4 * (sample & 3) + 2 * (sample >> 3), nowhere = 16 * MOST_RUNS + lane;
+  asm("" : "+r"(mine));  // else it is found for each texel again
 #pragma unroll
   for (int parity = 0; parity < 2; ++parity) {
     int row = spots.texel[b][parity], texel = row < 0 ? OUTSIDE : row * p.resolution + column;
@@ -58,7 +59,8 @@ DEV int find_runs(const Params &p, const Spots &spots, int plane, Runs &runs) {
     bool start = (sample == 0 || texel != before) && texel >= 0;
     u32 starts = __ballot_sync(ALL, start);
     int run = total + __popc(starts & (0xffffffffu >> (31 - lane))) - 1;
-    *(texel >= 0 ? mine + 8 * run - 7 * (run & 1) : nowhere) = across * spots.weight[b][parity];
+    int place = texel >= 0 ? mine + 8 * run - 7 * (run & 1) : nowhere;
+    runs.weight[place] = across * spots.weight[b][parity];
     if (start) runs.texel[run] = texel;
     total += __popc(starts);
   }
@@ -128,7 +130,7 @@ DEV void add_runs(const Params &p, Sum *base, Runs &runs, int count, const float
     float4 a[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float4 *place = (float4 *)(runs.weight[k] + 8 * first) + lane;
+      float4 *place = (float4 *)(runs.weight + 8 * (k * MOST_RUNS + first)) + lane;
       a[k] = *place;
       *place = {0.f, 0.f, 0.f, 0.f};
     }
@@ -168,7 +170,7 @@ DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2
   asm volatile("" : "+l"(base));  // else it is put together for each texel
   Spots spots = find_spots(p, ray, at);
 #pragma unroll
-  for (int i = lane_id(); i < 4 * MOST_RUNS; i += 32) ((float4 *)runs.weight[0])[i] = {0.f, 0.f, 0.f, 0.f};
+  for (int i = lane_id(); i < 4 * MOST_RUNS; i += 32) ((float4 *)runs.weight)[i] = {0.f, 0.f, 0.f, 0.f};
   __syncwarp();
   float4 gradient[2][CHUNKS];
 #if PRODUCT
