@@ -126,9 +126,9 @@ def row_adam(args: argparse.Namespace, scenes: int, shape: tuple[int, ...]) -> d
         some = next(drawn)
         last = adam.updated[some.to(args.device)].cpu()
         owing = int(((adam.step_count > last) & (adam.horizon > last - adam.visited.cpu()[some])).sum())
-        # A visit reads parameters and writes copies, and where moves are owed reads and writes all; a step also reads
-        # the gradient.
-        moved = gradient[0].numel() * 4 * (2 * rows + 5 * owing + 7 * rows)
+        # A visit reads parameters and writes copies, and where moves are owed reads the moments; a step reads and
+        # writes all, and reads the gradient.
+        moved = gradient[0].numel() * 4 * (2 * rows + 2 * owing + 7 * rows)
         drawn = iter([some, *drawn])
         both()
     else:

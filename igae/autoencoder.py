@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from igae.config import Section
+from igae.layers import keep_dtypes, to_channels_last
 
 # atanh is infinite at 1: normalised latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
@@ -58,15 +58,6 @@ class Posterior(NamedTuple):
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
 
-class _GroupNorm(nn.GroupNorm):
-    """Keeps the dtype of its input under autocast, which would go on in float32. Statistics are in float32 anyway."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))
-            return F.group_norm(input, self.num_groups, weight, bias, self.eps)
-
-
 class Autoencoder(nn.Module):
     """A diffusers autoencoder and the normaliser of its latents, n(z) = tanh(s z).
 
@@ -80,9 +71,8 @@ class Autoencoder(nn.Module):
     def __init__(self, net: nn.Module | None, scale: float | None) -> None:
         super().__init__()
         self.net = net
-        for module in net.modules() if net is not None else ():
-            if type(module) is nn.GroupNorm:
-                module.__class__ = _GroupNorm
+        if net is not None:
+            keep_dtypes(net)
         self.register_buffer("scale", torch.tensor(float("nan") if scale is None else scale))
         self.scale: Tensor
 
@@ -96,7 +86,7 @@ class Autoencoder(nn.Module):
         if self.net is None:
             return
         if channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            to_channels_last(self.net)
         if compile:
             for name in ("encoder", "decoder"):
                 if (part := getattr(self.net, name, None)) is not None:

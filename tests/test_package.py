@@ -28,6 +28,7 @@ LAYERS = {
     "tensorfile": 1,
     "rendering": 1,
     "report": 1,
+    "layers": 1,
     "autoencoder": 2,
     "data": 2,
     "scenes": 2,

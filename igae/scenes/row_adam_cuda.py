@@ -5,7 +5,7 @@ import ctypes
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "count size slots capacity horizon".split()),
         *((name, ctypes.c_double) for name in "lr_value log1 log2".split()),
         *((name, ctypes.c_float) for name in "eps scale new1 new2".split()),
-        *((name, ctypes.c_int) for name in "parts lazy".split()),
+        *((name, ctypes.c_int) for name in "parts lazy settle".split()),
     ]
 
 
@@ -71,6 +71,21 @@ def unsupported(parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -
     return None
 
 
+class _Visited(NamedTuple):
+    """The last visit, if nothing has moved since: a step of the same rows need not find out again what they owe."""
+
+    rows: Tensor
+    version: int
+    there: Tensor
+    """Rows on the device."""
+    records: Tensor
+    captured: bool
+
+    def holds(self, rows: Tensor) -> bool:
+        unchanged = rows is self.rows and rows._version == self.version
+        return unchanged and self.captured == torch.cuda.is_current_stream_capturing()
+
+
 class CudaRowAdam(RowAdam):
     """`RowAdam` for float32 on a CUDA device. Results differ from its by rounding; equal calls give equal bits.
 
@@ -103,6 +118,7 @@ class CudaRowAdam(RowAdam):
         self._rates = self._rates.to(device)
         self._at_most = 0  # steps that were made, as far as the host knows
         self._reserved, self._captured = False, False
+        self._visited: _Visited | None = None
         self._size = parameters[0].numel() if len(parameters) > 0 else 0
         with torch.cuda.device(device):
             self._kernels, self._functions = _library(device.index)
@@ -147,39 +163,51 @@ class CudaRowAdam(RowAdam):
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
         """See :meth:`RowAdam.catch_up`."""
+        self._visited = None
         if self.mode == "exact":
             with torch.cuda.device(self._device):
-                self._catch_up(None if rows is None else self._on_device(rows), None)
+                rows = None if rows is None else self._on_device(rows)
+                slots = len(self.parameters) if rows is None else len(rows)
+                records = self._plan(rows, slots, settle=True)
+                self._params.copies = None
+                self._elements("move", slots)
+                del records  # after the launches
 
     @torch.no_grad()
     def visit(self, rows: Tensor) -> Tensor:
-        """See :meth:`RowAdam.visit`. Each row is read once and written once."""
+        """See :meth:`RowAdam.visit`, but rows stay as they are: a step makes what they owe with its own move."""
         with torch.cuda.device(self._device):
-            rows = self._on_device(rows)
+            there = self._on_device(rows)
             copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
-            self._catch_up(rows, copies)
+            records = self._plan(there, len(rows))
+            self._params.copies = pointer(copies)
+            self._elements("move", len(rows), copies)
+        self._visited = _Visited(rows, rows._version, there, records, torch.cuda.is_current_stream_capturing())
         return copies
 
-    def _catch_up(self, rows: Tensor | None, copies: Tensor | None) -> None:
-        slots = len(self.parameters) if rows is None else len(rows)
-        if slots * self._size == 0:
-            return
-        records = self._prepare(rows, slots)
-        self._params.copies = pointer(copies)
-        self._kernels.launch(self._functions["plan"], slots, 32, self._params)
-        self._elements("move", slots, copies)
-        del records  # after the launches
+    def _plan(self, rows: Tensor | None, slots: int, settle: bool = False) -> Tensor:
+        """Find what rows owe; returns their records, which must live until what reads them is launched.
 
-    def _prepare(self, rows: Tensor | None, slots: int) -> Tensor:
-        """Fill in what all kernels read; returns the slots' records, which must live until they are launched."""
+        Args:
+            settle: it is written of the rows that they have got it.
+        """
         self._captured |= torch.cuda.is_current_stream_capturing()
-        records = torch.empty(slots * (1 + self._params.parts) * RECORD, device=self._device)
-        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
-        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+        records = torch.empty(slots * (2 + self._params.parts) * RECORD, device=self._device)
+        self._prepare(rows, slots, records)
+        self._params.settle = settle
+        if slots > 0:
+            self._kernels.launch(self._functions["plan"], slots, 32, self._params)
         return records
 
-    def _elements(self, kernel: str, slots: int, other: Tensor | None) -> None:
+    def _prepare(self, rows: Tensor | None, slots: int, records: Tensor) -> None:
+        """Fill in what all kernels read."""
+        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
+        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+
+    def _elements(self, kernel: str, slots: int, other: Tensor | None = None) -> None:
         """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""
+        if slots * self._size == 0:
+            return
         tensors = [self.parameters] if other is None else [self.parameters, other]
         width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
         blocks = slots * -(-self._size // (THREADS * ITEMS * width))
@@ -215,9 +243,15 @@ class CudaRowAdam(RowAdam):
                 return
             apply = None
         with torch.cuda.device(self._device):
-            rows, gradient = self._on_device(rows), gradient.to(self._device, torch.float32).contiguous()
+            gradient = gradient.to(self._device, torch.float32).contiguous()
             self._make_room()
-            records = self._prepare(rows, len(rows))
+            visited, self._visited = self._visited, None
+            if visited is not None and visited.holds(rows):
+                there, records = visited.there, visited.records
+                self._prepare(there, len(rows), records)
+            else:
+                there = self._on_device(rows)
+                records = self._plan(there, len(rows))
             if isinstance(lr, Tensor) and lr.is_cuda:
                 lr = lr.double()
                 self._params.lr = pointer(lr)
@@ -226,9 +260,8 @@ class CudaRowAdam(RowAdam):
             apply = apply if apply is None or apply.dtype == torch.bool else apply != 0
             self._params.apply, self._params.scale, self._params.gradient = pointer(apply), scale, pointer(gradient)
             self._kernels.launch(self._functions["begin"], 1, min(1024, max(32, len(rows))), self._params)
-            if gradient.numel() > 0:
-                self._elements("update", len(rows), gradient)
-            del records  # after the launches
+            self._elements("update", len(rows), gradient)
+            del visited, there, records  # after the launches
 
     def _make_room(self) -> None:
         """For the rate of one more step."""
@@ -246,6 +279,7 @@ class CudaRowAdam(RowAdam):
             reserved = self._reserved
             self.reserve(len(rates))
             self._reserved = reserved
+        self._visited = None
         self._rates[: len(rates)] = rates.to(self._device)
         self._made.fill_(len(rates))
         self._at_most = len(rates)

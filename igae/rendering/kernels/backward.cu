@@ -7,11 +7,11 @@
 #include "ray.cuh"
 #include "scatter.cuh"
 
-constexpr int ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
+constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + W1_FLOATS, ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
 constexpr int WARP_FLOATS = KEPT_PLACE + 8 * TILES + 36;
-static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
+static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
-DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + WEIGHT_FLOATS + warp * WARP_FLOATS + ARRAYS); }
+DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS); }
 
 // --- a ray ---
 
@@ -114,10 +114,10 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile` for the other warps, and g_f with the gradients of the features. out: sigmoid2 of
+// One tile back: fills the rest of `tile` for the other warps, adds to the gradients b2, and fills g_f with the gradients of the features. out: sigmoid2 of
 // the MLP's outputs; w, d: see composite_backward.
 DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient &grad, const float (&w)[2],
-                       const float (&d)[2], const Tile &tile, float (&g_f)[2][CHUNKS][4]) {
+                       const float (&d)[2], const Tile &tile, float (&b2)[TILES][2], float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
@@ -128,33 +128,43 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       float s = out[j][e];
       out[j][e] = w[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
-      out[j][e] = to_tf32(out[j][e]);
     }
     store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
+    b2[j][0] += out[j][0] + out[j][2];
+    b2[j][1] += out[j][1] + out[j][3];
   }
   float back[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
   int even = block_row(2 * q) + g, odd = block_row(2 * q + 1) + g;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float g_h[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int n = 0; n < 8; n += 2) {  // as in mlp_forward
+    asm volatile("" ::: "memory");
+    float g_h[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      const float *w = mlp.w2 + (j * 8 + n) * 64;
-      mma(g_h, out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const float *w = mlp.w2 + (j * 8 + n + u) * 64;
+        mma(g_h[u], out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      float4 h4 = *quad(tile.h, H_ROW, n + u);
+      float h[4] = {h4.x, h4.y, h4.z, h4.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g_h[u][e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
     }
-    float4 h4 = *quad(tile.h, H_ROW, n);
-    float h[4] = {h4.x, h4.z, h4.y, h4.w};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) g_h[e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
-    store_quad(tile.g_h, H_ROW, n, g_h[0], g_h[2], g_h[1], g_h[3]);
+    for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      const float *w = mlp.w1 + (n * STEPS + s) * 64;
-      mma(back[s], g_h[0], g_h[2], g_h[1], g_h[3], w[even], w[odd]);
-    }
+      for (int u = 0; u < 2; ++u) {
+        float4 w = *((const float4 *)mlp.w1_back + ((n + u) * CHUNKS + i) * 32 + lane_id());
+        mma(back[2 * i], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.x, w.y);
+        mma(back[2 * i + 1], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.z, w.w);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) store_quad(tile.g_h, H_ROW, n + u, g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]);
   }
 #pragma unroll
   for (int s = 0; s < STEPS; ++s)
@@ -166,16 +176,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
   __shared__ int busy[WARPS];
-  Mlp mlp = load_mlp(shared, p);
+  Mlp mlp = load_mlp<true>(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   Tile tile = tile_of(shared, warp);
-  float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
+  float *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
   float *draws = tile.h;
   Cells *cells = (Cells *)tile.g_out;
-  int2 *table = (int2 *)tile.h;
-  static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && TAP_FLOATS <= H_FLOATS && 16 * G_ROW <= H_FLOATS, "fit");
+  Runs &runs = *(Runs *)tile.h;
+  static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && RUN_FLOATS <= 2 * H_FLOATS && 8 * GRADIENT_ROW <= F_FLOATS, "fit");
   Kept &kept = *(Kept *)(tile.g_out + O_FLOATS);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
@@ -220,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         float f[2][CHUNKS][4] = {}, out[TILES][4], worth[2];
         find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
         gather<HALVES>(p, scene_planes(p, ray), cells, f);
-        mlp_forward(mlp, f, nullptr, out);
+        mlp_forward<false>(mlp, f, nullptr, out);
         find_worth(grad, out, worth);
         if (q == 0) {
           kept.worth[g] = worth[0];
@@ -231,8 +241,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     }
     if (lane == 0) busy[warp] = hit;
     if (!__syncthreads_or(hit)) continue;
-    Accumulator acc = {};
-    acc.texel[0] = acc.texel[1] = acc.texel[2] = -1;
 #pragma unroll 1
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
@@ -247,29 +255,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           store_quad(tile.f, F_ROW, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
         }
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward(mlp, f, tile.h, out);
+        mlp_forward<true>(mlp, f, tile.h, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, out, grad, w, d, tile, g_f);
+        tile_backward(mlp, out, grad, w, d, tile, sums.b2, g_f);
       }
       __syncthreads();
       for (int w = 0; w < WARPS; ++w)
         if (busy[w]) accumulate(tile_of(shared, w), warp, sums);
       __syncthreads();
-      if (hit) {  // the tile's places are free again
-#pragma unroll
-        for (int row = 0; row < 2; ++row)
-#pragma unroll
-          for (int i = 0; i < CHUNKS; ++i)
-            if (C % 16 == 0 || 16 * i + 4 * q < C)
-              *(float4 *)(tile.g_h + (g + 8 * row) * G_ROW + 16 * i + 4 * q) = {g_f[row][i][0], g_f[row][i][1], g_f[row][i][2], g_f[row][i][3]};
-        tap_table(p, ray, sorted_t + first, N - first, table);
-        scatter(p, ray, table, tile.g_h, min(16, N - first), acc);
-        __syncwarp();
-      }
+      if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, tile.f, runs, cells);  // the places are free
     }
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane) change(p, scene_sums(p, ray), acc, plane, -1);
   }
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums);
+  __syncthreads();
+  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + BLOCK_FLOATS);
 }

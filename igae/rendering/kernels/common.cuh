@@ -19,7 +19,7 @@ constexpr int TILES = (OUT + 8) / 8;                                 // 8s of th
 constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
 constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
-constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + HIDDEN + 8 * TILES;
+constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * TILES);
 
 struct Params {
   const void *planes;
@@ -97,10 +97,10 @@ DEV float round_tf32(float x) {
   return __uint_as_float(y);
 }
 
-// What an operand is multiplied by before a product, which cuts off all but 10 bits of it: makes up for the mean of what
-// is cut off. One instruction instead of the three of a rounding, with nearly its error, and NaN stays NaN.
+// A product cuts off all but 10 bits of its operands. This factor makes up for the mean of what is cut off of one: nearly the
+// error of a rounding. It is put where it costs least: in what features are read with, in results, in what is added up.
 constexpr float CUT = FP32 ? 1.f : 1.000352f;
-DEV float to_tf32(float x) { return FP32 ? x : CUT * x; }
+constexpr float CUT_ROOT = FP32 ? 1.f : PRODUCT ? 1.00005866f : 1.000176f;  // a feature is a product of two such factors, or six
 
 DEV void mma_tf32(float d[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -118,7 +118,7 @@ DEV void split(float x, u32 &high, u32 &low) {
 
 // d[16x8] += a[16x8] b[8x8]. Rows g, g + 8 of d are d[0..1], d[2..3], columns 2 q, 2 q + 1. a0, a1 are rows g, g + 8 and a2,
 // a3 the same rows again: an inner index belongs to (q, first | second), and how many of what it counts is the caller's
-// choice, as long as b0 (first) and b1 (second), of column g, agree. Operands come from to_tf32, weights rounded.
+// choice, as long as b0 (first) and b1 (second), of column g, agree.
 DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float b1) {
 #if FP32
   u32 ah[4], al[4], bh[2], bl[2];
@@ -139,12 +139,14 @@ DEV void mma(float d[4], float a0, float a1, float a2, float a3, float b0, float
 
 // --- the decoding MLP ---
 
-// Weights lie in shared memory as 8x8 blocks; where row n of a block lies is chosen so that neither reading rows (a lane
-// takes columns 2 q, 2 q + 1 of row g) nor reading columns (column g of rows 2 q and 2 q + 1) meets a bank twice.
+// Weights lie in shared memory as 8x8 blocks, of which a product with the matrix takes columns 2 q, 2 q + 1 of row g, and one
+// with its transpose column g of rows 2 q and 2 q + 1. Those of w1 are there once for either, two blocks' numbers of a
+// lane together; in those of w2 rows are where neither reading meets a bank twice.
 DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | (n & 4)); }
 
 struct Mlp {
-  const float *w1, *w2, *b1, *b2;  // w1 blocks [hidden / 8][features / 8], w2 blocks [out / 8][hidden / 8]
+  const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
+  const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -161,14 +163,17 @@ DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column
 DEV int step_of(int c) { return 2 * (c >> 4) + (c >> 1 & 1); }
 DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
 
+template <bool BACKWARD>
 DEV Mlp load_mlp(float *shared, const Params &p) {
   constexpr int WIDTH = 16 * CHUNKS;
-  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + HIDDEN;
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + 2 * HIDDEN, *w1_back = shared + WEIGHT_FLOATS;
 #pragma unroll 8
   for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
     int h = i / WIDTH, c = i % WIDTH;
     float w = c < C ? p.w1[h * C + min(c, C - 1)] : 0.f;
-    w1[(h / 8 * STEPS + step_of(c)) * 64 + block_row(h & 7) + column_of(c)] = weight_operand(LOG2E * w);
+    int row = h & 7, column = column_of(c), block = (h / 8 * CHUNKS + c / 16) * 128 + 2 * (step_of(c) & 1);
+    w1[block + 16 * row + 4 * (column >> 1) + (column & 1)] = weight_operand(LOG2E * w);
+    if (BACKWARD) w1_back[block + 16 * column + 4 * (row >> 1) + (row & 1)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
   for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
@@ -176,18 +181,24 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
     float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
     w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
   }
-  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) b1[i] = LOG2E * p.b1[i];
-  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS)
-    b2[i] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+  for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
+    int place = 4 * (i >> 1) + (i & 1);
+    b1[place] = b1[place + 2] = LOG2E * p.b1[i];
+  }
+  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
+    int place = 4 * (i >> 1) + (i & 1);
+    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) / CUT : 0.f;
+  }
   __syncthreads();
-  return {w1, w2, b1, b2};
+  return {w1, w1_back, w2, b1, b2};
 }
 
 // --- matrices of a tile in shared memory ---
 
-// 8 rows of pairs (sample g, sample g + 8) of columns. A lane writes the four numbers that it has of 8 columns, in the order
-// in which a product takes them, and reads a pair. Columns are permuted by row so that neither meets a bank twice:
-// writing, two rows of 16 floats; reading, four rows of 8.
+// 8 rows of quads: of samples g and g + 8 two columns, which a lane writes as it has them of 8 columns, and which another
+// reads as a product takes them: with the samples as inner indices, (g, g + 8) of one column and of the next are two B
+// operands; both columns of g and both of g + 8 are one A operand. Quads are permuted by row so that neither meets a bank
+// twice: writing, two rows of 16 floats; reading, four rows of 8.
 constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
 
 DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
@@ -201,36 +212,52 @@ DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, f
   *quad(matrix, row_length, tile) = {a, b, c, d};
 }
 
-// f: features of rows g and g + 8, rounded. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. Activations, rounded, go to the
-// matrix `hidden` if it is there.
+// f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
+// their sigmoid2. KEEP: activations go to the matrix `hidden`.
+template <bool KEEP>
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < TILES; ++j) {
-    float2 bias = *(const float2 *)(mlp.b2 + 8 * j + 2 * q);
-    out[j][0] = out[j][2] = bias.x;
-    out[j][1] = out[j][3] = bias.y;
+    float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
+    out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
   int row = block_row(g) + 2 * q;
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    if (n % 2 == 0) asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float2 bias = *(const float2 *)(mlp.b1 + 8 * n + 2 * q);
-    float h[4] = {bias.x, bias.y, bias.x, bias.y};
+  for (int n = 0; n < 8; n += 2) {  // two at a time, because each product waits for the one before
+    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
+    float h[2][4];
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      float2 w = *(const float2 *)(mlp.w1 + (n * STEPS + s) * 64 + row);
-      int i = s >> 1, b = 2 * (s & 1);
-      mma(h, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1], w.x, w.y);
+    for (int u = 0; u < 2; ++u) {
+      float4 bias = *(const float4 *)(mlp.b1 + 16 * (n + u) + 4 * q);
+      h[u][0] = bias.x, h[u][1] = bias.y, h[u][2] = bias.z, h[u][3] = bias.w;
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) h[e] = to_tf32(softplus2(h[e]));
-    if (hidden) store_quad(hidden, H_ROW, n, h[0], h[2], h[1], h[3]);
+    for (int u = 0; u < 2; ++u)
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-      float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n) * 64 + row);
-      mma(out[j], h[0], h[2], h[1], h[3], w.x, w.y);
+      for (int i = 0; i < CHUNKS; ++i) {
+        float4 w = *((const float4 *)mlp.w1 + ((n + u) * CHUNKS + i) * 32 + lane_id());
+        mma(h[u], f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
+        mma(h[u], f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
+      }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n + u) * 64 + row);
+        mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
+      }
+    if (KEEP) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
+#pragma unroll
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[j][e] *= CUT;
 }

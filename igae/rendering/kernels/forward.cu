@@ -17,7 +17,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather<2>(p, base, cells, f);
-    mlp_forward(mlp, f, nullptr, out);
+    mlp_forward<false>(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
@@ -35,7 +35,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
 extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_forward(const Params p) {
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
-  Mlp mlp = load_mlp(shared, p);
+  Mlp mlp = load_mlp<false>(shared, p);
   int warp = warp_id(), lane = lane_id();
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
   float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the cells' place

@@ -4,15 +4,14 @@
 #include "common.cuh"
 
 constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
-constexpr int B2_TILES = (TILES + WARPS - 1) / WARPS;
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;  // floats of all gradients
 constexpr int H_FLOATS = 8 * H_ROW, F_FLOATS = 8 * F_ROW, O_FLOATS = 8 * O_ROW;
 constexpr int TILE_FLOATS = 2 * H_FLOATS + F_FLOATS + O_FLOATS;
 
-// Gradients of a block's hidden units: rows 16 (UNITS warp + u) + g (+ 8) of the products' layouts.
+// Gradients of a block's hidden units: rows g, g + 8 of the products' layouts are units 16 (UNITS warp + u) + 2 g, + 1.
 struct MlpGradient {
   float w1[UNITS][STEPS][4], b1[UNITS][4], w2[UNITS][TILES][4];
-  float b2[B2_TILES];  // of outputs 8 (warp + WARPS i) + g
+  float b2[TILES][2];  // of outputs 8 j + 2 q + e, from the warp's own samples g and g + 8
 };
 
 struct Tile {
@@ -23,60 +22,78 @@ DEV Tile tile_at(float *place) {
   return {place, place + H_FLOATS, place + 2 * H_FLOATS, place + 2 * H_FLOATS + F_FLOATS};
 }
 
+// The column of which a product of B operands that lie in quads has column `column` of tile j.
+DEV int quad_column(int j, int column) { return 8 * (2 * (j >> 1) + (column >> 2)) + 2 * (column & 3) + (j & 1); }
+// Of outputs there may be a last tile on its own, which is read in pairs.
+DEV int output_column(int j, int column) { return j + 1 == TILES && TILES % 2 == 1 ? 8 * j + column : quad_column(j, column); }
+
 // Adds a tile's share to the gradients of this warp's hidden units.
 DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3, units = 32 * UNITS * warp;
-  int column[2] = {permuted(q, 2 * g), permuted(q, 2 * g + 16)};  // of the even and the odd eight columns
+  int g = lane_id() >> 2, q = lane_id() & 3, units = 32 * UNITS * warp, column = permuted(q, 4 * g);
   float one = g == 0 ? 1.f : 0.f;
 #pragma unroll
   for (int s = 0; s < 8; s += 4) {  // samples s + q and s + q + 8
-    const float *g_h = tile.g_h + (s + q) * H_ROW + units, *h = tile.h + (s + q) * H_ROW + units;
-    const float *f = tile.f + (s + q) * F_ROW, *g_out = tile.g_out + (s + q) * O_ROW;
+    const float *g_h = tile.g_h + (s + q) * H_ROW + units + column, *h = tile.h + (s + q) * H_ROW + units + column;
+    const float *f = tile.f + (s + q) * F_ROW + column, *g_out = tile.g_out + (s + q) * O_ROW;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      float2 low = *(const float2 *)(g_h + 32 * u + column[0]), high = *(const float2 *)(g_h + 32 * u + column[1]);
+      float4 a = *(const float4 *)(g_h + 32 * u);
 #pragma unroll
-      for (int m = 0; m < STEPS; ++m) {
-        float2 b = *(const float2 *)(f + 32 * (m >> 1) + column[m & 1]);
-        mma(grad.w1[u][m], low.x, high.x, low.y, high.y, b.x, b.y);
+      for (int m = 0; m < STEPS; m += 2) {
+        float4 b = *(const float4 *)(f + 16 * m);
+        mma(grad.w1[u][m], a.x, a.y, a.z, a.w, b.x, b.y);
+        mma(grad.w1[u][m + 1], a.x, a.y, a.z, a.w, b.z, b.w);
       }
-      mma(grad.b1[u], low.x, high.x, low.y, high.y, one, one);
-      low = *(const float2 *)(h + 32 * u + column[0]), high = *(const float2 *)(h + 32 * u + column[1]);
+      mma(grad.b1[u], a.x, a.y, a.z, a.w, one, one);
+      a = *(const float4 *)(h + 32 * u);
 #pragma unroll
-      for (int j = 0; j < TILES; ++j) {
-        float2 b = *(const float2 *)(g_out + 32 * (j >> 1) + column[j & 1]);
-        mma(grad.w2[u][j], low.x, high.x, low.y, high.y, b.x, b.y);
-        if (u == 0 && j % WARPS == warp) grad.b2[j / WARPS] += b.x + b.y;
+      for (int j = 0; j + 1 < TILES; j += 2) {
+        float4 b = *(const float4 *)(g_out + 16 * j + column);
+        mma(grad.w2[u][j], a.x, a.y, a.z, a.w, b.x, b.y);
+        mma(grad.w2[u][j + 1], a.x, a.y, a.z, a.w, b.z, b.w);
+      }
+      if (TILES % 2 == 1) {
+        float2 b = *(const float2 *)(g_out + 16 * (TILES - 1) + permuted(q, 2 * g));
+        mma(grad.w2[u][TILES - 1], a.x, a.y, a.z, a.w, b.x, b.y);
       }
     }
   }
 }
 
-// Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2.
-DEV void store(float *to, int warp, const MlpGradient &grad) {
+// Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2. shared: scratch, of 8 TILES numbers a warp.
+DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
   int lane = lane_id(), g = lane >> 2, q = lane & 3;
   float *to_b1 = to + HIDDEN * C, *to_w2 = to_b1 + HIDDEN, *to_b2 = to_w2 + (1 + OUT) * HIDDEN;
 #pragma unroll
   for (int u = 0; u < UNITS; ++u)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      int unit = 16 * (UNITS * warp + u) + g + (e & 2) * 4, column = 2 * q + (e & 1);
+      int unit = 16 * (UNITS * warp + u) + 2 * g + (e >> 1), column = 2 * q + (e & 1);
 #pragma unroll
       for (int m = 0; m < STEPS; ++m) {
-        int c = feature_of(m, column);
-        if (c < C) to[unit * C + c] = LOG2E * grad.w1[u][m][e];
+        int found = quad_column(m, column), c = feature_of(found >> 3, found & 7);
+        if (c < C) to[unit * C + c] = CUT * LOG2E * grad.w1[u][m][e];
       }
-      if (column == 0) to_b1[unit] = LOG2E * grad.b1[u][e];
+      if (column == 0) to_b1[unit] = CUT * LOG2E * grad.b1[u][e];
 #pragma unroll
-      for (int j = 0; j < TILES; ++j)
-        if (out_row(8 * j + column) >= 0) to_w2[out_row(8 * j + column) * HIDDEN + unit] = out_unit(8 * j + column) * grad.w2[u][j][e];
+      for (int j = 0; j < TILES; ++j) {
+        int n = output_column(j, column);
+        if (out_row(n) >= 0) to_w2[out_row(n) * HIDDEN + unit] = CUT * CUT * out_unit(n) * grad.w2[u][j][e];
+      }
     }
 #pragma unroll
-  for (int i = 0; i < B2_TILES; ++i) {
-    float sum = grad.b2[i] / CUT;
-    sum += __shfl_xor_sync(ALL, sum, 1);
-    sum += __shfl_xor_sync(ALL, sum, 2);
-    int n = 8 * (warp + WARPS * i) + g;
-    if (q == 0 && n <= OUT) to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
+  for (int j = 0; j < TILES; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum = grad.b2[j][e];
+#pragma unroll
+      for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(ALL, sum, d);
+      if (g == 0) shared[8 * (TILES * warp + j) + 2 * q + e] = sum;
+    }
+  __syncthreads();
+  for (int n = threadIdx.x; n <= OUT; n += 32 * WARPS) {
+    float sum = 0.f;
+    for (int w = 0; w < WARPS; ++w) sum += shared[8 * TILES * w + n];
+    to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
   }
 }

@@ -293,8 +293,9 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
     int first = (int)whole;
     place[a] = min(max(first, 0), size - 2);
     int moved = first - place[a];
-    found.weight[a][0] = moved == 0 ? 1.f - fraction : moved == -1 ? fraction : 0.f;
-    found.weight[a][1] = moved == 0 ? fraction : moved == 1 ? 1.f - fraction : 0.f;
+    float near = fmaf(-CUT_ROOT, fraction, CUT_ROOT), far = CUT_ROOT * fraction;
+    found.weight[a][0] = moved == 0 ? near : moved == -1 ? far : 0.f;
+    found.weight[a][1] = moved == 0 ? far : moved == 1 ? near : 0.f;
   }
 #pragma unroll
   for (int plane = 0; plane < 3; ++plane)
@@ -305,15 +306,16 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   __syncwarp();
 }
 
-// Features of a tile, rounded for the products; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for
-// the samples that are rows of theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on
-// are not wanted.
-template <int HALVES>
+// Features of a tile, times CUT; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
+// theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on are not wanted. WITHOUT: a plane
+// that is left out of a product.
+template <int HALVES, int WITHOUT = -1>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
-  long long next_row = p.resolution * C;
-  const void *mine = advance(base, feature);
+  const void *upper = advance(base, feature), *lower = advance(upper, p.resolution * C);  // rows of texels
+  asm("" : "+l"(upper));  // else they are put together for each texel
+  asm("" : "+l"(lower));
 #pragma unroll
   for (int row = 0; row < HALVES; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
@@ -328,7 +330,9 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
       float part[WIDE][4];
 #pragma unroll
       for (int plane = 0; plane < 3; ++plane) {
-        const void *corner = advance(mine, plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z);
+        if (plane == WITHOUT) continue;
+        int corner = plane == 0 ? corners.x : plane == 1 ? corners.y : corners.z;
+        const void *rows[2] = {advance(upper, corner), advance(lower, corner)};
 #pragma unroll
         for (int i = 0; i < WIDE; ++i) {
           if (plane == 0 || PRODUCT) part[i][0] = part[i][1] = part[i][2] = part[i][3] = 0.f;
@@ -336,7 +340,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
 #pragma unroll
             for (int tap = 0; tap < 4; ++tap) {
               float w = weight[row_axis(plane)][tap >> 1] * weight[column_axis(plane)][tap & 1];
-              float4 v = read_texel(advance(advance(corner, (tap >> 1) * next_row), (tap & 1) * C + 32 * i));
+              float4 v = read_texel(advance(rows[tap >> 1], (tap & 1) * C + 32 * i));
               part[i][0] = fmaf(w, v.x, part[i][0]);
               part[i][1] = fmaf(w, v.y, part[i][1]);
               part[i][2] = fmaf(w, v.z, part[i][2]);
@@ -346,7 +350,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
           if (plane == 2 || PRODUCT) {
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-              read[other][i][e] = PRODUCT && plane > 0 ? read[other][i][e] * part[i][e] : part[i][e];
+              read[other][i][e] = PRODUCT && plane > (WITHOUT == 0) ? read[other][i][e] * part[i][e] : part[i][e];
           }
         }
       }
@@ -355,7 +359,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
     for (int i = 0; i < WIDE; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        float first = to_tf32(read[0][i][e]), second = to_tf32(read[1][i][e]);
+        float first = read[0][i][e], second = read[1][i][e];
         float received = __shfl_xor_sync(ALL, odd ? first : second, 4);
         f[row][2 * i][e] = odd ? received : first;
         if (2 * i + 1 < CHUNKS) f[row][2 * i + 1 < CHUNKS ? 2 * i + 1 : 0][e] = odd ? second : received;

@@ -1,50 +1,88 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients of the planes: added up along a ray before they go to memory.
+// Gradients of the planes: a tile's samples are added up by tensor cores before they go to memory.
 #pragma once
 #include "ray.cuh"
 
-constexpr int G_ROW = C % 32 != 16 && C <= 48 ? C + 16 : C;  // of the features' gradients, 16 rows
+// The four texels that a sample reads in a plane have four parities of (column, row). Successive samples of a tile that
+// read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What a plane's
+// texels get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
+// gradients. (So one NaN among the gradients is in all runs of the tile.)
+constexpr int MOST_RUNS = 64 + 16;         // with as many that stand for nothing as fill a product's 16 rows
+constexpr int GRADIENT_ROW = 32 * CHUNKS;  // of 8 rows, each a pair of samples
 
-// A tile's taps, table[sample][plane][parity]: where the texel begins in the scene's planes, in elements, and its weight
-// (0 outside, where the texel is any).
-// The four taps of a sample and plane are a 2 x 2 cell, whose texels have four parities of (column, row); so a texel has
-// the same place in the table of every sample that reads it. Rows of TAP_ROW keep the banks of four samples apart.
-constexpr int TAP_ROW = 14, TAP_FLOATS = 16 * 2 * TAP_ROW;
+struct Runs {
+  // As products take them: of 16 runs lane 4 g + q has the weights of runs 2 g, 2 g + 1 for sample q, then for sample q + 8;
+  // the second half has q + 4 and q + 12. Zero but while there are runs.
+  float weight[2 * 8 * MOST_RUNS + 32];  // and a place for what is outside
+  int texel[MOST_RUNS];  // which of the scene's
+};
+constexpr float ROOTS = CUT_ROOT * CUT_ROOT, SCATTER_CUT = CUT * CUT * CUT / (PRODUCT ? ROOTS * ROOTS : 1.f);
+constexpr int OUTSIDE = -(1 << 30);
+constexpr int RUN_FLOATS = sizeof(Runs) / 4;
 
-DEV void tap_table(const Params &p, const Ray &ray, const float *t, int count, int2 *table) {
-  int sample = lane_id() >> 1, odd = lane_id() & 1, size = p.resolution;
-  float at = t[min(sample, count - 1)], fraction[3];
-  int first[3];
+// Texels that sample lane % 16 reads, along each axis the even and the odd one.
+struct Spots {
+  int texel[3][2];  // far below zero: outside
+  float weight[3][2];
+};
+
+DEV Spots find_spots(const Params &p, const Ray &ray, float at) {
+  Spots spots;
+  int size = p.resolution;
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
     float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
-    first[a] = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
-    fraction[a] = pixel - whole;
+    float fraction = pixel - whole, rest = 1.f - fraction;
+    int first = (int)fminf(fmaxf(whole, -2.f), (float)size);  // so that adding one cannot wrap
+    bool swapped = first & 1;
+    int even = first + 1 & ~1, odd = first | 1;
+    spots.texel[a][0] = (u32)even < (u32)size ? even : OUTSIDE;
+    spots.texel[a][1] = (u32)odd < (u32)size ? odd : OUTSIDE;
+    spots.weight[a][0] = swapped ? fraction : rest;
+    spots.weight[a][1] = swapped ? rest : fraction;
   }
-#pragma unroll
-  for (int plane = 0; plane < 3; ++plane) {
-    int a = column_axis(plane), b = row_axis(plane);
-    int right = (first[a] ^ odd) & 1, column = first[a] + right;
-    float across = right ? fraction[a] : 1.f - fraction[a];
-#pragma unroll
-    for (int parity = 0; parity < 2; ++parity) {
-      int below = (first[b] ^ parity) & 1, row = first[b] + below;
-      float w = across * (below ? fraction[b] : 1.f - fraction[b]);
-      bool inside = (u32)column < (u32)size && (u32)row < (u32)size;
-      int texel = ((plane * size + row) * size + column) * C;
-      table[sample * TAP_ROW + plane * 4 + 2 * parity + odd] = int2{inside ? texel : 0, __float_as_int(inside ? w : 0.f)};
-    }
-  }
-  __syncwarp();
+  return spots;
 }
 
-// Successive samples share texels. Each of the four parities of the table of taps has eight lanes, which keep the sum of
-// one texel until a sample has another texel of that parity: only then the sum goes to memory.
-struct Accumulator {
-  static constexpr int PARTS = (C + 31) / 32;  // lanes hold four features of each 32
-  int texel[3];
-  float4 sum[3][PARTS];
-};
+// The runs of a tile in a plane; returns how many there are. Lanes from 16 on have the texels of odd columns.
+DEV int find_runs(const Params &p, const Spots &spots, int plane, Runs &runs) {
+  int lane = lane_id(), sample = lane & 15, a = column_axis(plane), b = row_axis(plane), total = 0;
+  bool odd = lane >= 16;
+  int column = (odd ? spots.texel[a][1] : spots.texel[a][0]) + plane * p.resolution * p.resolution;
+  float across = SCATTER_CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
+  int mine = 8 * MOST_RUNS * (sample >> 2 & 1) + 4 * (sample & 3) + 2 * (sample >> 3), nowhere = 16 * MOST_RUNS + lane;
+  asm("" : "+r"(mine));  // else it is found for each texel again
+#pragma unroll
+  for (int parity = 0; parity < 2; ++parity) {
+    int row = spots.texel[b][parity], texel = row < 0 ? OUTSIDE : row * p.resolution + column;
+    int before = __shfl_up_sync(ALL, texel, 1, 16);
+    bool start = (sample == 0 || texel != before) && texel >= 0;
+    u32 starts = __ballot_sync(ALL, start);
+    int run = total + __popc(starts & (0xffffffffu >> (31 - lane))) - 1;
+    int place = texel >= 0 ? mine + 8 * run - 7 * (run & 1) : nowhere;
+    runs.weight[place] = across * spots.weight[b][parity];
+    if (start) runs.texel[run] = texel;
+    total += __popc(starts);
+  }
+  if (lane < 16) runs.texel[total + lane] = -1;
+  __syncwarp();
+  return total;
+}
+
+// Where four columns of a row begin, so that neither writing nor reading the rows meets a bank twice.
+DEV int gradient_place(int row, int column) { return row * GRADIENT_ROW + (column ^ ((row & 3) << 3 | (row & 1) << 2)); }
+
+// Gradients of a tile's features, as the product takes them: four columns are (sample g, sample g + 8) of feature
+// 4 q + e and of the one two further.
+DEV void store_gradients(float *matrix, const float (&g_f)[2][CHUNKS][4]) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      *(float4 *)(matrix + gradient_place(g, 8 * q + 4 * e) + 32 * i) = {g_f[0][i][e], g_f[1][i][e], g_f[0][i][e + 2], g_f[1][i][e + 2]};
+  __syncwarp();
+}
 
 #if DETERMINISTIC
 typedef u64 Sum;
@@ -52,14 +90,9 @@ typedef u64 Sum;
 typedef float Sum;
 #endif
 
-DEV Sum *scene_sums(const Params &p, const Ray &ray) {  // in g_planes, from this lane's features on
-  return (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 7);
-}
-
-// Adds v to the four elements that begin `texel` elements after `base`, if told to.
-DEV void add(const Params &p, Sum *base, int texel, float4 v, bool wanted) {
+// Adds v to the four elements from `at` on.
+DEV void add(const Params &p, Sum *at, float4 v) {
 #if DETERMINISTIC
-  if (!wanted) return;
   float values[4] = {v.x, v.y, v.z, v.w};
   if (p.measure) {
     // Of positive floats, and NaN above all, the bits are in order.
@@ -74,92 +107,94 @@ DEV void add(const Params &p, Sum *base, int texel, float4 v, bool wanted) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     long long fixed = __double2ll_rn(scalbn((double)values[e], 37 - exponent));
-    if (fixed != 0) atomicAdd(base + texel + e, (u64)fixed);
+    if (fixed != 0) atomicAdd(at + e, (u64)fixed);
   }
 #else
 #if __CUDA_ARCH__ >= 900
-#define ADD "@wanted red.global.add.v4.f32 [at], {%2, %3, %4, %5};"
+#define ADD "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
 #else
-#define ADD                                                                                     \
-  "@wanted red.global.add.f32 [at], %2; @wanted red.global.add.f32 [at + 4], %3;"               \
-  "@wanted red.global.add.f32 [at + 8], %4; @wanted red.global.add.f32 [at + 12], %5;"
+#define ADD                                                               \
+  "red.global.add.f32 [%0], %1; red.global.add.f32 [%0 + 4], %2;"         \
+  "red.global.add.f32 [%0 + 8], %3; red.global.add.f32 [%0 + 12], %4;"
 #endif
-  asm volatile("{ .reg .pred wanted; .reg .u64 at; setp.ne.s32 wanted, %6, 0; @wanted mad.wide.s32 at, %1, 4, %0;" ADD " }"
-               ::"l"(base), "r"(texel), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"((int)wanted)
-               : "memory");
+  asm volatile(ADD ::"l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 #endif
 }
 
-// The plane's sums go to memory where the texel is another one than before; base: of this lane's features in g_planes.
-DEV void change(const Params &p, Sum *base, Accumulator &acc, int plane, int texel) {
-  int feature = 4 * (lane_id() & 7);
-  bool other = texel != acc.texel[plane], wanted = other && acc.texel[plane] >= 0;
+// Adds what the runs of a plane get; base: of this lane's features. gradient: see load_gradients.
+DEV void add_runs(const Params &p, Sum *base, Runs &runs, int count, const float4 (&gradient)[2][CHUNKS]) {
+  int lane = lane_id(), q = lane & 3;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 16) {
+    int2 texel = *(const int2 *)(runs.texel + first + (lane >> 2) * 2);
+    float4 a[2];
 #pragma unroll
-  for (int i = 0; i < Accumulator::PARTS; ++i) {
-    float4 &sum = acc.sum[plane][i];
-    bool mine = C % 32 == 0 || feature + 32 * i < C;
-    add(p, base + 32 * i, acc.texel[plane], sum, wanted && mine);
-    sum.x = other ? 0.f : sum.x;
-    sum.y = other ? 0.f : sum.y;
-    sum.z = other ? 0.f : sum.z;
-    sum.w = other ? 0.f : sum.w;
-  }
-  acc.texel[plane] = texel;
-}
-
-DEV float4 sum_taps(float4 v) {  // over the four parities
-#pragma unroll
-  for (int d = 8; d < 32; d <<= 1) {
-    v.x += __shfl_xor_sync(ALL, v.x, d);
-    v.y += __shfl_xor_sync(ALL, v.y, d);
-    v.z += __shfl_xor_sync(ALL, v.z, d);
-    v.w += __shfl_xor_sync(ALL, v.w, d);
-  }
-  return v;
-}
-
-DEV float4 operator*(float4 a, float4 b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
-
-// Adds the gradients of `count` samples' features (g_f [16][G_ROW]) to the planes, the last sample first.
-DEV void scatter(const Params &p, const Ray &ray, const int2 *table, const float *g_f, int count, Accumulator &acc) {
-  int parity = lane_id() >> 3, feature = 4 * (lane_id() & 7);
-  Sum *g_base = scene_sums(p, ray);
-#pragma unroll 2  // of four there are too many numbers alive for some compilers
-  for (int s = count - 1; s >= 0; --s) {
-    int2 tap[3];
-#pragma unroll
-    for (int plane = 0; plane < 3; ++plane) {
-      tap[plane] = table[s * TAP_ROW + plane * 4 + parity];
-      change(p, g_base, acc, plane, tap[plane].x);
+    for (int k = 0; k < 2; ++k) {
+      float4 *place = (float4 *)(runs.weight + 8 * (k * MOST_RUNS + first)) + lane;
+      a[k] = *place;
+      *place = {0.f, 0.f, 0.f, 0.f};
     }
+    float d[CHUNKS][2][4] = {};
 #pragma unroll
-    for (int i = 0; i < Accumulator::PARTS; ++i) {
-      if (C % 32 != 0 && feature + 32 * i >= C && !PRODUCT) continue;
-      bool mine = feature + 32 * i < C;
-      float4 g = mine ? *(const float4 *)(g_f + s * G_ROW + feature + 32 * i) : float4{0.f, 0.f, 0.f, 0.f};
-      float4 share[3] = {g, g, g};
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int i = 0; i < CHUNKS; ++i) {
+        mma(d[i][0], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].x, gradient[k][i].y);
+        mma(d[i][1], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].z, gradient[k][i].w);
+      }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      int to = row ? texel.y : texel.x;
+      if (to < 0) continue;
+#pragma unroll
+      for (int i = 0; i < CHUNKS; ++i)
+        if (C % 16 == 0 || 16 * i + 4 * q < C)
+          add(p, base + (long long)to * C + 16 * i, {d[i][0][2 * row], d[i][0][2 * row + 1], d[i][1][2 * row], d[i][1][2 * row + 1]});
+    }
+  }
+  __syncwarp();
+}
+
+DEV void load_gradients(const float *matrix, float4 (&gradient)[2][CHUNKS]) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) gradient[k][i] = *(const float4 *)(matrix + gradient_place(4 * k + q, 4 * g) + 32 * i);
+}
+
+// Adds the gradients of a tile's features to the planes; at: depth of sample lane % 16, where what is beyond the ray's last
+// repeats it, with gradients of 0. matrix and runs (and cells) are scratch.
+DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
+  Sum *base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 3);
+  asm volatile("" : "+l"(base));  // else it is put together for each texel
+  Spots spots = find_spots(p, ray, at);
+#pragma unroll
+  for (int i = lane_id(); i < 4 * MOST_RUNS; i += 32) ((float4 *)runs.weight)[i] = {0.f, 0.f, 0.f, 0.f};
+  __syncwarp();
+  float4 gradient[2][CHUNKS];
 #if PRODUCT
-      float4 read[3];
-#pragma unroll
-      for (int plane = 0; plane < 3; ++plane) {
-        float4 v = {0.f, 0.f, 0.f, 0.f};
-        float w = __int_as_float(tap[plane].y);
-        if (mine) v = read_texel(advance(scene_planes(p, ray), tap[plane].x + feature + 32 * i));
-        read[plane] = sum_taps(v * float4{w, w, w, w});
-      }
-      share[0] = g * read[1] * read[2];
-      share[1] = g * read[0] * read[2];
-      share[2] = g * read[0] * read[1];
+  find_cells(p, ray, at, cells);
+#else
+  store_gradients(matrix, g_f);
+  load_gradients(matrix, gradient);
 #endif
 #pragma unroll
-      for (int plane = 0; plane < 3; ++plane) {
-        float w = __int_as_float(tap[plane].y);
-        float4 &sum = acc.sum[plane][i];
-        sum.x = fmaf(w, share[plane].x, sum.x);
-        sum.y = fmaf(w, share[plane].y, sum.y);
-        sum.z = fmaf(w, share[plane].z, sum.z);
-        sum.w = fmaf(w, share[plane].w, sum.w);
-      }
-    }
+  for (int plane = 0; plane < 3; ++plane) {
+#if PRODUCT
+    // A plane's gradients are those of the features times what the other planes have.
+    float f[2][CHUNKS][4];
+    const void *planes = scene_planes(p, ray);
+    plane == 0 ? gather<2, 0>(p, planes, cells, f) : plane == 1 ? gather<2, 1>(p, planes, cells, f) : gather<2, 2>(p, planes, cells, f);
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+#pragma unroll
+      for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f[row][i][e] *= g_f[row][i][e];
+    store_gradients(matrix, f);
+    load_gradients(matrix, gradient);
+#endif
+    add_runs(p, base, runs, find_runs(p, spots, plane, runs), gradient);
   }
 }

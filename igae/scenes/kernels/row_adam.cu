@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Adam over the rows of a large tensor. What is computed is defined in igae/scenes/row_adam.py.
 //
-// A visit is `plan` (one warp a row: what it owes, in few moves) and `move` (elements, each read and written once); a step
-// is `begin` (one block) and `update`. Only `plan` and `begin` read and write what rows have got and how many steps there
-// were: the others find all they need in the records. No CUDA header is included: NVRTC has none.
+// A visit is `plan` (one warp a row: what it owes, in few moves) and `move` (elements, each read once, and copied as the moves
+// leave it: rows stay as they are); a step is `plan` again, if it was not just made, `begin` (one block) and `update`, which
+// makes the owed moves and then its own. To catch up is `plan` and `move`, which then writes the rows. Only `plan` and
+// `begin` read and write what rows have got and how many steps there were: the others find all they need in the records.
+// No CUDA header is included: NVRTC has none.
 
 typedef long long i64;
 #define DEV static __device__ __forceinline__
@@ -12,10 +14,11 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr double SPREAD = 1.2;
 constexpr int SWEEPS = 6, THREADS = 256, ITEMS = 2;
 
-// A slot has a Head and then its parts: owed steps that are made in one go, or the step with the gradient.
+// A slot has a Head and then its parts: owed steps that are made in one go, and behind them the step with the gradient.
 struct __align__(16) Head {
-  i64 row;  // -1: none
-  int parts, unused[5];
+  i64 row;   // -1: none
+  i64 done;  // the last step that it has got once its parts are made
+  int parts, unused[3];
 };
 struct __align__(16) Part {
   float weight0, weight1, weight2, decay1, scale0, scale1, scale2, decay2;
@@ -27,20 +30,22 @@ union Record {
 
 struct Params {
   float *p, *m, *v;              // [count, size]
-  float *copies;                 // [slots, size]: what a visit returns, or null
+  float *copies;                 // [slots, size]: what a visit returns; or null, and `move` writes the rows
   const float *gradient;         // [slots, size]
   const i64 *rows;               // [slots], or null: all rows
   i64 *updated, *visited;        // [count]
   i64 *steps;                    // []: how many there were
   double *rates;                 // [capacity]: their learning rates
-  Record *records;               // [slots, 1 + parts]
+  Record *records;               // [slots, 2 + parts]
   const double *lr;              // []; null: lr_value
   const unsigned char *apply;    // []; null: yes
   i64 count, size, slots, capacity, horizon;
   double lr_value, log1, log2;   // logarithms of the decays of the moments
   float eps, scale, new1, new2;  // 1 - decays
-  int parts, lazy;
+  int parts, lazy, settle;       // settle: `plan` is for moves that are written
 };
+
+DEV Record *record_of(const Params &a, i64 slot) { return a.records + slot * (2 + a.parts); }
 
 DEV i64 row_of(const Params &a, i64 slot) {
   i64 row = a.rows ? a.rows[slot] : slot;
@@ -165,10 +170,11 @@ DEV Part part_of(const Rule &rule, double log1, double log2) {
 // One warp a block, one block a slot.
 extern "C" __global__ void __launch_bounds__(32) plan(const Params a) {
   i64 slot = blockIdx.x, row = row_of(a, slot);
-  Record *record = a.records + slot * (1 + a.parts);
+  Record *record = record_of(a, slot);
   int lane = threadIdx.x, parts = 0;
+  i64 done = row >= 0 ? a.updated[row] : 0;
   if (row >= 0 && !a.lazy && a.visited[row] > 0) {
-    i64 done = a.updated[row], until = min(a.visited[row] + a.horizon, *a.steps);
+    i64 until = min(a.visited[row] + a.horizon, *a.steps);
     if (done < until) {
       Steps steps;
       steps.first1 = exp(a.log1 * (1 + lane));
@@ -190,11 +196,12 @@ extern "C" __global__ void __launch_bounds__(32) plan(const Params a) {
         if (lane < parts - first) record[1 + first + lane].part = part_of(mine, a.log1, a.log2);
       }
       __syncwarp();  // all lanes have read it
-      if (lane == 0) a.updated[row] = done;
+      if (lane == 0 && a.settle) a.updated[row] = done;
     }
   }
   if (lane == 0) {
     record->head.row = row;
+    record->head.done = done;
     record->head.parts = parts;
   }
 }
@@ -212,13 +219,13 @@ extern "C" __global__ void __launch_bounds__(1024) begin(const Params a) {
   }
   for (i64 slot = threadIdx.x; slot < a.slots; slot += blockDim.x) {
     i64 row = row_of(a, slot);
-    Record *record = a.records + slot * (1 + a.parts);
+    Record *record = record_of(a, slot);
     record->head.row = wanted ? row : -1;
     if (row < 0 || !wanted) continue;
-    i64 updated = a.updated[row], step = a.lazy ? updated + 1 : now;
+    i64 updated = record->head.done, step = a.lazy ? updated + 1 : now;
     // Steps beyond the horizon moved nothing, but the moments decayed in them.
     i64 decayed = a.lazy || a.visited[row] == 0 ? 1 : now - updated;
-    record[1].part = {float(lr / (1 - exp(a.log1 * step))), 0, 0, float(exp(a.log1 * decayed)),
+    record[1 + record->head.parts].part = {float(lr / (1 - exp(a.log1 * step))), 0, 0, float(exp(a.log1 * decayed)),
                       float(rsqrt(1 - exp(a.log2 * step))), 0, 0, float(exp(a.log2 * decayed))};
     a.updated[row] = step;
     a.visited[row] = now;
@@ -262,9 +269,26 @@ template <int WIDTH> DEV i64 place_of(const Params &a, i64 &from) {
   return blockIdx.x / chunks;
 }
 
+// Makes what is owed.
+template <int WIDTH> DEV void make_up(const Params &a, const Record *record, int parts, Elements<WIDTH> &p,
+                                     Elements<WIDTH> &m, Elements<WIDTH> &v) {
+  for (int k = 1; k <= parts; ++k) {
+    Part part = record[k].part;
+#pragma unroll
+    for (int i = 0; i < ITEMS * WIDTH; ++i) {
+      float x = sqrtf(v.each[i]), total = part.weight0 / fmaf(part.scale0, x, a.eps);
+      total += part.weight1 / fmaf(part.scale1, x, a.eps);
+      total += part.weight2 / fmaf(part.scale2, x, a.eps);
+      p.each[i] = fmaf(-m.each[i], total, p.each[i]);
+      m.each[i] *= part.decay1;
+      v.each[i] *= part.decay2;
+    }
+  }
+}
+
 template <int WIDTH> DEV void move(const Params &a) {
   i64 from, slot = place_of<WIDTH>(a, from);
-  const Record *record = a.records + slot * (1 + a.parts);
+  const Record *record = record_of(a, slot);
   i64 row = record->head.row, start = row * a.size;
   int parts = record->head.parts;
   Elements<WIDTH> p = {}, m = {}, v = {};
@@ -272,36 +296,30 @@ template <int WIDTH> DEV void move(const Params &a) {
   if (parts > 0) {
     m.read(a.m + start, from, a.size);
     v.read(a.v + start, from, a.size);
-    for (int k = 1; k <= parts; ++k) {
-      Part part = record[k].part;
-#pragma unroll
-      for (int i = 0; i < ITEMS * WIDTH; ++i) {
-        float x = sqrtf(v.each[i]), total = part.weight0 / fmaf(part.scale0, x, a.eps);
-        total += part.weight1 / fmaf(part.scale1, x, a.eps);
-        total += part.weight2 / fmaf(part.scale2, x, a.eps);
-        p.each[i] = fmaf(-m.each[i], total, p.each[i]);
-        m.each[i] *= part.decay1;
-        v.each[i] *= part.decay2;
-      }
-    }
+    make_up<WIDTH>(a, record, parts, p, m, v);
+  }
+  if (a.copies) {
+    p.write(a.copies + slot * a.size, from, a.size, false);
+  } else if (parts > 0) {
     p.write(a.p + start, from, a.size);
     m.write(a.m + start, from, a.size);
     v.write(a.v + start, from, a.size);
   }
-  if (a.copies) p.write(a.copies + slot * a.size, from, a.size, false);
 }
 
 template <int WIDTH> DEV void update(const Params &a) {
   i64 from, slot = place_of<WIDTH>(a, from);
-  const Record *record = a.records + slot * (1 + a.parts);
+  const Record *record = record_of(a, slot);
   i64 row = record->head.row, start = row * a.size;
   if (row < 0) return;
-  Part part = record[1].part;
+  int parts = record->head.parts;
   Elements<WIDTH> p = {}, m = {}, v = {}, g = {};
   g.read(a.gradient + slot * a.size, from, a.size);
   p.read(a.p + start, from, a.size);
   m.read(a.m + start, from, a.size);
   v.read(a.v + start, from, a.size);
+  make_up<WIDTH>(a, record, parts, p, m, v);
+  Part part = record[1 + parts].part;
 #pragma unroll
   for (int i = 0; i < ITEMS * WIDTH; ++i) {
     float gradient = g.each[i] * a.scale;
