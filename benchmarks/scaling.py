@@ -7,7 +7,8 @@
 
 A case is STAGE:RANKS:SCENES, with the scenes of all ranks together. One launch measures all cases in turns. Steps are
 real ones: data from shards (random latents in the warm-up), an autoencoder of Stable Diffusion's size with random
-weights, planes and their optimizer as in the middle of a long training.
+weights, planes and their optimizer as in the middle of a long training. Time is that of a round of steps, by their
+number, as the slowest rank sees it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +30,9 @@ from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, 
 from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
 from igae.model import IGAE
+from igae.records import Outcome
 from igae.shares import own_data
+from igae.trainer import LAG
 
 Figures = dict[str, float]
 
@@ -42,29 +46,33 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stage = prepare(engine, model, stage_name, recipe_of(stage_name, shards, overrides))
-    times = []
+    outcomes: deque[Outcome] = deque()
     for step in range(steps + WARM):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        outcome = stage.step(step)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-        assert outcome.read()[0]
+        if step == WARM:
+            while outcomes:
+                assert outcomes.popleft().read()[0]
+            start = time.perf_counter()
+        outcomes.append(stage.step(step))
+        while len(outcomes) > (LAG if engine.asynchronous else 0):
+            assert outcomes.popleft().read()[0]
+    while outcomes:
+        assert outcomes.popleft().read()[0]
+    seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     stage.close()
     engine.finish()
-    return {"ms": statistics.median(times[WARM:]), "gib": peak}
+    return {"ms": 1e3 * seconds / steps, "gib": peak}
 
 
 def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: list[str]) -> None:
     """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
     first works and the others wait."""
-    engine, channel, world = Engine(), Channel(), world_size()
-    single = alone(engine)
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
+    ahead = first.train.run_ahead
+    engine, channel, world = Engine(run_ahead=ahead), Channel(), world_size()
+    single = alone(engine, ahead)
     model = model_of(first, own_data(first).manifest.image_size, engine.device)
+    model.speed_up(compile=first.train.compile, channels_last=first.train.channels_last)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:

@@ -105,7 +105,6 @@ def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) 
 def alone(engine: Engine, run_ahead: bool = False) -> Engine:
     """An engine of this process only, beside one that may have others."""
     single: Engine = object.__new__(Engine)
-    single._together = False
     single.device, single._strategy = engine.device, Strategy(engine.device, run_ahead)
     return single
 

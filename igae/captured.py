@@ -22,6 +22,7 @@ class CapturedStep:
     Args:
         batch_size: views of a step.
         rates: names of the learning rates, in the order in which calls give them.
+        world: ranks that train together.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class CapturedStep:
         weights: LossWeights,
         batch_size: int,
         rates: list[str],
+        world: int,
     ) -> None:
         self._engine, self._model, self._adam, self._cache = engine, model, adam, cache
-        self._weights, self._batch_size, self._rates = weights, batch_size, rates
+        self._weights, self._batch_size, self._rates, self._world = weights, batch_size, rates, world
         self._input = torch.zeros(3 * batch_size + 2 + len(rates), dtype=torch.int64, device=engine.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
@@ -79,9 +81,8 @@ class CapturedStep:
         losses = self._engine.forward(leaf, views, None, self._weights, False, seed)
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
-        finite, norms = self._engine.check_gradients()
-        norms["planes"] = leaf.grad.norm()
-        finite = losses["total"].isfinite() & finite & norms["planes"].isfinite()
-        applied = self._engine.step(rates, finite.float())
-        self._adam.step(rows, leaf.grad, rates["planes"], apply=applied)
-        return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms
+        own = leaf.grad.norm()
+        agreed, go_on, norms = self._engine.agree(losses["total"].isfinite() & own.isfinite(), go_on)
+        applied = self._engine.step(rates, agreed)
+        self._adam.step(rows, leaf.grad, rates["planes"], scale=1 / self._world, apply=applied)
+        return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms | {"planes": own}

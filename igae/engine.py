@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,15 +35,14 @@ class Engine:
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
-        run_ahead: on a GPU, leave steps out on the device, without telling the host first; "auto": with one process.
+        run_ahead: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
         alone: each rank makes steps of its own; nothing that they share is trained.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0, run_ahead: bool | Literal["auto"] = False, alone: bool = False) -> None:
-        self._together = distributed.world_size() > 1 and not alone
+    def __init__(self, timeout: float = 600.0, run_ahead: bool = False, alone: bool = False) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -62,7 +61,7 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        ahead = on_gpu and (not self._together if run_ahead == "auto" else run_ahead)
+        ahead = on_gpu and run_ahead
         self._strategy: Strategy = Strategy(self.device, ahead)
         if alone:
             pass
@@ -95,53 +94,60 @@ class Engine:
     @property
     def capturable(self) -> bool:
         """Forward, backward and step can be captured in a CUDA graph: nothing in them asks the host."""
-        return self.asynchronous and not self._together
+        return self._strategy.capturable
 
-    def agree(self, *flags: bool | Tensor) -> Tensor:
-        """Of each flag, whether it is set on all ranks: 1 or 0, float32 on the device. Collective."""
-        values = torch.stack(
-            [
-                flag.to(self.device, torch.float32)
-                if isinstance(flag, Tensor)
-                else torch.full((), float(flag), device=self.device)
-                for flag in flags
-            ]
-        )
-        if self._together:
-            dist.all_reduce(values, dist.ReduceOp.MIN)
-        return values
-
-    def prepare(self, module: nn.Module, groups: Groups, *, all_reached: bool = True) -> None:
+    def prepare(self, module: nn.Module, groups: Groups, *, all_reached: bool = True, overlap: bool = True) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.
 
         Parameters that are in no group are frozen. An earlier optimizer and its moments are dropped. Collective.
 
         Args:
             all_reached: every parameter of the groups has a gradient in every step.
+            overlap: gradients come one after another, so that they are exchanged while others are computed. Without,
+                replicated ones are exchanged in :meth:`agree`.
         """
         trained = {id(p) for _, parameters in groups for p in parameters}
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self._strategy.prepare(module, groups, all_reached)
+        self._strategy.prepare(module, groups, all_reached, overlap)
 
     def forward(self, *arguments: Any, last: bool = True) -> Any:
         """Call the wrapped module; ``last``: no other backward pass comes before the step."""
         return self._strategy.forward(arguments, last)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Add the gradients of a loss; with ``last`` shared ones become the mean over the ranks."""
+        """Add the gradients of a loss; after the ``last`` one comes :meth:`agree`."""
         if loss.requires_grad:
             self._strategy.backward(loss, last)
 
-    def check_gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of the shared gradients that this rank holds, on the device: a boolean, whether all are finite; and by group
-        the norms [n] of their tensors."""
+    def agree(self, finite: Tensor, go_on: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Make shared gradients the mean over the ranks, and agree on the step. Collective.
+
+        Args:
+            finite: boolean on the device, whether this rank's own losses and gradients are.
+            go_on: this rank was not asked to stop; as a tensor 1 or 0, float32.
+
+        Returns:
+            1 where they and all shared gradients are finite on all ranks, else 0; 1 where all ranks go on, else 0; and,
+            of the shared gradients that this rank holds, by group the norms [n] of their tensors. On the device.
+        """
+        if not isinstance(go_on, Tensor):
+            go_on = torch.full((), float(go_on), device=self.device)
+        if self.replicated:  # the same gradients on all ranks, afterwards
+            finite, go_on = self._strategy.agree(finite, go_on)
+            norms = self._norms()
+            finite = _finite(norms, finite)
+        else:
+            norms = self._norms()
+            finite, go_on = self._strategy.agree(_finite(norms, finite), go_on)
+        return finite.float(), go_on, norms
+
+    def _norms(self) -> dict[str, Tensor]:
         groups = {name: grads for name, grads in self._strategy.gradients().items() if grads}
         if not groups:
-            return torch.ones((), dtype=torch.bool, device=self.device), {}
+            return {}
         norms = torch.stack(torch._foreach_norm([grad for grads in groups.values() for grad in grads]))
-        parts = norms.split([len(grads) for grads in groups.values()])
-        return norms.sum().isfinite(), dict(zip(groups, parts, strict=True))
+        return dict(zip(groups, norms.split([len(grads) for grads in groups.values()]), strict=True))
 
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         """Adam's step with a learning rate for each group (or nothing, where ``apply`` is 0), and gradients cleared.
@@ -179,6 +185,10 @@ class Engine:
         self._strategy.drop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _finite(norms: dict[str, Tensor], others: Tensor) -> Tensor:
+    return others & torch.cat(list(norms.values())).sum().isfinite() if norms else others
 
 
 def _switch(name: str) -> bool:

@@ -130,11 +130,10 @@ class TrainConfig(Section):
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
-    run_ahead: bool | Literal["auto"] = "auto"
-    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded. `auto`:
-    with one process. With several, replicated, it is yet to be measured."""
+    run_ahead: bool = True
+    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
-    """Steps on cached latents are a CUDA graph where they can be: one process with run_ahead, planes in kernels."""
+    """Steps on cached latents are a CUDA graph where they can be: with run_ahead, not sharded, planes in kernels."""
     compile: bool = False
     """Compile encoder and decoder with torch.compile, a minute or two at the start; not where sharded."""
     channels_last: bool = False

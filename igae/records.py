@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.distributed import Channel
+from igae.distributed import Channel, LostRank
 
 GIB = 2.0**30
 
@@ -36,9 +36,23 @@ class Outcome:
         else:
             self._flags = flags
 
-    def read(self) -> tuple[bool, bool]:
-        """Whether the step was applied, and whether to stop; waits until the device has made it."""
-        if self._ready is not None:
+    def read(self, timeout: float | None = None) -> tuple[bool, bool]:
+        """Whether the step was applied, and whether to stop; waits until the device has made it.
+
+        Args:
+            timeout: seconds after which the device is taken to wait for a rank that does not answer. (A collective in
+                a CUDA graph waits forever: NCCL's watchdog does not see it.)
+
+        Raises:
+            LostRank: the time is over.
+        """
+        if self._ready is not None and timeout is not None:
+            start = time.perf_counter()
+            while not self._ready.query():
+                if time.perf_counter() - start > timeout:
+                    raise LostRank(f"a step did not end in {timeout:g} s")
+                time.sleep(1e-4)
+        elif self._ready is not None:
             self._ready.synchronize()
         applied, go_on = self._flags.tolist()
         return applied > 0, go_on == 0
@@ -102,7 +116,8 @@ class Meter:
         share of the time in which a rank waited for data, mean over the ranks, and ``data_wait_max`` of the worst one;
         ``imbalance`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits for other
         ranks (take data, compute the forward pass), and ``slowest_rank``. The last three only where ranks train
-        together. On GPUs ``gpu_memory/allocated`` and ``reserved``, in GiB, the largest of all ranks since they began.
+        together, the last two not where steps are captured in a CUDA graph. On GPUs ``gpu_memory/allocated`` and
+        ``reserved``, in GiB, the largest of all ranks since they began.
 
         Args:
             taken: views that this rank has taken until now.
@@ -129,10 +144,10 @@ class Meter:
             figures[f"grad_norm/{part}"] = (sum(of_rank.get(part, 0.0) for of_rank in of_squares) / share) ** 0.5
         figures |= {"views_per_second": sum(of_taken) / seconds, "data_wait": sum(waits) / count}
         if self._ranks > 1:
-            slowest = max(range(count), key=lambda i: busy[i])
-            mean = sum(busy) / count
-            figures |= {"data_wait_max": max(waits), "slowest_rank": slowest}
-            figures["imbalance"] = busy[slowest] / mean if mean > 0 else 1.0
+            figures["data_wait_max"] = max(waits)
+            if mean := sum(busy) / count:
+                slowest = max(range(count), key=lambda i: busy[i])
+                figures |= {"slowest_rank": slowest, "imbalance": busy[slowest] / mean}
         return figures | {name: max(of_rank[name] for of_rank in of_memory) for name in memory}
 
     def _busy(self) -> float:

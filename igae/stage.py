@@ -74,7 +74,9 @@ class Stage:
             ("base_planes", [] if self.model.base is None else [self.model.base.planes], rates.base_planes),
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
-        self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate)
+        # A frozen autoencoder leaves what gets its gradients at the end of the backward pass, all at once.
+        overlap = rates.encoder > 0 or rates.decoder > 0
+        self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate, overlap=overlap)
         train = self.recipe.train
         self.plane_adam = make_row_adam(self.bank.planes, mode=train.plane_optimizer, backend=train.kernels)
 
@@ -188,18 +190,17 @@ class Stage:
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / count
         gradient = leaf.grad if leaf is not None else None
-        finite, norms = self.engine.check_gradients()
-        finite = total["total"].isfinite() & finite
+        finite, own = total["total"].isfinite(), {}
         if gradient is not None:
-            norms["planes"] = gradient.norm()
-            finite = finite & norms["planes"].isfinite()
-        agreed, go_on = self.engine.agree(finite, not stop)
+            own["planes"] = gradient.norm()
+            finite = finite & own["planes"].isfinite()
+        agreed, go_on, norms = self.engine.agree(finite, not stop)
         rates = self.learning_rates(step)
         applied = self.engine.step(rates, agreed)
         if gradient is not None:
             assert rows is not None
             self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / self._world, apply=applied)
-        return self.meter.note(Outcome(total, applied, go_on, norms))
+        return self.meter.note(Outcome(total, applied, go_on, norms | own))
 
     @property
     def taken(self) -> int:
@@ -225,6 +226,7 @@ class Stage:
                 self.config.weights,
                 self.config.batch_size,
                 list(rates),
+                self._world,
             )
         view = loader.take()
         self.consumed["views"] += len(view)

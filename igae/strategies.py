@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,11 +44,16 @@ class Strategy:
         self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
         self.wrapped: Any = None
 
-    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
+    @property
+    def capturable(self) -> bool:
+        """Steps can be captured in a CUDA graph."""
+        return self.run_ahead
+
+    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
         self.drop()
         self.module = self.trained = module
         self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
-        self.wrapped = self.wrap(module, all_reached) if groups else module
+        self.wrapped = self.wrap(module, all_reached) if groups and overlap else module
 
     def wrap(self, module: nn.Module, all_reached: bool) -> Any:
         return module
@@ -64,6 +70,11 @@ class Strategy:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
+
+    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a boolean is true on all ranks, and whether a number is 1 on all, or else 0. The gradients of
+        :meth:`gradients` are the mean over the ranks afterwards. Collective."""
+        return finite, go_on
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """By the names of groups: this rank's part of their gradients, those that there are."""
@@ -126,7 +137,20 @@ class Strategy:
 
 
 class DDP(Strategy):
+    """DistributedDataParallel, which exchanges gradients in the backward pass; or, where nothing is to overlap, all of
+    them in one exchange after it, which a CUDA graph can hold."""
+
     name = "DDP"
+
+    @property
+    def capturable(self) -> bool:
+        return self.run_ahead and not isinstance(self.wrapped, DistributedDataParallel)
+
+    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
+        super().prepare(module, groups, all_reached, overlap)
+        if not isinstance(self.wrapped, DistributedDataParallel):  # which does that too
+            for parameter in self.parameters().values() if groups else ():
+                dist.broadcast(parameter.detach(), 0)
 
     def wrap(self, module: nn.Module, all_reached: bool) -> Any:
         with warnings.catch_warnings():
@@ -143,12 +167,32 @@ class DDP(Strategy):
         with self.wrapped.no_sync() if silent else nullcontext():
             return self.wrapped(*arguments)
 
+    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.wrapped, DistributedDataParallel) or self.optimizer is None:
+            return on_all_ranks(finite, go_on)
+        # The same ones have a gradient on all ranks.
+        reached = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.cat([torch.stack([finite.float(), go_on]), *(p.grad.flatten() for p in reached)])
+        dist.all_reduce(total)
+        world = dist.get_world_size()
+        mean = total[2:] / world
+        for parameter, gradient in zip(reached, mean.split([p.numel() for p in reached]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return total[0] == world, (total[1] == world).float()
+
+
+def on_all_ranks(finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+    """See :meth:`Strategy.agree`; gradients are left alone."""
+    flags = torch.stack([finite.float(), go_on])
+    dist.all_reduce(flags, dist.ReduceOp.MIN)
+    return flags[0] > 0, flags[1]
+
 
 class Sharded(Strategy):
     """A copy of the module is trained, of which each rank keeps a part. The module itself waits on the CPU until its
     weights are asked for."""
 
-    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool) -> None:
+    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
         self.drop()
         self.module = self.trained = module
         if not groups:
@@ -165,6 +209,9 @@ class Sharded(Strategy):
     @abstractmethod
     def shard(self) -> Any:
         """Shard the copy and return what is called."""
+
+    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+        return on_all_ranks(finite, go_on)
 
     def start(self, groups: Groups) -> None:
         """Make the optimizer of the copy."""

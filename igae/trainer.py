@@ -236,7 +236,7 @@ class Trainer:
 
     def _settle(self, stage: Stage, total: int, outcome: Outcome) -> None:
         """Take note of how a step went; the same on all ranks."""
-        applied, stop = outcome.read()
+        applied, stop = outcome.read(self.recipe.train.timeout if world_size() > 1 else None)
         self._stopped |= stop
         progress = self.progress
         progress.skipped += not applied

@@ -148,7 +148,8 @@ def test_figures_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     now += 4
     after = meter.read(1020, Told([([4.0], {"mlp": 1.0, "planes": 1.0}, 4, 0.0, 0.0, {})] * 2))  # type: ignore[arg-type]
-    assert after["views_per_second"] == 12 / 4 and after["data_wait"] == 0 and after["imbalance"] == 1
+    assert after["views_per_second"] == 12 / 4 and after["data_wait"] == 0
+    assert "imbalance" not in after and "slowest_rank" not in after  # nothing was measured, as in captured steps
     assert after["loss/total"] == pytest.approx(10 / 3)  # of the last step that there was
 
 

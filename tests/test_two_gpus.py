@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on two GPUs: a warm-up in a CUDA graph that exchanges gradients, and ranks that don't answer any more."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import runs
+import torch
+from test_training_gpu import difference
+
+from igae import config
+from igae.distributed import is_lost_rank, rank
+from igae.recipe import Recipe
+from igae.stage import Stage
+from igae.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+SHORT = ["train.warmup.epochs=8", "train.joint.epochs=2", "checkpoint.every=1000"]
+PLAIN = ["train.kernels=torch", "train.run_ahead=false", "train.cuda_graph=false"]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("two")
+    return str(runs.recipe_file(folder, runs.packed_data(folder)))
+
+
+def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[bool, int]:
+    """A whole run of this rank, whose weights and planes go into a file; whether the warm-up was captured, and how many
+    steps were skipped."""
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, f"experiment={name}", *settings]))
+    captured, step = [], Stage.step
+
+    def noted(self: Stage, *arguments: object) -> object:
+        outcome = step(self, *arguments)  # type: ignore[arg-type]
+        captured.append(self._captured is not None and self._captured._graph is not None)
+        return outcome
+
+    Stage.step = noted  # type: ignore[method-assign, assignment]
+    trainer.run()
+    state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+    torch.save({**state, "planes": trainer.bank.planes.cpu()}, f"{file}-{rank()}")
+    trainer.engine.close()
+    return any(captured), trainer.progress.skipped
+
+
+def test_a_captured_exchange_is_the_same_training(recipe_file: str) -> None:
+    folder, runs_of = Path(recipe_file).parent, {"plain": PLAIN, "fast": ["train.kernels=cuda"]}
+    said = {name: ranks.run(train, 2, recipe_file, name, more, f"{folder}/{name}") for name, more in runs_of.items()}
+    assert said == {"plain": [(False, 0)] * 2, "fast": [(True, 0)] * 2}
+    found = {(name, i): torch.load(f"{folder}/{name}-{i}", weights_only=True) for name in runs_of for i in (0, 1)}
+    for name in runs_of:  # what ranks share is the same on both
+        one, other = found[name, 0], found[name, 1]
+        assert [key for key in one if key != "planes" and not torch.equal(one[key], other[key])] == []
+    worst = max(difference(found["plain", i], found["fast", i]) for i in (0, 1))
+    print("MEASURED two GPUs", worst)
+    assert worst < 5e-2
+    lines = [json.loads(line) for line in (folder / "outputs/fast/metrics.jsonl").read_text().splitlines()]
+    warmup = [line for line in lines if line["stage"] == "warmup" and "loss/total" in line]
+    assert warmup and "imbalance" not in warmup[-1] and warmup[-1]["grad_norm/mlp"] > 0
+
+
+def lose_a_rank(recipe_file: str, stage: str, file: str) -> None:
+    """The second rank stops in the middle of a stage without a word; the first writes how it takes note of that."""
+    own = [
+        f"experiment=lost-{stage}",
+        "train.timeout=10",
+        f"train.{'joint' if stage == 'warmup' else 'warmup'}.epochs=0",
+    ]
+    trainer, step = Trainer(config.load(Recipe, recipe_file, [*SHORT, *own])), Stage.step
+
+    def stops(self: Stage, number: int, *arguments: object) -> object:
+        if rank() == 1 and number == 8:
+            time.sleep(60)
+            os._exit(0)
+        return step(self, number, *arguments)  # type: ignore[arg-type]
+
+    Stage.step = stops  # type: ignore[method-assign, assignment]
+    start = time.monotonic()
+    try:
+        trainer.run()
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            Path(file).write_text(f"{time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}")
+    os._exit(1)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "joint"])
+def test_a_rank_that_does_not_answer_ends_the_others(recipe_file: str, stage: str) -> None:
+    """By an error that says so, or by NCCL, which ends the process after its timeout: not by waiting forever."""
+    folder = Path(recipe_file).parent
+    start = time.monotonic()
+    lost = ranks.Ranks(lose_a_rank, 2, recipe_file, stage, f"{folder}/{stage}.txt", log=f"{folder}/{stage}.log")
+    code = lost.exit_codes(50)[0]
+    said = Path(f"{folder}/{stage}.txt")
+    print("MEASURED lost", stage, code, f"{time.monotonic() - start:.0f} s", said.read_text() if said.exists() else "-")
+    assert code not in (0, None)
+    if stage == "warmup":
+        assert "did not end in 10 s" in said.read_text()
