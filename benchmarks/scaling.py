@@ -68,9 +68,8 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
     first works and the others wait."""
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
-    ahead = first.train.run_ahead
-    engine, channel, world = Engine(run_ahead=ahead), Channel(), world_size()
-    single = alone(engine, ahead)
+    engine, channel, world = Engine(run_ahead=first.train.run_ahead), Channel(), world_size()
+    single = alone(engine, engine.asynchronous)
     model = model_of(first, own_data(first).manifest.image_size, engine.device)
     model.speed_up(compile=first.train.compile, channels_last=first.train.channels_last)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
