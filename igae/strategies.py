@@ -172,13 +172,13 @@ class DDP(Strategy):
             return on_all_ranks(finite, go_on)
         # The same ones have a gradient on all ranks.
         reached = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.cat([torch.stack([finite.float(), go_on]), *(p.grad.flatten() for p in reached)])
+        total = torch.cat([finite.float().view(1), go_on.view(1), *(p.grad.flatten() for p in reached)])
         dist.all_reduce(total)
         world = dist.get_world_size()
-        mean = total[2:] / world
+        flags, mean = total[:2] == world, total[2:] / world
         for parameter, gradient in zip(reached, mean.split([p.numel() for p in reached]), strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return total[0] == world, (total[1] == world).float()
+        return flags[0], flags[1].float()
 
 
 def on_all_ranks(finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pytest
+import torch
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
+CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(["igae.trainer", "diffusers.models.autoencoders.autoencoder_kl"])
 TIMEOUT = 300.0
 needs_compiler = pytest.mark.skipif(
@@ -51,8 +53,6 @@ def listens(port: int) -> bool:
 def _child(
     rank: int, world: int, port: int, log: str | None, answer: Connection, function: Callable[..., Any], args: Any
 ) -> None:
-    import torch
-
     torch.set_num_threads(1)
     os.environ.update(
         {
@@ -90,7 +90,7 @@ class Ranks:
 
     def __init__(self, function: Callable[..., Any], world: int, *args: Any, log: str | None = None) -> None:
         port = free_port()
-        self.processes: list[ForkServerProcess] = []
+        self.processes: list[BaseProcess] = []
         self._answers: list[Connection] = []
         for rank in range(world):
             receive, send = CONTEXT.Pipe(duplex=False)
