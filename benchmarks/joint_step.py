@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_step import alone, model_of, prepare, recipe_of, write_data
@@ -78,13 +79,25 @@ def times_of(stage: Stage, first: int, steps: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
-def measure(stage_name: str, variants: dict[str, dict[str, str]], scenes: int, rounds: int, steps: int) -> dict:
+def longest(stage: Stage, first: int, steps: int = 3, shown: int = 25) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and launches a step of the kernels that take the most time of the GPU."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        times_of(stage, first, steps)
+        torch.cuda.synchronize()
+    kernels = sorted(profiled.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    return [(k.key, k.self_device_time_total / 1e3 / steps, k.count // steps) for k in kernels[:shown]]
+
+
+def measure(stage_name: str, variants: dict[str, dict[str, str]], args: argparse.Namespace) -> dict:
     """Every variant is the one before with more settings; each is measured `rounds` times, in turns."""
+    rounds, steps = args.rounds, args.steps
     engine, found, stages = Engine(), {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        shards, settings = write_data(Path(folder), scenes, 128), dict(SLOW)
+        shards, settings = write_data(Path(folder), args.scenes, 128), dict(SLOW)
         for name, more in variants.items():
             settings |= more
+            if args.only and stages and name not in args.only:
+                continue
             torch.cuda.synchronize()
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -103,9 +116,11 @@ def measure(stage_name: str, variants: dict[str, dict[str, str]], scenes: int, r
         for i in range(rounds):
             for name, stage in stages.items():
                 found[name]["ms"] += times_of(stage, 10 + i * steps, steps + 3)[3:]
+        kernels = longest(list(stages.values())[-1], 10 + rounds * steps) if args.profile else []
         for stage in stages.values():
             stage.close()
-    return {"device": torch.cuda.get_device_name(), "flop": counter.get_total_flops(), "variants": found}
+    flops = counter.get_total_flops()
+    return {"device": torch.cuda.get_device_name(), "flop": flops, "variants": found, "longest": kernels}
 
 
 def report(result: dict, peak: float) -> None:
@@ -128,14 +143,18 @@ def main(stage: str = "joint", variants: dict[str, dict[str, str]] = VARIANTS, t
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30, help="steps of a round")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"the first and some of: {', '.join(variants)}")
+    parser.add_argument("--profile", action="store_true", help="print the longest kernels of the last variant")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a GPU, and there is none")
     torch.set_float32_matmul_precision("high")
-    result = measure(stage, variants, args.scenes, args.rounds, args.steps)
+    result = measure(stage, variants, args)
     peak = matrix_rate()
     report(result, peak)
+    for name, milliseconds, count in result["longest"]:
+        print(f"{milliseconds:8.3f} ms {count:5d} x  {name[:120]}")
     if args.json:
         args.json.write_text(json.dumps({**result, "matrix_flops": peak}, indent=1) + "\n")
 
