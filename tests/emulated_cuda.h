@@ -42,8 +42,9 @@ emulated_switch:
 )");
 
 namespace emulated {
-constexpr int MOST_THREADS = 1024, STACK = 1 << 18, BLOCK = 32;  // barrier BLOCK is the block's; those below are of warps
-constexpr unsigned UNWRITTEN = 0x7fc12345u;                      // a NaN
+constexpr int MOST_THREADS = 1024, STACK = 1 << 18;  // bytes
+constexpr int BLOCK = 32;                            // the block's barrier; those before are of warps
+constexpr unsigned UNWRITTEN = 0x7fc12345u;          // a NaN
 
 static int current, threads;
 static dim3 thread_index[MOST_THREADS];
@@ -114,7 +115,8 @@ static double cut(unsigned bits) {
 }
 
 // m16n8k8: d[16, 8] += a[16, 8] b[8, 8], with the PTX manual's distribution over lanes; summed up in float64.
-static void mma(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+static void mma(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                unsigned b0, unsigned b1) {
   struct Operands { unsigned a[4], b[2]; };
   const Operands *lanes = exchange<Operands>({{a0, a1, a2, a3}, {b0, b1}});
   int g = (current & 31) >> 2, q = current & 3;
@@ -133,7 +135,8 @@ static void add4(float *at, float x, float y, float z, float w) {
   at[0] += x, at[1] += y, at[2] += z, at[3] += w;
 }
 
-static bool start_block(void (*entry)(), bool reverse, long shared) {
+// Memory of `shared` bytes is followed by 128 that must stay as they are.
+static bool run_block(void (*entry)(), bool reverse, long shared) {
   memset(arrived, 0, sizeof arrived);
   for (int i = 0; i < shared / 4 + 32; ++i) ((unsigned *)shared_memory)[i] = UNWRITTEN;
   for (int i = 0; i < threads; ++i) {
@@ -166,7 +169,8 @@ static dim3 blockIdx, gridDim, blockDim;
 #define threadIdx (emulated::thread_index[emulated::current])
 
 namespace emulated {
-// Runs a kernel, block after block; threads of a block by turns, from the first or in reverse. Returns what went wrong, or null.
+// Runs a kernel, block after block; threads of a block by turns, from the first or in reverse. Returns what went wrong,
+// or null.
 template <class Params, void (*kernel)(Params)>
 static const char *launch(const Params &given, int blocks, int count, long shared, bool reverse) {
   static const Params *params;
@@ -180,7 +184,7 @@ static const char *launch(const Params &given, int blocks, int count, long share
   };
   for (int block = 0; block < blocks; ++block) {
     blockIdx = {block, 0, 0};
-    if (!start_block(entry, reverse, shared)) break;
+    if (!run_block(entry, reverse, shared)) break;
   }
   free(shared_memory);
   return failure;

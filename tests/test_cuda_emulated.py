@@ -58,11 +58,38 @@ def test_images_and_gradients_equal_the_reference(emulated: dict[str, bool], nam
         renderer.check(renderer.errors(args, seed=5), *((1e-5, 1e-4) if precision == "fp32" else (2e-3, 2e-3)))
 
 
-@pytest.mark.usefixtures("emulated")
-def test_planes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small(emulated: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images for tests that do not say how large they are."""
     setup = renderer.setup
-    monkeypatch.setattr(renderer, "setup", lambda **options: setup(**{"size": (3, 3), **options}))
+    monkeypatch.setattr(renderer, "setup", lambda **options: setup(**{"size": (3, 3), "views": 2, **options}))
+
+
+@pytest.mark.usefixtures("small")
+def test_planes_in_bfloat16() -> None:
     renderer.test_planes_in_bfloat16("sum")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_nan_in_planes_is_seen(precision: str) -> None:
+    renderer.test_nan_in_planes_is_seen(precision)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_extreme_planes_give_finite_numbers(scale: float) -> None:
+    renderer.test_extreme_planes_give_finite_numbers(scale)
+
+
+@pytest.mark.usefixtures("small")
+def test_gradients_of_one_result_only() -> None:
+    renderer.test_gradients_of_one_result_only()
+
+
+@pytest.mark.usefixtures("small")
+def test_rays_that_miss_are_background() -> None:
+    renderer.test_rays_that_miss_are_background()
 
 
 @pytest.mark.usefixtures("emulated")
@@ -71,21 +98,7 @@ def test_jitter_is_that_of_the_reference() -> None:
     generator = torch.Generator().manual_seed(2)
     noise = tuple(torch.rand(8, 48, generator=generator) for _ in range(2))
     for how in ({}, {"seed": -7}, {"seed": torch.tensor(2**40 + 3)}, {"noise": noise}):
-        renderer.check(renderer.errors(args, **how), 1e-5, 1e-4)
-
-
-@pytest.mark.usefixtures("emulated")
-def test_rays_that_miss_are_background() -> None:
-    renderer.test_rays_that_miss_are_background()
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_nan_in_planes_is_seen(precision: str) -> None:
-    args = renderer.setup(scenes=1, views=2, size=(3, 3), precision=precision)
-    args["planes"][:] = torch.nan
-    grads, out = renderer.gradients(args, backend="cuda")
-    assert out.features.isnan().any() and grads["g_w1"].isnan().any()
+        renderer.check(renderer.errors(args, **how), 1e-5, 1e-4)  # measured 5.8e-7 and 2.3e-6
 
 
 def test_deterministic_gradients_are_the_same_bits_in_another_order(emulated: dict[str, bool]) -> None:
@@ -94,12 +107,12 @@ def test_deterministic_gradients_are_the_same_bits_in_another_order(emulated: di
     for emulated["reverse"] in (False, True):
         found.append(renderer.gradients(args, seed=1, backend="cuda")[0]["g_planes"])
     assert torch.equal(*found)
-    renderer.check(renderer.errors(args, seed=1), 1e-5, 1e-4)  # measured
+    renderer.check(renderer.errors(args, seed=1), 1e-5, 1e-4)  # measured 2.5e-7 and 9.4e-7
 
 
 @pytest.fixture
 def emulated_adam(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Library]:
-    """Lets the row Adam's kernels run on tensors of the CPU; all tensors seem to be on the device."""
+    """Lets the row Adam's kernels run on tensors of the CPU."""
     library = emulated_cuda.Library(emulated_cuda.compiled(row_adam_cuda.SOURCE, {}, folder))
     monkeypatch.setattr(
         row_adam_cuda, "_library", lambda device: (library, {name: library.function(name) for name in ADAM})
@@ -114,6 +127,7 @@ def emulated_adam(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emu
 
 @pytest.fixture
 def all_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags and rates are left for the kernels to read."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
 
 
