@@ -147,17 +147,27 @@ static bool run_block(void (*entry)(), bool reverse, long shared) {
     *--top = (void *)entry;
     place[i] = top - 6;
   }
-  for (int left = threads; left > 0;) {
-    progress = false;
-    for (int i = 0; i < threads; ++i) {
-      current = reverse ? threads - 1 - i : i;
-      if (done[current]) continue;
-      emulated_switch(&host, place[current]);
-      if (failure) return false;
-      if (done[current]) progress = true, --left;
+  // A warp goes as far as it can before the next one runs: what only happens to be in step shows.
+  for (int left = threads, warps = (threads + 31) / 32; left > 0;) {
+    bool any = false;
+    for (int w = 0; w < warps; ++w) {
+      int first = 32 * (reverse ? warps - 1 - w : w), lanes = min(32, threads - first);
+      do {
+        progress = false;
+        for (int i = 0; i < lanes; ++i) {
+          current = first + (reverse ? lanes - 1 - i : i);
+          if (done[current]) continue;
+          emulated_switch(&host, place[current]);
+          if (failure) return false;
+          if (done[current]) progress = true, --left;
+        }
+        any |= progress;
+      } while (progress);
     }
-    if (!progress) failure = "threads wait for others that have ended or wait elsewhere";
-    if (failure) return false;
+    if (!any) {
+      failure = "threads wait for others that have ended or wait elsewhere";
+      return false;
+    }
   }
   for (int i = 0; i < 32; ++i)
     if (((unsigned *)shared_memory)[shared / 4 + i] != UNWRITTEN) failure = "shared memory is written past its end";
