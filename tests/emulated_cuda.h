@@ -3,6 +3,7 @@
 // emulated and what is not. Each thread of a block is a fiber; one runs until it has to wait for others.
 #pragma once
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -61,6 +62,8 @@ static void yield() { emulated_switch(&place[current], host); }
   failure = what;
   for (;;) yield();
 }
+
+static void wrong_address(int) { fail("memory is accessed at an address where there is none, or that is not aligned"); }
 
 static void barrier(int which, int count) {
   progress = true;
@@ -192,10 +195,15 @@ static const char *launch(const Params &given, int blocks, int count, long share
     done[current] = true;
     for (;;) yield();
   };
+  struct sigaction ours = {}, before;
+  ours.sa_handler = wrong_address;
+  ours.sa_flags = SA_NODEFER;  // the handler is left by a switch
+  sigaction(SIGSEGV, &ours, &before);
   for (int block = 0; block < blocks; ++block) {
     blockIdx = {block, 0, 0};
     if (!run_block(entry, reverse, shared)) break;
   }
+  sigaction(SIGSEGV, &before, nullptr);
   free(shared_memory);
   return failure;
 }

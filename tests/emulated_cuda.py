@@ -4,14 +4,14 @@
 Emulated: the threads of a block, each run until it waits for others at a barrier, a shuffle, a vote or a product of
 matrices, and each warp until it waits for other warps; shared memory, which holds NaN before it is written; products
 that cut off operands to TF32's 10 bits; the few PTX instructions of `INSTRUCTIONS`; casts of NaN and of large floats to
-int. Errors: a block that can't go on, an access through __ldg and the like that is not aligned, a write just past the
-end of shared memory, a trap.
+int. Errors: a block that can't go on, a write just past the end of shared memory, an access that is not aligned or
+where there is no memory, a trap.
 
 Not emulated: anything at the same time, so no races (blocks run one after the other, and sums go to memory in that
 order; a barrier that is missing shows only if one of the two orders of threads and warps gives wrong numbers); masks of
 less than a warp; approximate functions (the C library's are taken); flushing of denormals; products and sums that the
-compiler fuses; code for compute capabilities below 9.0; caches, conflicts of banks, registers, spills, time. Memory
-outside of what a kernel was given is not guarded: a wrong address may end the process.
+compiler fuses; code for compute capabilities below 9.0; caches, conflicts of banks, registers, spills, time. A wrong
+address in memory that is someone else's goes unnoticed.
 """
 
 import ctypes
