@@ -8,10 +8,10 @@ int. Errors: a block that can't go on, a write just past the end of shared memor
 where there is no memory, a trap.
 
 Not emulated: anything at the same time, so no races (blocks run one after the other, and sums go to memory in that
-order; a barrier that is missing shows only if one of the two orders of threads and warps gives wrong numbers); masks of
-less than a warp; approximate functions (the C library's are taken); flushing of denormals; products and sums that the
-compiler fuses; code for compute capabilities below 9.0; caches, conflicts of banks, registers, spills, time. A wrong
-address in memory that is someone else's goes unnoticed.
+order); masks of less than a warp; approximate functions (the C library's are taken); flushing of denormals; products
+and sums that the compiler fuses; code for compute capabilities below 9.0; caches, conflicts of banks, registers,
+spills, time. A barrier that is missing shows only if an order of threads and warps, of two, gives wrong numbers: not
+where a shuffle or a vote that follows stands in for it. A wrong address in memory of someone else goes unnoticed.
 """
 
 import ctypes
