@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not (torch.cuda.is_available() and cuda.INSTALLED), reason="needs a CUDA device and cuda-core"),
 ]
 
+DEVICE = "cuda:0"  # test_cuda_emulated.py runs tests of this file elsewhere
 DEVICES = [f"cuda:{i}" for i in range(min(2, torch.cuda.device_count()))] or ["cuda:0"]
 
 
@@ -28,7 +29,7 @@ def setup(
     colours: int = 16,
     density: float = 3.0,
     pixel_background: bool = False,
-    device: str = "cuda:0",
+    device: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Arguments of `render`, in float32, for cameras around the box; density scales the density's weights."""
@@ -52,6 +53,7 @@ def setup(
         "background": background,
         "scene": torch.arange(views) % scenes,
     }
+    device = device or DEVICE
     args = {name: tensor.to(device) for name, tensor in args.items()}
     return args | {"mlp": mlp.to(device), "size": size, "options": RenderOptions(**options)}
 
@@ -133,10 +135,12 @@ def test_jitter_is_that_of_the_reference() -> None:
     args = setup(precision="fp32", size=(3, 4))
     rays = 5 * 12
     g = torch.Generator().manual_seed(2)
-    noise = tuple(torch.rand(rays, 48, generator=g).cuda() for _ in range(2))
+    noise = tuple(torch.rand(rays, 48, generator=g).to(DEVICE) for _ in range(2))
     for how in ({}, {"seed": 7}, {"seed": -7}, {"seed": 2**40 + 3}, {"noise": noise}):
         check(errors(args, **how), 1e-5, 1e-4)
-    number, tensor = (render(**args, seed=seed, backend="cuda") for seed in (2**40 + 3, torch.tensor(2**40 + 3).cuda()))
+    number, tensor = (
+        render(**args, seed=seed, backend="cuda") for seed in (2**40 + 3, torch.tensor(2**40 + 3).to(DEVICE))
+    )
     assert all(torch.equal(a, b) for a, b in zip(number, tensor, strict=True))
 
 

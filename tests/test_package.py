@@ -63,7 +63,7 @@ SOURCES = sorted(
     path
     for folder in ("igae", "data_tools", "tests", "benchmarks", "launch")
     for path in (ROOT / folder).rglob("*")
-    if path.suffix in (".py", ".cu", ".cuh", ".sh", ".sbatch")
+    if path.suffix in (".py", ".cu", ".cuh", ".h", ".sh", ".sbatch")
 )
 CORE = ("torch", "accelerate", "diffusers", "webdataset", "numpy", "PIL")
 OPTIONAL = ("wandb", "deepspeed", "tensorboard", "torch.utils.tensorboard", "cuda", "s3fs", "skimage", "viser")

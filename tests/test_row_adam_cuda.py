@@ -14,6 +14,7 @@ from igae.scenes import CudaRowAdam, RowAdam, make_row_adam
 from igae.scenes.row_adam import horizon_of
 from igae.scenes.row_adam_cuda import SOURCE, most_parts
 
+DEVICE = "cuda:0"  # test_cuda_emulated.py runs tests of this file elsewhere
 Moves = list[tuple[Tensor, Tensor, float]]
 
 
@@ -57,8 +58,8 @@ def test_parameters_on_the_cpu_stay_with_torch() -> None:
 # --- on a GPU ---
 
 
-def start_there(device: str = "cuda:0") -> Tensor:
-    return start().to(device)
+def start_there(device: str | None = None) -> Tensor:
+    return start().to(device or DEVICE)
 
 
 def go(adam: RowAdam, moves: Moves) -> RowAdam:
@@ -87,7 +88,7 @@ def test_rows_move_as_on_the_cpu_and_under_dense_adam() -> None:
         copies = adam.visit(rows)
         if step and len(rows):
             worst = max(worst, (copies.cpu() - truth[step - 1][rows]).abs().max().item())
-        adam.step(rows, gradient.cuda(), rate)
+        adam.step(rows, gradient.to(DEVICE), rate)
         if step % 97 == 0 or step == len(moves) - 1:
             adam.catch_up()
             error = (adam.parameters.cpu() - truth[step]).abs().amax((1, 2))
@@ -117,13 +118,15 @@ def test_a_visit_leaves_rows_as_they_are_and_a_step_makes_what_they_owe() -> Non
     moves = history(12, 60)
     plain, settled, unvisited = (go(CudaRowAdam(start_there()), moves) for _ in range(3))
     rows, other = torch.tensor([1, 4, 6]), torch.tensor([0, 2])
-    gradient = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).cuda()
+    gradient = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     before = {name: value.clone() for name, value in (plain.state() | {"p": plain.parameters}).items()}
     copies = plain.visit(rows)
     after = plain.state() | {"p": plain.parameters}
     assert all(torch.equal(before[name], after[name]) for name in before)
     settled.catch_up(rows)
-    assert not torch.equal(copies, before["p"][rows.cuda()]) and torch.equal(copies, settled.parameters[rows.cuda()])
+    assert not torch.equal(copies, before["p"][rows.to(DEVICE)]) and torch.equal(
+        copies, settled.parameters[rows.to(DEVICE)]
+    )
     plain.step(rows, gradient, 1e-2)
     settled.step(rows, gradient, 1e-2)  # owed moves that were made before
     unvisited.visit(rows)
@@ -139,7 +142,7 @@ def test_a_visit_leaves_rows_as_they_are_and_a_step_makes_what_they_owe() -> Non
     plain.step(rows, gradient, 1e-2)
     settled.step(rows.clone(), gradient, 1e-2)
     assert same_bits(plain, settled)
-    there = rows.cuda()
+    there = rows.to(DEVICE)
     plain.visit(there)
     there.copy_(torch.tensor([3, 5, 7]))
     plain.step(there, gradient, 1e-2)
@@ -178,14 +181,14 @@ def test_other_betas(betas: tuple[float, float]) -> None:
 def test_rows_of_any_size(size: int, offset: int) -> None:
     generator = torch.Generator().manual_seed(size)
     memory = torch.randn(offset + ROWS * size, generator=generator)
-    there = memory.cuda()
+    there = memory.to(DEVICE)
     parameters = there[offset:].view(ROWS, size)
     adam, other = CudaRowAdam(parameters), RowAdam(memory[offset:].view(ROWS, size).clone())
     for step in range(30):
         rows = torch.randperm(ROWS, generator=generator)[: 1 + step % 4]
         gradient = torch.randn(len(rows), size, generator=generator)
         torch.testing.assert_close(adam.visit(rows).cpu(), other.visit(rows), rtol=0, atol=2e-6)
-        adam.step(rows, gradient.cuda(), 1e-2, scale=0.25)
+        adam.step(rows, gradient.to(DEVICE), 1e-2, scale=0.25)
         other.step(rows, gradient, 1e-2, scale=0.25)
     adam.catch_up()
     other.catch_up()
@@ -198,14 +201,14 @@ def test_rows_of_any_size(size: int, offset: int) -> None:
 @on_gpu
 @pytest.mark.parametrize("count", [150, 1500])
 def test_many_rows_of_the_cpu(count: int) -> None:
-    adam, other = (CudaRowAdam(torch.zeros(2000, 12, device="cuda")) for _ in range(2))
+    adam, other = (CudaRowAdam(torch.zeros(2000, 12, device=DEVICE)) for _ in range(2))
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         rows = torch.randperm(2000, generator=generator)[:count]
-        gradient = torch.randn(count, 12, generator=generator).cuda()
-        assert torch.equal(adam.visit(rows), other.visit(rows.cuda()))
+        gradient = torch.randn(count, 12, generator=generator).to(DEVICE)
+        assert torch.equal(adam.visit(rows), other.visit(rows.to(DEVICE)))
         adam.step(rows, gradient, 1e-2)
-        other.step(rows.cuda(), gradient, 1e-2)
+        other.step(rows.to(DEVICE), gradient, 1e-2)
     adam.catch_up()
     other.catch_up(torch.arange(2000))
     assert same_bits(adam, other) and torch.equal(adam.parameters.abs().amax(1) > 0, adam.visited > 0)
@@ -218,17 +221,17 @@ def test_padding_is_no_row(mode: Any) -> None:
     padded = torch.tensor([-1, 5, 0, -1, 2, -1])
     for step in range(20):
         rows = (padded + step * (padded >= 0)) % ROWS * (padded >= 0) - 1 * (padded < 0)
-        gradient = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(step)).cuda()
+        gradient = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         kept = rows >= 0
-        copies, plain = adam.visit(rows.cuda()), other.visit(rows[kept])
-        assert torch.equal(copies[kept.cuda()], plain) and not copies[~kept.cuda()].any()
-        adam.step(rows.cuda(), gradient.masked_fill(~kept.cuda()[:, None, None], torch.nan), 1e-2)
-        other.step(rows[kept], gradient[kept.cuda()], 1e-2)
+        copies, plain = adam.visit(rows.to(DEVICE)), other.visit(rows[kept])
+        assert torch.equal(copies[kept.to(DEVICE)], plain) and not copies[~kept.to(DEVICE)].any()
+        adam.step(rows.to(DEVICE), gradient.masked_fill(~kept.to(DEVICE)[:, None, None], torch.nan), 1e-2)
+        other.step(rows[kept], gradient[kept.to(DEVICE)], 1e-2)
     assert same_bits(adam, other)
     only = torch.full((3,), -1)
     assert not adam.visit(only).any()
-    adam.step(only, torch.ones(3, *SHAPE, device="cuda"), 1e-2)
-    other.step(only[:0], torch.ones(0, *SHAPE, device="cuda"), 1e-2)
+    adam.step(only, torch.ones(3, *SHAPE, device=DEVICE), 1e-2)
+    other.step(only[:0], torch.ones(0, *SHAPE, device=DEVICE), 1e-2)
     assert same_bits(adam, other) and adam.step_count == 21
 
 
@@ -239,11 +242,11 @@ def test_a_step_that_is_not_to_be_made_changes_nothing(dtype: torch.dtype) -> No
     plain, adam = (CudaRowAdam(start_there()) for _ in range(2))
     for i, (rows, gradient, rate) in enumerate(moves):
         plain.visit(rows)
-        plain.step(rows, gradient.cuda(), rate)
+        plain.step(rows, gradient.to(DEVICE), rate)
         adam.visit(rows)
-        bad = torch.full_like(gradient, torch.nan).cuda()
-        adam.step(rows, bad, 1.0, apply=torch.zeros((), dtype=dtype, device="cuda" if i % 2 else "cpu"))
-        adam.step(rows, gradient.cuda(), rate, apply=torch.ones((), dtype=dtype, device="cuda"))
+        bad = torch.full_like(gradient, torch.nan).to(DEVICE)
+        adam.step(rows, bad, 1.0, apply=torch.zeros((), dtype=dtype, device=DEVICE if i % 2 else "cpu"))
+        adam.step(rows, gradient.to(DEVICE), rate, apply=torch.ones((), dtype=dtype, device=DEVICE))
     assert same_bits(plain, adam)
 
 
@@ -254,7 +257,7 @@ def test_the_rate_may_be_on_the_device(dtype: torch.dtype) -> None:
     plain, adam = go(CudaRowAdam(start_there()), moves), CudaRowAdam(start_there())
     for rows, gradient, rate in moves:
         adam.visit(rows)
-        adam.step(rows, gradient.cuda(), torch.tensor(rate, dtype=dtype, device="cuda"))
+        adam.step(rows, gradient.to(DEVICE), torch.tensor(rate, dtype=dtype, device=DEVICE))
     assert same_bits(plain, adam)
 
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the CUDA kernels on a CPU: g++ compiles their sources with emulated_cuda.h in place of what NVRTC provides.
+
+Emulated: the threads of a block, each run until it waits for others at a barrier, a shuffle, a vote or a product of
+matrices, and each warp until it waits for other warps; shared memory, which holds NaN before it is written; products
+that cut off operands to TF32's 10 bits; the few PTX instructions of `INSTRUCTIONS`; casts of NaN and of large floats to
+int. Errors: a block that can't go on, a write just past the end of shared memory, an access that is not aligned or
+where there is no memory, a trap.
+
+Not emulated: anything at the same time, so no races (blocks run one after the other, and sums go to memory in that
+order); masks of less than a warp; approximate functions (the C library's are taken); flushing of denormals; products
+and sums that the compiler fuses; code for compute capabilities below 9.0; caches, conflicts of banks, registers,
+spills, time. A barrier that is missing shows only if an order of threads and warps, of two, gives wrong numbers: not
+where a shuffle or a vote that follows stands in for it. A wrong address in memory of someone else goes unnoticed.
+"""
+
+import ctypes
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from igae.rendering import build
+from igae.rendering.launch import Params
+
+ARCH = 90
+HEADER = Path(__file__).with_name("emulated_cuda.h")
+
+MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+INSTRUCTIONS = {
+    "": "",  # only a hint for the compiler
+    "ex2.approx.ftz.f32 %0, %1;": "%0 = exp2f(%1)",
+    "lg2.approx.ftz.f32 %0, %1;": "%0 = log2f(%1)",
+    "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.f / (%1)",
+    "cvt.rna.tf32.f32 %0, %1;": "%0 = emulated::round_tf32(%1)",
+    MMA: "emulated::mma(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
+    "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulated::add4(%0, %1, %2, %3, %4)",
+}
+"""PTX in asm statements, and C++ that does the same."""
+
+
+def unavailable() -> str | None:
+    """Why kernels can't be emulated here; None: they can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the emulator of CUDA kernels switches stacks in assembly for Linux on x86-64"
+    return None if shutil.which("g++") else "the emulator of CUDA kernels needs g++"
+
+
+def pieces(text: str, separator: str) -> list[str]:
+    """Split at a character, but not in strings and brackets."""
+    found, depth = [""], 0
+    for token in re.findall(r'"(?:[^"\\]|\\.)*"|[^"]', text):
+        depth += (token in "([{") - (token in ")]}") if len(token) == 1 else 0
+        if token == separator and depth == 0:
+            found.append("")
+        else:
+            found[-1] += token
+    return [piece.strip() for piece in found]
+
+
+def translated(source: str) -> str:
+    """A preprocessed kernel source as C++. Raises ValueError for PTX that is not in `INSTRUCTIONS`."""
+
+    def emulation(statement: re.Match[str]) -> str:
+        template, *operands = pieces(statement[1], ":")
+        ptx = " ".join("".join(re.findall(r'"([^"]*)"', template)).split())
+        if ptx not in INSTRUCTIONS:
+            raise ValueError(f"the emulator does not know {ptx!r}: add it to INSTRUCTIONS in {Path(__file__).name}")
+        given = [operand for group in operands[:2] for operand in pieces(group, ",") if operand]
+        values = [operand[operand.index("(") + 1 : -1] for operand in given]
+        return re.sub(r"%(\d)", lambda number: values[int(number[1])], INSTRUCTIONS[ptx]) + ";"
+
+    text = re.sub(r'\basm\s*(?:volatile\s*)?\(((?:"[^"]*"|[^";])*)\);', emulation, source)
+    if re.search(r"\b__?asm|\basm\b", text):
+        raise ValueError("the emulator did not understand all asm statements of a kernel: see translated()")
+    text = re.sub(r"(?<!\w)\(int\)", "(int)(emulated::Int)", text)
+    text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1 *\2 = (\1 *)emulated::shared_memory;", text)
+    return re.sub(r"\b__shared__\b", "static", text)
+
+
+def entries(source: str) -> str:
+    """A C function `emulate_<name>` for each kernel of a source."""
+    names = re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(const Params ', source)
+    return "".join(
+        f'extern "C" const char *emulate_{name}(const Params *p, int blocks, int threads, long shared, int reverse) '
+        f"{{ return emulated::launch<Params, {name}>(*p, blocks, threads, shared, reverse); }}\n"
+        for name in names
+    )
+
+
+def compiled(source: Path, defines: dict[str, int], folder: Path) -> Path:
+    """A shared library of a kernel's source, in a folder; one that is there already is taken.
+
+    Raises:
+        ValueError: with the sentence of `translated`.
+        RuntimeError: g++ refused the source; its messages are in this one.
+    """
+    macros = [f"-D{name}={int(value)}" for name, value in defines.items()]
+    text = run("g++", "-E", "-x", "c++", f"-D__CUDA_ARCH__={10 * ARCH}", *macros, str(source))
+    text = f'#include "{HEADER}"\n{translated(text)}\n{entries(text)}'
+    path = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        path.with_suffix(".cpp").write_text(text)
+        options = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+        run("g++", *options, str(path.with_suffix(".cpp")), "-o", str(path))
+    return path
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr[:4000]}")
+    return done.stdout
+
+
+class Library:
+    """Stands in for `igae.rendering.launch.Library`.
+
+    Args:
+        reverse: the last thread of a block runs first.
+    """
+
+    def __init__(self, path: Path, reverse: bool = False) -> None:
+        self._library, self.reverse = ctypes.CDLL(str(path)), reverse
+        self.launched: set[str] = set()
+        """Names of the kernels that ran."""
+
+    def function(self, name: str) -> Any:
+        found = self._library[f"emulate_{name}"]
+        found.restype = ctypes.c_char_p
+        found.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+        return found
+
+    def launch(self, function: Any, blocks: int, threads: int, params: ctypes.Structure, shared: int = 0) -> None:
+        """Raises RuntimeError with what went wrong in the kernel."""
+        self.launched.add(function.__name__.removeprefix("emulate_"))
+        failure = function(ctypes.addressof(params), blocks, threads, shared, self.reverse)
+        if failure is not None:
+            raise RuntimeError(f"{function.__name__}: {failure.decode()}")
+
+
+class Kernel:
+    """Stands in for `igae.rendering.launch.Loaded`: a kernel of the renderer, on a device that runs three blocks."""
+
+    def __init__(self, kernel: build.Kernel, variant: build.Variant, folder: Path, reverse: bool = False) -> None:
+        self._shape = build.shape(kernel, variant, ARCH)
+        source, defines = build.SOURCES / f"{kernel}.cu", build.macros(kernel, variant, ARCH)
+        self._library = Library(compiled(source, defines, folder), reverse)
+        self._function = self._library.function(f"render_{kernel}")
+
+    def blocks(self, rays: int) -> int:
+        return min(3, -(-rays // self._shape.warps))
+
+    def __call__(self, params: Params) -> None:
+        threads = 32 * self._shape.warps
+        self._library.launch(self._function, self.blocks(params.rays), threads, params, self._shape.shared)

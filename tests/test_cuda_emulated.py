@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels' sources on the CPU (emulated_cuda.py) against the float64 reference, with a GPU's tests."""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import emulated_cuda
+import pytest
+import test_cuda_renderer as renderer
+import test_row_adam_cuda as row_adam
+import torch
+
+from igae.rendering import build, cuda
+from igae.scenes import row_adam_cuda
+
+pytestmark = pytest.mark.skipif(emulated_cuda.unavailable() is not None, reason=str(emulated_cuda.unavailable()))
+
+ADAM = ("plan", "begin", "move1", "move4", "update1", "update4")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Lets the renderer's kernels run on tensors of the CPU; with "reverse", the last thread of a block runs first."""
+    how = {"reverse": False}
+    monkeypatch.setattr(cuda, "load", lambda kernel, variant, _: emulated_cuda.Kernel(kernel, variant, folder, **how))
+    monkeypatch.setattr(cuda, "unavailable", lambda what, tensor: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(renderer, "DEVICE", "cpu")
+    return how
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("tf32 fp32", {}),
+    "box of 64": ("tf32 fp32", {"views": 2, "size": (4, 4)}),
+    "product": ("tf32 fp32", {}),
+    "published": ("tf32", {}),
+    "coarse only": ("tf32", {}),
+    "uneven": ("fp32", {}),
+    "many": ("tf32", {"views": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [(name, precision) for name, (some, _) in CASES.items() for precision in some.split()]
+)
+def test_images_and_gradients_equal_the_reference(emulated: dict[str, bool], name: str, precision: str) -> None:
+    # Measured, the largest of all cases: fp32 1.3e-6 and 8.5e-6; tf32 2.3e-4 and 1.3e-3.
+    args = renderer.setup(**{**renderer.CASES[name], "size": (3, 3), **CASES[name][1]}, precision=precision)
+    for emulated["reverse"] in (False, True):
+        renderer.check(renderer.errors(args, seed=5), *((1e-5, 1e-4) if precision == "fp32" else (2e-3, 2e-3)))
+
+
+@pytest.fixture
+def small(emulated: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images for tests that do not say how large they are."""
+    setup = renderer.setup
+    monkeypatch.setattr(renderer, "setup", lambda **options: setup(**{"size": (3, 3), "views": 2, **options}))
+
+
+@pytest.mark.usefixtures("small")
+def test_planes_in_bfloat16() -> None:
+    renderer.test_planes_in_bfloat16("sum")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_nan_in_planes_is_seen(precision: str) -> None:
+    renderer.test_nan_in_planes_is_seen(precision)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_extreme_planes_give_finite_numbers(scale: float) -> None:
+    renderer.test_extreme_planes_give_finite_numbers(scale)
+
+
+@pytest.mark.usefixtures("small")
+def test_gradients_of_one_result_only() -> None:
+    renderer.test_gradients_of_one_result_only()
+
+
+@pytest.mark.usefixtures("small")
+def test_rays_that_miss_are_background() -> None:
+    renderer.test_rays_that_miss_are_background()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_jitter_is_that_of_the_reference() -> None:
+    args = renderer.setup(precision="fp32", size=(2, 2), views=2)
+    generator = torch.Generator().manual_seed(2)
+    noise = tuple(torch.rand(8, 48, generator=generator) for _ in range(2))
+    for how in ({}, {"seed": -7}, {"seed": torch.tensor(2**40 + 3)}, {"noise": noise}):
+        renderer.check(renderer.errors(args, **how), 1e-5, 1e-4)  # measured 5.8e-7 and 2.3e-6
+
+
+def test_deterministic_gradients_are_the_same_bits_in_another_order(emulated: dict[str, bool]) -> None:
+    args = renderer.setup(scenes=1, views=2, size=(4, 4), resolution=16, deterministic=True, precision="fp32")
+    found = []
+    for emulated["reverse"] in (False, True):
+        found.append(renderer.gradients(args, seed=1, backend="cuda")[0]["g_planes"])
+    assert torch.equal(*found)
+    renderer.check(renderer.errors(args, seed=1), 1e-5, 1e-4)  # measured 2.5e-7 and 9.4e-7
+
+
+@pytest.fixture
+def emulated_adam(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated_cuda.Library]:
+    """Lets the row Adam's kernels run on tensors of the CPU."""
+    library = emulated_cuda.Library(emulated_cuda.compiled(row_adam_cuda.SOURCE, {}, folder))
+    monkeypatch.setattr(
+        row_adam_cuda, "_library", lambda device: (library, {name: library.function(name) for name in ADAM})
+    )
+    monkeypatch.setattr(row_adam_cuda, "unavailable", lambda what, tensor: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(row_adam, "DEVICE", "cpu")
+    yield library
+    assert {"plan", "begin"} < library.launched
+
+
+@pytest.fixture
+def all_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags and rates are left for the kernels to read."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+
+
+@pytest.mark.usefixtures("emulated_adam")
+def test_rows_move_as_on_the_cpu_and_under_dense_adam() -> None:
+    row_adam.test_rows_move_as_on_the_cpu_and_under_dense_adam()
+
+
+@pytest.mark.parametrize(("size", "offset"), [(3, 0), (2049, 0), (4100, 0), (4100, 1)])
+def test_rows_of_any_size(emulated_adam: emulated_cuda.Library, size: int, offset: int) -> None:
+    for emulated_adam.reverse in (False, True):
+        row_adam.test_rows_of_any_size(size, offset)
+
+
+@pytest.mark.usefixtures("emulated_adam")
+def test_a_visit_leaves_rows_as_they_are_and_a_step_makes_what_they_owe() -> None:
+    row_adam.test_a_visit_leaves_rows_as_they_are_and_a_step_makes_what_they_owe()
+
+
+@pytest.mark.usefixtures("emulated_adam")
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_padding_is_no_row(mode: str) -> None:
+    row_adam.test_padding_is_no_row(mode)
+
+
+@pytest.mark.usefixtures("emulated_adam", "all_on_the_device")
+def test_a_step_that_is_not_to_be_made_changes_nothing() -> None:
+    row_adam.test_a_step_that_is_not_to_be_made_changes_nothing(torch.bool)
+
+
+@pytest.mark.usefixtures("emulated_adam", "all_on_the_device")
+def test_the_rate_may_be_on_the_device() -> None:
+    row_adam.test_the_rate_may_be_on_the_device(torch.float64)
+
+
+# --- the emulator itself ---
+
+PTX = """
+struct Params { int *out; };
+extern "C" __global__ void __launch_bounds__(64) part(const Params p) {
+  int x = 1;
+  asm volatile("%s" : "+r"(x));
+  p.out[threadIdx.x] = x;
+}
+"""
+FAULTS = """
+struct Params { int *out, fault; };
+extern "C" __global__ void __launch_bounds__(64) part(const Params p) {
+  extern __shared__ int shared[];
+  __shared__ int first[64];
+  int me = threadIdx.x;
+  shared[me] = first[me] = me;
+  if (p.fault == 1 && me == 3) return;
+  if (p.fault == 2 && me == 40) __trap();
+  if (p.fault == 3) shared[64] = 0;
+  if (p.fault == 4) p.out[0] = (int)__ldg((const long long *)(p.out + 1));
+  if (p.fault == 5) p.out[1ll << 44] = 0;
+  __syncthreads();
+  int other = __shfl_xor_sync(~0u, me ^ 1, 1);
+  p.out[me] = 1000 * shared[63 - me] + 10 * __popc(__ballot_sync(~0u, me & 1)) + (first[me] == other);
+}
+"""
+
+
+class Params(ctypes.Structure):
+    _fields_ = [("out", ctypes.c_void_p), ("fault", ctypes.c_int)]
+
+
+def test_ptx_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "part.cu"
+    source.write_text(PTX % "brev.b32 %0, %0;")
+    with pytest.raises(ValueError, match=r"does not know 'brev.b32 %0, %0;': add it to INSTRUCTIONS"):
+        emulated_cuda.compiled(source, {}, tmp_path)
+
+
+def test_faults_of_a_kernel_are_errors(tmp_path: Path) -> None:
+    source = tmp_path / "part.cu"
+    source.write_text(FAULTS)
+    library = emulated_cuda.Library(emulated_cuda.compiled(source, {}, tmp_path))
+    out = torch.zeros(64, dtype=torch.int32)
+
+    def go(fault: int) -> None:
+        library.launch(library.function("part"), 2, 64, Params(out.data_ptr(), fault), 4 * 64)
+
+    for library.reverse in (False, True):
+        out.zero_()
+        go(0)
+        assert out.tolist() == [1000 * (63 - i) + 161 for i in range(64)]
+        faults = ("threads wait for others", "in a trap", "past its end", "no multiple of", "where there is none")
+        for fault, message in enumerate(faults, 1):
+            with pytest.raises(RuntimeError, match=message):
+                go(fault)
+
+
+def test_all_kernels_are_found() -> None:
+    for source, count in (
+        (build.SOURCES / "forward.cu", 1),
+        (build.SOURCES / "backward.cu", 1),
+        (row_adam_cuda.SOURCE, 6),
+    ):
+        assert emulated_cuda.entries(source.read_text()).count("emulate_") == count
