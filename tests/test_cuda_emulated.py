@@ -16,7 +16,10 @@ import torch
 from igae.rendering import build, cuda
 from igae.scenes import row_adam_cuda
 
-pytestmark = pytest.mark.skipif(emulated_cuda.unavailable() is not None, reason=str(emulated_cuda.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(emulated_cuda.unavailable() is not None, reason=str(emulated_cuda.unavailable())),
+    pytest.mark.xdist_group("emulated"),  # one worker compiles each variant once
+]
 
 ADAM = ("plan", "begin", "move1", "move4", "update1", "update4")
 

@@ -309,7 +309,8 @@ def test_only_their_own_process_ends_workers(packed):
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = set(children.read_text().split())
     loader = view_loader(root, manifest, manifest.scenes, batch_size=4, workers=2)
-    next(loader)
+    for _ in range(4):  # of both workers: until one makes a batch it may still be starting
+        next(loader)
     workers = sorted(set(children.read_text().split()) - before)
     for number in ("TERM", "USR1", "TERM", "TERM"):
         subprocess.run(["sh", "-c", f"kill -{number} {' '.join(workers)}"], check=True)

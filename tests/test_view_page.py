@@ -159,9 +159,11 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         wait(lambda: (saved / "scene_1.png").is_file())
         assert Image.open(saved / "scene_1.png").size == (16, 16)
         shown.click_text("Add this camera")
+        wait(lambda: session._count.value == "1")
         shown.click_text("Reset the view")
         wait(lambda: torch.allclose(session.camera().cam2world, pose, atol=1e-4))
         shown.click_text("Add this camera")
+        wait(lambda: session._count.value == "2")
         shown.click_text("Save path (JSON)")
         wait(lambda: (saved / "scene_1.json").is_file())
         frames = json.loads((saved / "scene_1.json").read_text())["frames"]
