@@ -47,16 +47,18 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
         torch.cuda.reset_peak_memory_stats()
     stage = prepare(engine, model, stage_name, recipe_of(stage_name, shards, overrides))
     outcomes: deque[Outcome] = deque()
+
+    def settle(left: int) -> None:
+        while len(outcomes) > left:
+            assert outcomes.popleft().read()[0]
+
     for step in range(steps + WARM):
         if step == WARM:
-            while outcomes:
-                assert outcomes.popleft().read()[0]
+            settle(0)
             start = time.perf_counter()
         outcomes.append(stage.step(step))
-        while len(outcomes) > (LAG if engine.asynchronous else 0):
-            assert outcomes.popleft().read()[0]
-    while outcomes:
-        assert outcomes.popleft().read()[0]
+        settle(LAG if engine.asynchronous else 0)
+    settle(0)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     stage.close()

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import runs
 import torch
-from test_training_gpu import difference
+from test_training_gpu import PLAIN, difference
 
 from igae import config
 from igae.distributed import is_lost_rank, rank
@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 SHORT = ["train.warmup.epochs=8", "train.joint.epochs=2", "checkpoint.every=1000"]
-PLAIN = ["train.kernels=torch", "train.run_ahead=false", "train.cuda_graph=false"]
 
 
 @pytest.fixture(scope="module")
