@@ -43,6 +43,7 @@ VARIANTS = {
     "+ host runs ahead": {"train.run_ahead": "true"},
     "+ channels last": {"train.channels_last": "true"},
     "+ compiled": {"train.compile": "true"},
+    "+ CUDA graph": {"train.cuda_graph": "true"},
 }
 
 

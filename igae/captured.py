@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A warm-up step as one CUDA graph: its launches cost the host more than the device needs for their work."""
+"""A training step as one CUDA graph: its launches cost the host more than the device needs for their work."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ EAGER_CALLS = 3
 
 
 class CapturedStep:
-    """Draws views from a cache of latents, renders, and steps planes and shared parameters, without asking the host.
+    """Encodes, renders and decodes views, and steps planes and shared parameters, without asking the host.
 
     What it returns is overwritten by the next call.
 
@@ -23,6 +23,8 @@ class CapturedStep:
         batch_size: views of a step.
         rates: names of the learning rates, in the order in which calls give them.
         world: ranks that train together.
+        sample: draw latents from the posterior (else its mean).
+        cache: where views are latents that were encoded before.
     """
 
     def __init__(
@@ -30,36 +32,55 @@ class CapturedStep:
         engine: Engine,
         model: IGAE,
         adam: RowAdam,
-        cache: LatentCache,
         weights: LossWeights,
         batch_size: int,
         rates: list[str],
         world: int,
+        sample: bool,
+        cache: LatentCache | None = None,
     ) -> None:
         self._engine, self._model, self._adam, self._cache = engine, model, adam, cache
-        self._weights, self._batch_size, self._rates, self._world = weights, batch_size, rates, world
-        self._input = torch.zeros(3 * batch_size + 2 + len(rates), dtype=torch.int64, device=engine.device)
+        self._weights, self._batch_size, self._rates = weights, batch_size, rates
+        self._world, self._sample = world, sample
+        self._numbers = torch.zeros(3 * batch_size + 2 + len(rates), dtype=torch.int64, device=engine.device)
+        self._tensors: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
     def __call__(
-        self, rows: Tensor, index: Tensor, view: Tensor, seed: int, stop: bool, rates: dict[str, float]
+        self,
+        rows: Tensor,
+        index: Tensor,
+        view: Tensor | None,
+        tensors: dict[str, Tensor],
+        seed: int,
+        stop: bool,
+        rates: dict[str, float],
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         """Make a step.
 
         Args:
             rows: int64 [S], distinct rows of the planes, S <= batch_size.
             index: int64 [batch_size], the place of each view's scene among them.
-            view: int64 [batch_size], places in the cache.
-            seed: of the renderer's samples.
+            view: int64 [batch_size], places in the cache, where there is one.
+            tensors: `photos` uint8 [P, 3, H, W] if there are some, and without a cache `images` uint8
+                [batch_size, 3, H, W], `cam2world` [batch_size, 4, 4] and `intrinsics` [batch_size, 3, 3]. The same
+                names and shapes in all calls.
+            seed: of the renderer's samples and the posterior's.
 
         Returns:
             losses; 1 where the step was applied, else 0; 0 where it is the last one, else 1; norms of the gradients.
         """
         padding = torch.full((self._batch_size - len(rows),), -1)
         numbers = torch.tensor([rates[name] for name in self._rates], dtype=torch.float64).view(torch.int64)
-        packed = torch.cat([rows, padding, index, view, torch.tensor([seed, int(not stop)]), numbers])
-        self._input.copy_(to_device(packed, self._engine.device))
+        view = torch.zeros_like(index) if view is None else view
+        self._put(self._numbers, torch.cat([rows, padding, index, view, torch.tensor([seed, int(not stop)]), numbers]))
+        for name, tensor in tensors.items():
+            if self._calls == 0:
+                self._tensors[name] = torch.empty_like(tensor, device=self._engine.device)
+            self._put(self._tensors[name], tensor)
+        if self._sample and tensors:
+            torch.manual_seed(seed)  # a graph draws numbers from where the generator stands when it is replayed
         self._calls += 1
         if self._calls <= EAGER_CALLS:
             return self._step()
@@ -70,15 +91,23 @@ class CapturedStep:
         self._graph.replay()
         return self._output
 
+    def _put(self, place: Tensor, tensor: Tensor) -> None:
+        assert place.shape == tensor.shape
+        place.copy_(to_device(tensor, self._engine.device))
+
     def _step(self) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         count = self._batch_size
-        rows, index, view = self._input[: 3 * count].split(count)
-        seed, go_on = self._input[3 * count], self._input[3 * count + 1].float()
-        rates = dict(zip(self._rates, self._input[3 * count + 2 :].view(torch.float64).unbind(), strict=True))
+        rows, index, view = self._numbers[: 3 * count].split(count)
+        seed, go_on = self._numbers[3 * count], self._numbers[3 * count + 1].float()
+        rates = dict(zip(self._rates, self._numbers[3 * count + 2 :].view(torch.float64).unbind(), strict=True))
         leaf = self._adam.visit(rows).requires_grad_()
-        cache = self._cache
-        views = Views(index, cache.cam2world[view], cache.intrinsics[view], latents=cache.latents[view])
-        losses = self._engine.forward(leaf, views, None, self._weights, False, seed)
+        given, cache = dict(self._tensors), self._cache
+        photos = given.pop("photos", None)
+        if cache is not None:
+            views = Views(index, cache.cam2world[view], cache.intrinsics[view], latents=cache.latents[view])
+        else:
+            views = Views(index, **given)
+        losses = self._engine.forward(leaf, views, photos, self._weights, self._sample, seed)
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
         own = leaf.grad.norm()

@@ -3,7 +3,7 @@
 
 What is shared between ranks (autoencoder and decoding MLP) is trained under the strategy that the launch names:
 
-* one process, or ``MULTI_GPU``: torch's DistributedDataParallel;
+* one process, or ``MULTI_GPU``: the whole module on each rank, its gradients exchanged (DDP);
 * ``FSDP`` (version 2): torch's ``fully_shard``, called here and not through Accelerate, which shards nothing on CPUs;
 * ``DEEPSPEED``: ZeRO stage 1, 2 or 3.
 
@@ -88,28 +88,19 @@ class Engine:
 
     @property
     def asynchronous(self) -> bool:
-        """Steps can be left out by the device alone: the host need not know whether they were."""
+        """Forward, backward and step ask the host for nothing: it need not know whether steps were left out, and they
+        can be captured in a CUDA graph."""
         return self._strategy.run_ahead
 
-    @property
-    def capturable(self) -> bool:
-        """Forward, backward and step can be captured in a CUDA graph: nothing in them asks the host."""
-        return self._strategy.capturable
-
-    def prepare(self, module: nn.Module, groups: Groups, *, all_reached: bool = True, overlap: bool = True) -> None:
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.
 
         Parameters that are in no group are frozen. An earlier optimizer and its moments are dropped. Collective.
-
-        Args:
-            all_reached: every parameter of the groups has a gradient in every step.
-            overlap: gradients come one after another, so that they are exchanged while others are computed. Without,
-                replicated ones are exchanged in :meth:`agree`.
         """
         trained = {id(p) for _, parameters in groups for p in parameters}
         for parameter in module.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self._strategy.prepare(module, groups, all_reached, overlap)
+        self._strategy.prepare(module, groups)
 
     def forward(self, *arguments: Any, last: bool = True) -> Any:
         """Call the wrapped module; ``last``: no other backward pass comes before the step."""

@@ -133,7 +133,8 @@ class TrainConfig(Section):
     run_ahead: bool = True
     """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
-    """Steps on cached latents are a CUDA graph where they can be: with run_ahead, not sharded, planes in kernels."""
+    """Steps are one CUDA graph where they can be: with run_ahead, not sharded, planes in kernels, without accumulate
+    and alternate."""
     compile: bool = False
     """Compile encoder and decoder with torch.compile, a minute or two at the start; not where sharded."""
     channels_last: bool = False

@@ -74,9 +74,7 @@ class Stage:
             ("base_planes", [] if self.model.base is None else [self.model.base.planes], rates.base_planes),
         ]
         chosen = [(name, params) for name, params, rate in groups if params and rate > 0]
-        # A frozen autoencoder leaves what gets its gradients at the end of the backward pass, all at once.
-        overlap = rates.encoder > 0 or rates.decoder > 0
-        self.engine.prepare(self.model, chosen, all_reached=not self.config.alternate, overlap=overlap)
+        self.engine.prepare(self.model, chosen)
         train = self.recipe.train
         self.plane_adam = make_row_adam(self.bank.planes, mode=train.plane_optimizer, backend=train.kernels)
 
@@ -156,7 +154,7 @@ class Stage:
             refresh: take the field's background from the autoencoder as it is now.
         """
         if self._can_be_captured():
-            return self._captured_step(step, stop)
+            return self._captured_step(step, stop, refresh)
         self.meter.begin()
         alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
         photos = self._take("photos", not (alternate and step % 2 == 0))
@@ -208,31 +206,44 @@ class Stage:
         return self.consumed["views" if self.config.batch_size else "photos"]
 
     def _can_be_captured(self) -> bool:
-        """Whether all that a step does can be in a CUDA graph."""
+        """Whether all that a step does can be in a CUDA graph, the same one for each step."""
         config = self.config
-        fits = self.engine.capturable and config.uses_cached_latents and not config.photos and config.accumulate == 1
+        fits = self.engine.asynchronous and config.batch_size > 0 and config.accumulate == 1 and not config.alternate
         fits = fits and config.learning_rates.planes > 0 and isinstance(self.plane_adam, CudaRowAdam)
         return fits and self.recipe.train.cuda_graph
 
-    def _captured_step(self, step: int, stop: bool) -> Outcome:
-        loader, rates = self._streams["views"], self.learning_rates(step)
+    def _captured_step(self, step: int, stop: bool, refresh: bool) -> Outcome:
+        rates, loader = self.learning_rates(step), self._streams["views"]
+        cache = loader.cache if isinstance(loader, LatentLoader) else None
         if self._captured is None:
             self.plane_adam.reserve(self.plane_adam.step_count + self.steps)
             self._captured = CapturedStep(
                 self.engine,
                 self.model,
                 self.plane_adam,
-                loader.cache,
                 self.config.weights,
                 self.config.batch_size,
                 list(rates),
                 self._world,
+                sample=self.recipe.autoencoder.latents == "sample",
+                cache=cache,
             )
-        view = loader.take()
-        self.consumed["views"] += len(view)
-        rows, index = self.bank.rows_of(loader.cache.scene[view])
+        if refresh:
+            self.model.refresh_background()
+        more: dict[str, Tensor] = {}
+        if cache is not None:
+            view = loader.take()
+            self.consumed["views"] += len(view)
+            scene = cache.scene[view]
+        else:
+            [batch] = self._take("views", True) or []
+            view, scene = None, batch.scene
+            more = {"images": batch.images, "cam2world": batch.cam2world, "intrinsics": batch.intrinsics}
+        if (photos := self._take("photos", True)) is not None:
+            [more["photos"]] = photos
+        rows, index = self.bank.rows_of(scene)
         seed = derive_seed(self.recipe.seed, self.name, step, self._rank, 0)
-        return self.meter.note(Outcome(*self._captured(rows, index, view, seed, stop, rates)))
+        return self.meter.note(Outcome(*self._captured(rows, index, view, more, seed, stop, rates)))
 
 
 def _views_on(batch: ViewBatch | LatentBatch, index: Tensor, device: torch.device) -> Views:

@@ -2,10 +2,9 @@
 """How the module that ranks share is trained: alone, replicated on each rank, or in parts."""
 
 import copy
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+
+from igae.exchange import Exchange
 
 Groups = Sequence[tuple[str, list[nn.Parameter]]]
 """Named groups of parameters, one for each learning rate."""
@@ -44,19 +44,10 @@ class Strategy:
         self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
         self.wrapped: Any = None
 
-    @property
-    def capturable(self) -> bool:
-        """Steps can be captured in a CUDA graph."""
-        return self.run_ahead
-
-    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
         self.drop()
-        self.module = self.trained = module
+        self.module = self.trained = self.wrapped = module
         self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
-        self.wrapped = self.wrap(module, all_reached) if groups and overlap else module
-
-    def wrap(self, module: nn.Module, all_reached: bool) -> Any:
-        return module
 
     def drop(self) -> None:
         """Let go of what was trained with; the module stays as it is."""
@@ -137,48 +128,42 @@ class Strategy:
 
 
 class DDP(Strategy):
-    """DistributedDataParallel, which exchanges gradients in the backward pass; or, where nothing is to overlap, all of
-    them in one exchange after it, which a CUDA graph can hold."""
+    """Each rank has all of the module, and gradients are exchanged in the backward pass."""
 
     name = "DDP"
 
-    @property
-    def capturable(self) -> bool:
-        return self.run_ahead and not isinstance(self.wrapped, DistributedDataParallel)
+    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
+        super().__init__(device, run_ahead)
+        self._exchange: Exchange | None = None
 
-    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
-        super().prepare(module, groups, all_reached, overlap)
-        if not isinstance(self.wrapped, DistributedDataParallel):  # which does that too
-            for parameter in self.parameters().values() if groups else ():
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
+        super().prepare(module, groups)
+        if groups:
+            trained = list(self.parameters().values())
+            for parameter in trained:
                 dist.broadcast(parameter.detach(), 0)
+            self._exchange = self.exchange(trained)
 
-    def wrap(self, module: nn.Module, all_reached: bool) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers came with torch 2.13
-            return DistributedDataParallel(
-                module,
-                broadcast_buffers=False,  # every rank computes the same ones
-                gradient_as_bucket_view=True,
-                find_unused_parameters=not all_reached,
-            )
+    def exchange(self, parameters: list[nn.Parameter]) -> Exchange:
+        return Exchange(parameters)
 
-    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
-        silent = not last and isinstance(self.wrapped, DistributedDataParallel)
-        with self.wrapped.no_sync() if silent else nullcontext():
-            return self.wrapped(*arguments)
+    def drop(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None
+        super().drop()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self._exchange is not None:
+            self._exchange.active = last
+        loss.backward()
 
     def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.wrapped, DistributedDataParallel) or self.optimizer is None:
+        if self._exchange is None:
             return on_all_ranks(finite, go_on)
-        # The same ones have a gradient on all ranks.
-        reached = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.cat([finite.float().view(1), go_on.view(1), *(p.grad.flatten() for p in reached)])
-        dist.all_reduce(total)
-        world = dist.get_world_size()
-        flags, mean = total[:2] == world, total[2:] / world
-        for parameter, gradient in zip(reached, mean.split([p.numel() for p in reached]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        return flags[0], flags[1].float()
+        means = self._exchange.finish(torch.stack([finite.float(), go_on]))
+        everyone = means > 1 - 0.5 / dist.get_world_size()
+        return everyone[0], everyone[1].float()
 
 
 def on_all_ranks(finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +177,7 @@ class Sharded(Strategy):
     """A copy of the module is trained, of which each rank keeps a part. The module itself waits on the CPU until its
     weights are asked for."""
 
-    def prepare(self, module: nn.Module, groups: Groups, all_reached: bool, overlap: bool) -> None:
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
         self.drop()
         self.module = self.trained = module
         if not groups:
