@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step as one CUDA graph: its launches cost the host more than the device needs for their work."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -83,10 +86,11 @@ class CapturedStep:
             torch.manual_seed(seed)  # a graph draws numbers from where the generator stands when it is replayed
         self._calls += 1
         if self._calls <= EAGER_CALLS:
-            return self._step()
+            with _fastest_convolutions():
+                return self._step()
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with _fastest_convolutions(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self._step()
         self._graph.replay()
         return self._output
@@ -115,3 +119,14 @@ class CapturedStep:
         applied = self._engine.step(rates, agreed)
         self._adam.step(rows, leaf.grad, rates["planes"], scale=1 / self._world, apply=applied)
         return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms | {"planes": own}
+
+
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """cuDNN tries its algorithms, for some seconds in all: worth it for shapes that come back in each step."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -52,56 +52,61 @@ class Exchange:
             self._send()
 
     @torch.no_grad()
-    def _send(self, flags: Tensor | None = None) -> None:
+    def _send(self, flags: Sequence[Tensor] = (), overlap: bool = True) -> None:
         """Send the next bucket, with some more numbers at its end."""
         bucket = self._buckets[len(self._sent)]
         reached = [(parameter, parameter.grad) for parameter in bucket if parameter.grad is not None]
-        sizes = [gradient.numel() for _, gradient in reached]
-        more = 0 if flags is None else len(flags)
-        flat = torch.empty(sum(sizes) + more, device=self._device)
-        if flags is not None:
-            flat[len(flat) - more :] = flags
-        # As the parameters lie in memory, which is the same on all ranks.
-        places = [
-            piece.as_strided(parameter.size(), parameter.stride())
-            for (parameter, _), piece in zip(reached, flat[: len(flat) - more].split(sizes), strict=True)
-        ]
-        if reached:
-            torch._foreach_copy_(places, [gradient for _, gradient in reached])
-        for (parameter, _), place in zip(reached, places, strict=True):
-            parameter.grad = place
-        self._sent.append((flat, self.mean(flat)))
+        pieces = [*(_as_it_lies(*pair) for pair in reached), *(flag.view(1) for flag in flags)]
+        flat = torch.cat(pieces) if pieces else torch.empty(0, device=self._device)
+        sizes = [parameter.numel() for parameter, _ in reached]
+        for (parameter, _), piece in zip(reached, flat[: sum(sizes)].split(sizes), strict=True):
+            parameter.grad = piece.as_strided(parameter.size(), parameter.stride())
+        self._sent.append((flat, self.mean(flat, overlap)))
 
-    def mean(self, flat: Tensor) -> Callable[[], None]:
-        """Begin to make a vector its mean over the ranks; what is returned waits for that."""
+    def mean(self, flat: Tensor, overlap: bool) -> Callable[[], None]:
+        """Begin to make a vector its mean over the ranks; what is returned waits for that.
+
+        Args:
+            overlap: other things are to be computed meanwhile. (Without, NCCL works on the current stream, which is
+                sooner there.)
+        """
         divides = self._device.type == "cuda"  # NCCL divides on the way; gloo can't
-        work = dist.all_reduce(flat, dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM, async_op=True)
+        work = dist.all_reduce(flat, dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM, async_op=overlap)
 
         def wait() -> None:
-            work.wait()
+            if work is not None:
+                work.wait()
             if not divides:
                 flat.div_(self._world)
 
         return wait
 
-    def finish(self, flags: Tensor) -> Tensor:
+    def finish(self, flags: Sequence[Tensor]) -> Tensor:
         """Send what has not been sent, and wait (on a GPU the device does) for all: gradients are means over the ranks.
 
         Args:
-            flags: float32 [n].
+            flags: float32 numbers.
 
         Returns:
             Means over the ranks of the flags, [n].
         """
         while len(self._sent) < len(self._buckets) - 1:
             self._send()
-        self._send(flags)
         for _, wait in self._sent:
             wait()
-        last = self._sent[-1][0]
+        self._send(flags, overlap=False)
+        flat, wait = self._sent[-1]
+        wait()
         self._begin()
-        return last[len(last) - len(flags) :]
+        return flat[len(flat) - len(flags) :]
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def _as_it_lies(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient as a vector in the order in which its parameter lies in memory, which is the same on all ranks."""
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))

@@ -161,7 +161,7 @@ class DDP(Strategy):
     def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
         if self._exchange is None:
             return on_all_ranks(finite, go_on)
-        means = self._exchange.finish(torch.stack([finite.float(), go_on]))
+        means = self._exchange.finish([finite.float(), go_on])
         everyone = means > 1 - 0.5 / dist.get_world_size()
         return everyone[0], everyone[1].float()
 

@@ -61,7 +61,7 @@ def exchanged(bucket: int) -> list[Sent]:
         exchange.active = True
         backward(own, rank(), 1)
         early = calls
-        flags = exchange.finish(torch.tensor([1.0, float(rank() > 0), step])).tolist()
+        flags = exchange.finish([torch.tensor(float(x)) for x in (1, rank() > 0, step)]).tolist()
         gradients = {name: p.grad.clone() for name, p in own.items() if p.grad is not None}
         found.append(Sent(gradients, early, calls, len(exchange._buckets), flags))
         calls = 0
