@@ -8,7 +8,7 @@
 #include "scatter.cuh"
 
 constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + W1_FLOATS, ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
-constexpr int WARP_FLOATS = KEPT_PLACE + 8 * TILES + 36;
+constexpr int WARP_FLOATS = KEPT_PLACE + 8 * COLOUR_TILES + 36;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS); }
@@ -16,8 +16,8 @@ DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + BLOCK_FLOATS
 // --- a ray ---
 
 struct RayGradient {
-  float colour[8 * TILES];     // of the sum of w * colour
-  float opacity, moment, end;  // of the opacity (the background's part included), of sum w (t - end); last t
+  float colour[8 * COLOUR_TILES];  // of the sum of w * colour
+  float opacity, moment, end;      // of the opacity (the background's part included), of sum w (t - end); last t
   float depth;
 };
 
@@ -34,10 +34,10 @@ static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= WARP_FLOATS, "it fits");
 DEV void find_gradient(const Params &p, const Ray &ray, int index, RayGradient &grad) {
   const float *background = p.background + (long long)ray.pixel * p.background_stride;
   float behind = 0.f;
-  for (int c = lane_id(); c < 8 * TILES; c += 32) {
+  for (int c = lane_id(); c < 8 * COLOUR_TILES; c += 32) {
     float g = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
     grad.colour[c] = g;
-    if (c < OUT) behind = fmaf(g, background[c], behind);
+    if (c < OUT) behind = fmaf(g, background[c] + 0.001f, behind);  // a colour is 1.002 s - 0.001
   }
   behind = warp_sum(behind);
   if (lane_id() == 0) {
@@ -51,20 +51,20 @@ DEV float2 colour_gradient(const RayGradient &grad, int tile) {  // of this lane
   return *(const float2 *)(grad.colour + 8 * tile + 2 * (lane_id() & 3));
 }
 
-// How much the colours of this lane's rows g and g + 8 are worth: the gradient's product with them. MLP outputs become
-// their sigmoid2.
-DEV void find_worth(const RayGradient &grad, float (&out)[TILES][4], float (&worth)[2]) {
+// How much the colours of this lane's rows g and g + 8 are worth: the gradient's product with what sigmoid2 makes of the
+// MLP's outputs, which `out` becomes.
+DEV void find_worth(const RayGradient &grad, float (&out)[COLOUR_TILES][4], float (&worth)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < TILES; ++j) {
+    for (int j = 0; j < COLOUR_TILES; ++j) {
       float2 colour = colour_gradient(grad, j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float &s = out[j][2 * half + e];
         s = sigmoid2(s);
-        sum = fmaf(e ? colour.y : colour.x, fmaf(s, 1.002f, -0.001f), sum);
+        sum = fmaf(e ? colour.y : colour.x, s, sum);
       }
     }
     sum += __shfl_xor_sync(ALL, sum, 1);
@@ -84,7 +84,7 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   float own = r < 8 ? low : high, last = __shfl_up_sync(ALL, own, 1, 16);
   last = r == 0 ? kept.worth[max(first / 16 - 1, 0)] : last;
   float part = inside ? weight[k] : 0.f;
-  float gradient = 0.5f * (own + last) + fmaf(grad.moment, 0.5f * (t[k] + t[k + 1]) - grad.end, grad.opacity);
+  float gradient = 0.501f * (own + last) + fmaf(grad.moment, 0.5f * (t[k] + t[k + 1]) - grad.end, grad.opacity);
   float sum = inside ? gradient * part : 0.f;
 #pragma unroll
   for (int step = 1; step < 16; step <<= 1) {
@@ -114,13 +114,13 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile` for the other warps, adds to the gradients b2, and fills g_f with the gradients of the features. out: sigmoid2 of
+// One tile back: fills the rest of `tile` for the other warps, adds to those of b2, and fills g_f with the gradients of the features. out: sigmoid2 of
 // the MLP's outputs; w, d: see composite_backward.
-DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient &grad, const float (&w)[2],
-                       const float (&d)[2], const Tile &tile, float (&b2)[TILES][2], float (&g_f)[2][CHUNKS][4]) {
+DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayGradient &grad, const float (&w)[2],
+                       const float (&d)[2], const Tile &tile, MlpGradient &sums, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
+  for (int j = 0; j < COLOUR_TILES; ++j) {
     float2 colour = colour_gradient(grad, j);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -130,8 +130,12 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
     }
     store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
-    b2[j][0] += out[j][0] + out[j][2];
-    b2[j][1] += out[j][1] + out[j][3];
+    sums.b2[j][0] += out[j][0] + out[j][2];
+    sums.b2[j][1] += out[j][1] + out[j][3];
+  }
+  if (ALONE) {
+    if (q == 0) *(float2 *)(tile.dense + 2 * g) = {d[0], d[1]};
+    sums.dense += d[0] + d[1];
   }
   float back[STEPS][4];
 #pragma unroll
@@ -141,8 +145,16 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
   for (int n = 0; n < 8; n += 2) {  // as in mlp_forward
     asm volatile("" ::: "memory");
     float g_h[2][4] = {};
+    if (ALONE) {
 #pragma unroll
-    for (int j = 0; j < TILES; ++j)
+      for (int u = 0; u < 2; ++u) {
+        float2 w = *(const float2 *)(mlp.dense + 8 * (n + u) + 2 * q);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * (d[e >> 1] * (1.f / CUT));  // nothing is cut off of d here
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < COLOUR_TILES; ++j)
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const float *w = mlp.w2 + (j * 8 + n + u) * 64;
@@ -153,7 +165,7 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
       float4 h4 = *quad(tile.h, H_ROW, n + u);
       float h[4] = {h4.x, h4.y, h4.z, h4.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) g_h[u][e] *= fmaf(fast_exp2(-h[e]), -CUT, CUT);  // the slope of softplus2, from its value
+      for (int e = 0; e < 4; ++e) g_h[u][e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
     }
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i)
@@ -175,7 +187,6 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[TILES][4], const RayGradient
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render_backward(const Params p) {
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
-  __shared__ int busy[WARPS];
   Mlp mlp = load_mlp<true>(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   Tile tile = tile_of(shared, warp);
@@ -186,10 +197,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   Cells *cells = (Cells *)tile.g_out;
   Runs &runs = *(Runs *)tile.h;
   static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && RUN_FLOATS <= 2 * H_FLOATS && 8 * GRADIENT_ROW <= F_FLOATS, "fit");
-  Kept &kept = *(Kept *)(tile.g_out + O_FLOATS);
+  Kept &kept = *(Kept *)(tile.g_out + O_FLOATS + D_FLOATS);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
+  if (ALONE && lane < 16) tile.dense[16 + lane] = 0.f;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
@@ -227,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       __syncwarp();
       if (R16 > 1) {  // a tile of the last samples of tiles
         constexpr int HALVES = R16 > 9 ? 2 : 1;
-        float f[2][CHUNKS][4] = {}, out[TILES][4], worth[2];
+        float f[2][CHUNKS][4] = {}, out[COLOUR_TILES][4], worth[2];
         find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
         gather<HALVES>(p, scene_planes(p, ray), cells, f);
         mlp_forward<false>(mlp, f, nullptr, out);
@@ -239,13 +251,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         __syncwarp();
       }
     }
-    if (lane == 0) busy[warp] = hit;
+    if (!hit)  // what the others add up of it is nothing
+      for (int i = lane; i < TILE_FLOATS / 4; i += 32) ((float4 *)tile.h)[i] = {0.f, 0.f, 0.f, 0.f};
     if (!__syncthreads_or(hit)) continue;
 #pragma unroll 1
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
-        float f[2][CHUNKS][4], out[TILES][4], worth[2], w[2], d[2];
+        float f[2][CHUNKS][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
         find_cells(p, ray, sorted_t[min(first + (lane & 15), N - 1)], cells);
         gather<2>(p, scene_planes(p, ray), cells, f);
         __syncwarp();
@@ -258,11 +271,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         mlp_forward<true>(mlp, f, tile.h, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, out, grad, w, d, tile, sums.b2, g_f);
+        tile_backward(mlp, out, grad, w, d, tile, sums, g_f);
       }
       __syncthreads();
-      for (int w = 0; w < WARPS; ++w)
-        if (busy[w]) accumulate(tile_of(shared, w), warp, sums);
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) accumulate(tile_of(shared, w), warp, sums);
       __syncthreads();
       if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, tile.f, runs, cells);  // the places are free
     }

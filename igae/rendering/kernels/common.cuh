@@ -16,9 +16,11 @@ constexpr u32 ALL = 0xffffffffu;
 constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
 constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
 constexpr int TILES = (OUT + 8) / 8;                                 // 8s of the colours and, after them, the density
+constexpr int COLOUR_TILES = (OUT + 7) / 8;
+constexpr bool ALONE = OUT % 8 == 0;                                 // the density has a tile of its own
 constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
-constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
+constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = COLOUR_TILES * 8 * 64 + (ALONE ? HIDDEN : 0);
 constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * TILES);
 
 struct Params {
@@ -147,6 +149,7 @@ DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | 
 struct Mlp {
   const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
   const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
+  const float *dense;           // ALONE: row of w2 that gives the density, which is in no block
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -176,10 +179,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
     if (BACKWARD) w1_back[block + 16 * column + 4 * (row >> 1) + (row & 1)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
-  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
-    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n);
+  for (int i = threadIdx.x; i < (8 * COLOUR_TILES + ALONE) * HIDDEN; i += 32 * WARPS) {
+    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n), place = (n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7);
     float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
-    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
+    w2[ALONE && n == OUT ? i : place] = weight_operand(CUT * out_unit(n) * w);
   }
   for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
@@ -187,10 +190,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   }
   for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
-    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) / CUT : 0.f;
+    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
   }
   __syncthreads();
-  return {w1, w1_back, w2, b1, b2};
+  return {w1, w1_back, w2, b1, b2, w2 + COLOUR_TILES * 8 * 64};
 }
 
 // --- matrices of a tile in shared memory ---
@@ -199,7 +202,7 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
 // reads as a product takes them: with the samples as inner indices, (g, g + 8) of one column and of the next are two B
 // operands; both columns of g and both of g + 8 are one A operand. Quads are permuted by row so that neither meets a bank
 // twice: writing, two rows of 16 floats; reading, four rows of 8.
-constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
+constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((COLOUR_TILES + 1) / 2);
 
 DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
 
@@ -213,12 +216,13 @@ DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, f
 }
 
 // f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
-// their sigmoid2. KEEP: activations go to the matrix `hidden`.
-template <bool KEEP>
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
+// their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. KEEP:
+// activations go to the matrix `hidden`.
+template <bool KEEP, int COUNT>
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[COUNT][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
     out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
@@ -245,10 +249,11 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
 #pragma unroll
       for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
 #pragma unroll
-    for (int j = 0; j < TILES; ++j)
+    for (int j = 0; j < COUNT; ++j)
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n + u) * 64 + row);
+        bool dense = j == COLOUR_TILES;
+        float2 w = *(const float2 *)(dense ? mlp.dense + 8 * (n + u) + 2 * q : mlp.w2 + (j * 8 + n + u) * 64 + row);
         mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
       }
     if (KEEP) {
@@ -256,8 +261,4 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
       for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) out[j][e] *= CUT;
 }

@@ -2,7 +2,7 @@
 // Forward pass: one warp a ray. Images are written, and for a backward pass one number a sample: its raw density.
 #include "ray.cuh"
 
-constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
+constexpr int COLOUR_ROW = 8 * COLOUR_TILES;
 constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;
 constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
