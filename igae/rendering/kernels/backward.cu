@@ -11,7 +11,7 @@ constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + W1_FLOATS, ARRAYS = 4 * ROW, KEPT_P
 constexpr int WARP_FLOATS = KEPT_PLACE + 8 * COLOUR_TILES + 36;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
-DEV Tile tile_of(float *shared, int warp) { return tile_at(shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS); }
+DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS; }
 
 // --- a ray ---
 
@@ -117,7 +117,7 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
 // One tile back: fills the rest of `tile` for the other warps, adds to those of b2, and fills g_f with the gradients of the features. out: sigmoid2 of
 // the MLP's outputs; w, d: see composite_backward.
 DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayGradient &grad, const float (&w)[2],
-                       const float (&d)[2], const Tile &tile, MlpGradient &sums, float (&g_f)[2][CHUNKS][4]) {
+                       const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < COLOUR_TILES; ++j) {
@@ -129,14 +129,9 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayG
       out[j][e] = w[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
       if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
     }
-    store_quad(tile.g_out, O_ROW, j, out[j][0], out[j][2], out[j][1], out[j][3]);
-    sums.b2[j][0] += out[j][0] + out[j][2];
-    sums.b2[j][1] += out[j][1] + out[j][3];
+    store_quad(tile + G_OUT_AT, j, out[j][0], out[j][2], out[j][1], out[j][3]);
   }
-  if (ALONE) {
-    if (q == 0) *(float2 *)(tile.dense + 2 * g) = {d[0], d[1]};
-    sums.dense += d[0] + d[1];
-  }
+  if (ALONE && q == 0) *(float2 *)(tile + DENSE_AT + 2 * g) = {d[0], d[1]};
   float back[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
@@ -162,7 +157,7 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayG
       }
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      float4 h4 = *quad(tile.h, H_ROW, n + u);
+      float4 h4 = *quad(tile + HIDDEN_AT, n + u);
       float h[4] = {h4.x, h4.y, h4.z, h4.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) g_h[u][e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
@@ -176,7 +171,7 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayG
         mma(back[2 * i + 1], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.z, w.w);
       }
 #pragma unroll
-    for (int u = 0; u < 2; ++u) store_quad(tile.g_h, H_ROW, n + u, g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]);
+    for (int u = 0; u < 2; ++u) store_quad(tile + G_HIDDEN_AT, n + u, g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]);
   }
 #pragma unroll
   for (int s = 0; s < STEPS; ++s)
@@ -189,19 +184,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *shared = (float *)shared4;
   Mlp mlp = load_mlp<true>(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
-  Tile tile = tile_of(shared, warp);
-  float *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
+  float *tile = tile_of(shared, warp), *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
-  float *draws = tile.h;
-  Cells *cells = (Cells *)tile.g_out;
-  Runs &runs = *(Runs *)tile.h;
-  static_assert(ROW <= H_FLOATS && CELL_FLOATS <= O_FLOATS && RUN_FLOATS <= 2 * H_FLOATS && 8 * GRADIENT_ROW <= F_FLOATS, "fit");
-  Kept &kept = *(Kept *)(tile.g_out + O_FLOATS + D_FLOATS);
+  float *draws = tile, *gradients = tile + RUN_FLOATS;
+  Cells *cells = (Cells *)(gradients + 8 * GRADIENT_ROW);
+  Runs &runs = *(Runs *)tile;
+  static_assert(ROW <= DENSE_AT && RUN_FLOATS + 8 * GRADIENT_ROW + CELL_FLOATS <= DENSE_AT, "they fit");
+  Kept &kept = *(Kept *)(t + KEPT_PLACE);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
-  if (ALONE && lane < 16) tile.dense[16 + lane] = 0.f;
+  if (ALONE && lane < 16) tile[DENSE_AT + 16 + lane] = 0.f;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
@@ -252,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       }
     }
     if (!hit)  // what the others add up of it is nothing
-      for (int i = lane; i < TILE_FLOATS / 4; i += 32) ((float4 *)tile.h)[i] = {0.f, 0.f, 0.f, 0.f};
+      for (int i = lane; i < TILE_FLOATS / 4; i += 32) ((float4 *)tile)[i] = {0.f, 0.f, 0.f, 0.f};
     if (!__syncthreads_or(hit)) continue;
 #pragma unroll 1
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
@@ -265,19 +259,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
           int i = s >> 1, b = 2 * (s & 1);
-          store_quad(tile.f, F_ROW, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
+          store_quad(tile + FEATURES_AT, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
         }
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward<true>(mlp, f, tile.h, out);
+        mlp_forward<true>(mlp, f, tile + HIDDEN_AT, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, out, grad, w, d, tile, sums, g_f);
+        tile_backward(mlp, out, grad, w, d, tile, g_f);
+        __syncwarp();
+        accumulate<true>(tile, warp, sums);  // before the others have theirs
       }
       __syncthreads();
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) accumulate(tile_of(shared, w), warp, sums);
+      for (int w = 1; w < WARPS; ++w) accumulate<false>(tile_of(shared, (warp + w) % WARPS), warp, sums);
       __syncthreads();
-      if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, tile.f, runs, cells);  // the places are free
+      if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, gradients, runs, cells);  // the places are free
     }
   }
   __syncthreads();

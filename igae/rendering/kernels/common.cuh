@@ -202,18 +202,20 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
 // reads as a product takes them: with the samples as inner indices, (g, g + 8) of one column and of the next are two B
 // operands; both columns of g and both of g + 8 are one A operand. Quads are permuted by row so that neither meets a bank
 // twice: writing, two rows of 16 floats; reading, four rows of 8.
-constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((COLOUR_TILES + 1) / 2);
+//
+// A warp's tile has four such matrices, side by side, so that one address of a lane does for all: activations,
+// gradients before the activation, features, gradients of outputs.
+constexpr int HIDDEN_AT = 0, G_HIDDEN_AT = 2 * HIDDEN, FEATURES_AT = 4 * HIDDEN, G_OUT_AT = FEATURES_AT + 16 * STEPS;
+constexpr int TILE_ROW = G_OUT_AT + 32 * ((COLOUR_TILES + 1) / 2);
 
 DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
 
-DEV float4 *quad(float *matrix, int row_length, int tile) {
+DEV float4 *quad(float *matrix, int n) {  // of columns 8 n to 8 n + 7
   int g = lane_id() >> 2, q = lane_id() & 3;
-  return (float4 *)(matrix + g * row_length + permuted(g, 16 * (tile & 1) + 4 * q) + 32 * (tile >> 1));
+  return (float4 *)(matrix + g * TILE_ROW + permuted(g, 16 * (n & 1) + 4 * q) + 32 * (n >> 1));
 }
 
-DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, float c, float d) {
-  *quad(matrix, row_length, tile) = {a, b, c, d};
-}
+DEV void store_quad(float *matrix, int n, float a, float b, float c, float d) { *quad(matrix, n) = {a, b, c, d}; }
 
 // f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
 // their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. KEEP:
@@ -258,7 +260,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
       }
     if (KEEP) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
+      for (int u = 0; u < 2; ++u) store_quad(hidden, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
 }
