@@ -187,10 +187,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *tile = tile_of(shared, warp), *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
-  float *draws = tile, *gradients = tile + RUN_FLOATS;
-  Cells *cells = (Cells *)(gradients + 8 * GRADIENT_ROW);
+  float *draws = tile, *gradients = tile;  // before there are runs
   Runs &runs = *(Runs *)tile;
-  static_assert(ROW <= DENSE_AT && RUN_FLOATS + 8 * GRADIENT_ROW + CELL_FLOATS <= DENSE_AT, "they fit");
+  Cells *cells = (Cells *)(tile + (PRODUCT ? MATRIX_FLOATS : 0));
+  static_assert(ROW <= DENSE_AT && MATRIX_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
   Kept &kept = *(Kept *)(t + KEPT_PLACE);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
