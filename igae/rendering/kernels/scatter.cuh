@@ -7,7 +7,7 @@
 // read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What texels
 // get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
 // gradients. (So one NaN among the gradients is in all runs of the tile.)
-constexpr int MOST_RUNS = PRODUCT ? 64 : 144;  // at a time: all of one plane, or nearly always all of three
+constexpr int MOST_RUNS = PRODUCT ? 64 : CHUNKS > 1 ? 160 : 128;  // at a time: all of a plane, nearly always all of three
 constexpr int GRADIENT_ROW = 32 * CHUNKS;      // of 8 rows, each a pair of samples
 
 struct Runs {
@@ -160,29 +160,37 @@ DEV void add(const Params &p, Sum *at, float4 v) {
 DEV void add_runs(const Params &p, Sum *base, const Runs &runs, int count, const float4 (&gradient)[2][CHUNKS]) {
   int lane = lane_id(), q = lane & 3;
 #pragma unroll 1
-  for (int first = 0; first < count; first += 16) {
-    int run = first + (lane >> 2) * 2;
-    int2 texel = *(const int2 *)(runs.texel + run);
-    float4 a[2];
+  for (int first = 0; first < count; first += 32) {  // twice 16, because each product waits for the one before
+    float4 a[2][2];
+    int2 texel[2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) a[k] = *((const float4 *)(runs.weight + 8 * (k * MOST_RUNS + first)) + lane);
-    float d[CHUNKS][2][4] = {};
+    for (int u = 0; u < 2; ++u) {
+      texel[u] = *((const int2 *)(runs.texel + first + 16 * u) + (lane >> 2));
+#pragma unroll
+      for (int k = 0; k < 2; ++k) a[u][k] = *((const float4 *)(runs.weight + 8 * (k * MOST_RUNS + first + 16 * u)) + lane);
+    }
+    float d[2][CHUNKS][2][4] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k)
 #pragma unroll
-      for (int i = 0; i < CHUNKS; ++i) {
-        mma(d[i][0], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].x, gradient[k][i].y);
-        mma(d[i][1], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].z, gradient[k][i].w);
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+          float4 b = gradient[k][i];
+          mma(d[u][i][0], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.x, b.y);
+          mma(d[u][i][1], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.z, b.w);
+        }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (first + 16 * u + (lane >> 2) * 2 + row >= count) continue;
+        Sum *to = base + (long long)(row ? texel[u].y : texel[u].x) * C;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+          if (C % 16 == 0 || 16 * i + 4 * q < C)
+            add(p, to + 16 * i, {d[u][i][0][2 * row], d[u][i][0][2 * row + 1], d[u][i][1][2 * row], d[u][i][1][2 * row + 1]});
       }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      int to = row ? texel.y : texel.x;
-      if (run + row >= count) continue;
-#pragma unroll
-      for (int i = 0; i < CHUNKS; ++i)
-        if (C % 16 == 0 || 16 * i + 4 * q < C)
-          add(p, base + (long long)to * C + 16 * i, {d[i][0][2 * row], d[i][0][2 * row + 1], d[i][1][2 * row], d[i][1][2 * row + 1]});
-    }
   }
   __syncwarp();
 }
