@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         float f[2][CHUNKS][4] = {}, out[COLOUR_TILES][4], worth[2];
         find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
         gather<HALVES>(p, scene_planes(p, ray), cells, f);
-        mlp_forward<false>(mlp, f, nullptr, out);
+        mlp_forward<false, false>(mlp, f, nullptr, out);
         find_worth(grad, out, worth);
         if (q == 0) {
           kept.worth[g] = worth[0];
@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           store_quad(tile + FEATURES_AT, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
         }
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward<true>(mlp, f, tile + HIDDEN_AT, out);
+        mlp_forward<true, true>(mlp, f, tile + HIDDEN_AT, out);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
         tile_backward(mlp, out, grad, w, d, tile, g_f);

@@ -17,7 +17,7 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
     float f[2][CHUNKS][4], out[TILES][4];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather<2>(p, base, cells, f);
-    mlp_forward<false>(mlp, f, nullptr, out);
+    mlp_forward<false, false>(mlp, f, nullptr, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
