@@ -95,10 +95,9 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   float slope = inside ? direct[k] * gradient - hidden[k] * all_behind : 0.f;
   // A sample has half of each of its two intervals.
   float other_part = __shfl_down_sync(ALL, part, 1, 16), other_slope = __shfl_down_sync(ALL, slope, 1, 16);
-  if (r == 15) {
-    other_part = first + 15 < N - 1 ? weight[first + 15] : 0.f;
-    other_slope = kept.slope_behind;
-  }
+  float part_behind = weight[min(first + 15, N - 1)], slope_behind = kept.slope_behind;
+  other_part = r == 15 ? part_behind : other_part;
+  other_slope = r == 15 ? slope_behind : other_slope;
   // 1.002 s (1 - s) is the slope of a colour, for which LN2 times as much goes to what sigmoid2 is taken of.
   float w_sample = 0.501f * LN2 * (part + other_part), d_sample = 0.5f * (slope + other_slope);
   __syncwarp();
@@ -116,7 +115,7 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
 
 // One tile back: fills the rest of `tile` for the other warps, adds to those of b2, and fills g_f with the gradients of the features. out: sigmoid2 of
 // the MLP's outputs; w, d: see composite_backward.
-DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayGradient &grad, const float (&w)[2],
+DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[COLOUR_TILES][4], const RayGradient &grad, const float (&w)[2],
                        const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
@@ -156,12 +155,9 @@ DEV void tile_backward(const Mlp &mlp, float (&out)[COLOUR_TILES][4], const RayG
         mma(g_h[u], out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
       }
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      float4 h4 = *quad(tile + HIDDEN_AT, n + u);
-      float h[4] = {h4.x, h4.y, h4.z, h4.w};
+    for (int u = 0; u < 2; ++u)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) g_h[u][e] *= 1.f - fast_exp2(-h[e]);  // the slope of softplus2, from its value
-    }
+      for (int e = 0; e < 4; ++e) g_h[u][e] *= slope[n + u][e];
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
@@ -233,10 +229,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       __syncwarp();
       if (R16 > 1) {  // a tile of the last samples of tiles
         constexpr int HALVES = R16 > 9 ? 2 : 1;
-        float f[2][CHUNKS][4] = {}, out[COLOUR_TILES][4], worth[2];
+        float f[2][CHUNKS][4] = {}, h[8][4], out[COLOUR_TILES][4], worth[2];
         find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
         gather<HALVES>(p, scene_planes(p, ray), cells, f);
-        mlp_forward<false, false>(mlp, f, nullptr, out);
+        mlp_forward<false, false>(mlp, f, nullptr, h, out);
         find_worth(grad, out, worth);
         if (q == 0) {
           kept.worth[g] = worth[0];
@@ -252,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
-        float f[2][CHUNKS][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
+        float f[2][CHUNKS][4], h[8][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
         find_cells(p, ray, sorted_t[min(first + (lane & 15), N - 1)], cells);
         gather<2>(p, scene_planes(p, ray), cells, f);
         __syncwarp();
@@ -262,10 +258,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
           store_quad(tile + FEATURES_AT, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
         }
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward<true, true>(mlp, f, tile + HIDDEN_AT, out);
+        mlp_forward<true, true>(mlp, f, tile + HIDDEN_AT, h, out);
         find_worth(grad, out, worth);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) h[n][e] = 1.f - fast_exp2(-h[n][e]);  // the slope of softplus2, from its value
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, out, grad, w, d, tile, g_f);
+        tile_backward(mlp, h, out, grad, w, d, tile, g_f);
         __syncwarp();
         accumulate<true>(tile, warp, sums);  // before the others have theirs
       }

@@ -219,28 +219,28 @@ DEV void store_quad(float *matrix, int n, float a, float b, float c, float d) { 
 
 // Hidden units from 8 n on, 16 of them, before their activation. Two products go side by side, because each waits for the
 // one before.
-DEV void mlp_hidden(const Mlp &mlp, const float (&f)[2][CHUNKS][4], int n, float (&h)[2][4]) {
+DEV void mlp_hidden(const Mlp &mlp, const float (&f)[2][CHUNKS][4], int n, float (&h)[8][4]) {
   asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
 #pragma unroll
-  for (int u = 0; u < 2; ++u) {
-    float4 bias = *(const float4 *)(mlp.b1 + 16 * (n + u) + 4 * (lane_id() & 3));
+  for (int u = n; u < n + 2; ++u) {
+    float4 bias = *(const float4 *)(mlp.b1 + 16 * u + 4 * (lane_id() & 3));
     h[u][0] = bias.x, h[u][1] = bias.y, h[u][2] = bias.z, h[u][3] = bias.w;
   }
 #pragma unroll
-  for (int u = 0; u < 2; ++u)
+  for (int u = n; u < n + 2; ++u)
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
-      float4 w = *((const float4 *)mlp.w1 + ((n + u) * CHUNKS + i) * 32 + lane_id());
+      float4 w = *((const float4 *)mlp.w1 + (u * CHUNKS + i) * 32 + lane_id());
       mma(h[u], f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
       mma(h[u], f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
     }
 }
 
 // f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
-// their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. KEEP:
-// activations go to the matrix `hidden`. AHEAD: products are begun before the activations of those before them are found.
+// their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. h: of
+// 8 hidden units each, activations in the same layout; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before the activations of those before them are found.
 template <bool KEEP, bool AHEAD, int COUNT>
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[COUNT][4]) {
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&h)[8][4], float (&out)[COUNT][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
@@ -248,28 +248,25 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
     out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
   int row = block_row(g) + 2 * q;
-  float ahead[2][2][4];
-  if (AHEAD) mlp_hidden(mlp, f, 0, ahead[0]);
+  if (AHEAD) mlp_hidden(mlp, f, 0, h);
 #pragma unroll
   for (int n = 0; n < 8; n += 2) {
-    float (&h)[2][4] = ahead[n >> 1 & 1];
-    if (!AHEAD) mlp_hidden(mlp, f, n, h);
-    if (AHEAD && n < 6) mlp_hidden(mlp, f, n + 2, ahead[~n >> 1 & 1]);
+    if (n + 2 * AHEAD < 8) mlp_hidden(mlp, f, n + 2 * AHEAD, h);
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = n; u < n + 2; ++u)
 #pragma unroll
       for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
 #pragma unroll
     for (int j = 0; j < COUNT; ++j)
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
+      for (int u = n; u < n + 2; ++u) {
         bool dense = j == COLOUR_TILES;
-        float2 w = *(const float2 *)(dense ? mlp.dense + 8 * (n + u) + 2 * q : mlp.w2 + (j * 8 + n + u) * 64 + row);
+        float2 w = *(const float2 *)(dense ? mlp.dense + 8 * u + 2 * q : mlp.w2 + (j * 8 + u) * 64 + row);
         mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
       }
     if (KEEP) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) store_quad(hidden, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
+      for (int u = n; u < n + 2; ++u) store_quad(hidden, u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
 }

@@ -14,10 +14,10 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
-    float f[2][CHUNKS][4], out[TILES][4];
+    float f[2][CHUNKS][4], h[8][4], out[TILES][4];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather<2>(p, base, cells, f);
-    mlp_forward<false, false>(mlp, f, nullptr, out);
+    mlp_forward<false, false>(mlp, f, nullptr, h, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
