@@ -270,10 +270,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         accumulate<true>(tile, warp, sums);  // before the others have theirs
       }
       __syncthreads();
+      float at = sorted_t[min(first + (lane & 15), N - 1)];
+      Spots spots = find_spots(p, ray, at);  // for rays that hit; of others it is nothing that would be used
+      Found found;
+      int total = find_runs(p, spots, 0, found);  // goes along with the products that follow
 #pragma unroll
       for (int w = 1; w < WARPS; ++w) accumulate<false>(tile_of(shared, (warp + w) % WARPS), warp, sums);
       __syncthreads();
-      if (hit) scatter(p, ray, sorted_t[min(first + (lane & 15), N - 1)], g_f, gradients, runs, cells);  // the places are free
+      if (hit) scatter(p, ray, at, spots, found, total, g_f, gradients, runs, cells);  // the places are free
     }
   }
   __syncthreads();

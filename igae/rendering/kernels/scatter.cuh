@@ -7,6 +7,7 @@
 // read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What texels
 // get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
 // gradients. (So one NaN among the gradients is in all runs of the tile.)
+constexpr int PLANES = PRODUCT ? 1 : 3;  // go together, because one alone would mostly wait
 constexpr int MOST_RUNS = PRODUCT ? 64 : CHUNKS > 1 ? 160 : 128;  // at a time: all of a plane, nearly always all of three
 constexpr int GRADIENT_ROW = 32 * CHUNKS;      // of 8 rows, each a pair of samples
 
@@ -45,15 +46,13 @@ DEV Spots find_spots(const Params &p, const Ray &ray, float at) {
 }
 
 // What a sample has to do with runs, of both parities of rows. Lanes from 16 on have the texels of odd columns.
-template <int PLANES>
 struct Found {
   int run[PLANES][2], texel[PLANES][2];  // -1: it is outside; the texel of a run's first sample, else -1
   float weight[PLANES][2];
 };
 
-// The runs of a tile in PLANES planes; returns how many there are. The planes go together, because one alone would mostly wait.
-template <int PLANES>
-DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found<PLANES> &found) {
+// The runs of a tile in PLANES planes; returns how many there are.
+DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found &found) {
   int lane = lane_id(), sample = lane & 15, total = 0, texel[PLANES][2], before[PLANES][2];
   bool odd = lane >= 16;
 #pragma unroll
@@ -84,8 +83,7 @@ DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found<PL
 }
 
 // Writes the `count` runs from `low` on to where products take them.
-template <int PLANES>
-DEV void write_runs(const Found<PLANES> &found, int low, int count, Runs &runs) {
+DEV void write_runs(const Found &found, int low, int count, Runs &runs) {
   int lane = lane_id(), mine = 8 * MOST_RUNS * (lane >> 2 & 1) + 4 * (lane & 3) + 2 * (lane >> 3 & 1);
 #pragma unroll 1
   for (int i = lane; i < 4 * (count + 1 >> 1); i += 32)  // runs lie in pairs
@@ -204,28 +202,25 @@ DEV void load_gradients(const float *matrix, float4 (&gradient)[2][CHUNKS]) {
   __syncwarp();
 }
 
-// Adds the gradients of a tile's features in PLANES planes.
-template <int PLANES>
-DEV void scatter_planes(const Params &p, Sum *base, const Spots &spots, int plane, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs) {
-  Found<PLANES> found;
-  int total = find_runs<PLANES>(p, spots, plane, found);
+// Adds the gradients of a tile's features in PLANES planes, in which `total` runs were found.
+DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs) {
   float4 gradient[2][CHUNKS];
   store_gradients(matrix, g_f);
   load_gradients(matrix, gradient);
 #pragma unroll 1
   for (int low = 0; low < total; low += MOST_RUNS) {
     int count = min(total - low, MOST_RUNS);
-    write_runs<PLANES>(found, low, count, runs);
+    write_runs(found, low, count, runs);
     add_runs(p, base, runs, count, gradient);
   }
 }
 
 // Adds the gradients of a tile's features to the planes; at: depth of sample lane % 16, where what is beyond the ray's last
-// repeats it, with gradients of 0. matrix, runs and cells are scratch.
-DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
+// repeats it, with gradients of 0; spots are its; `total` runs were found in the first PLANES planes. matrix, runs and cells
+// are scratch.
+DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
   Sum *base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 3);
   asm volatile("" : "+l"(base));  // else it is put together for each texel
-  Spots spots = find_spots(p, ray, at);
 #if PRODUCT
   // A plane's gradients are those of the features times what the other planes have.
   find_cells(p, ray, at, cells);
@@ -240,9 +235,10 @@ DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2
       for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) f[row][i][e] *= g_f[row][i][e];
-    scatter_planes<1>(p, base, spots, plane, f, matrix, runs);
+    if (plane > 0) total = find_runs(p, spots, plane, found);
+    scatter_planes(p, base, found, total, f, matrix, runs);
   }
 #else
-  scatter_planes<3>(p, base, spots, 0, g_f, matrix, runs);
+  scatter_planes(p, base, found, total, g_f, matrix, runs);
 #endif
 }
