@@ -2,7 +2,7 @@
 // Backward pass. A warp finds its ray's samples again from the densities that the forward pass kept, then goes along them
 // from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile
 // they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
-// whole kernel.
+// whole kernel: of its own tile before it waits for the others, then of theirs.
 #include "mlp_gradient.cuh"
 #include "ray.cuh"
 #include "scatter.cuh"
@@ -113,10 +113,10 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile` for the other warps, adds to those of b2, and fills g_f with the gradients of the features. out: sigmoid2 of
-// the MLP's outputs; w, d: see composite_backward.
-DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[COLOUR_TILES][4], const RayGradient &grad, const float (&w)[2],
-                       const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4]) {
+// One tile back: fills the rest of `tile`, which all warps add up, and g_f with the gradients of the features. slope: of the
+// hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward.
+DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[COLOUR_TILES][4], const RayGradient &grad,
+                       const float (&w)[2], const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < COLOUR_TILES; ++j) {
@@ -180,7 +180,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *shared = (float *)shared4;
   Mlp mlp = load_mlp<true>(shared, p);
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
-  float *tile = tile_of(shared, warp), *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS, *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
+  float *tile = tile_of(shared, warp), *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS;
+  float *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
   float *draws = tile, *gradients = tile;  // before there are runs

@@ -56,7 +56,8 @@ DEV void accumulate(const float *tile, int warp, MlpGradient &grad) {
         }
       }
       if (COLOUR_TILES % 2 == 1) {
-        float2 b = *(const float2 *)(tile + (s + q) * TILE_ROW + G_OUT_AT + 16 * (COLOUR_TILES - 1) + permuted(q, 2 * g));
+        const float *last = tile + (s + q) * TILE_ROW + G_OUT_AT + 16 * (COLOUR_TILES - 1);
+        float2 b = *(const float2 *)(last + permuted(q, 2 * g));
         mma(grad.w2[u][COLOUR_TILES - 1], a.x, a.y, a.z, a.w, b.x, b.y);
         if (OWN && u == 0) grad.b2[COLOUR_TILES - 1] += b.x + b.y;
       }

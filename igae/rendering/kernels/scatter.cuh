@@ -19,6 +19,7 @@ struct Runs {
 };
 constexpr float ROOTS = CUT_ROOT * CUT_ROOT, SCATTER_CUT = CUT * CUT * CUT / (PRODUCT ? ROOTS * ROOTS : 1.f);
 constexpr int OUTSIDE = -(1 << 30);
+// Runs take the place of the gradients' matrix, which has been read by then.
 constexpr int RUN_FLOATS = sizeof(Runs) / 4, MATRIX_FLOATS = RUN_FLOATS > 8 * GRADIENT_ROW ? RUN_FLOATS : 8 * GRADIENT_ROW;
 
 // Texels that sample lane % 16 reads, along each axis the even and the odd one.
@@ -203,7 +204,8 @@ DEV void load_gradients(const float *matrix, float4 (&gradient)[2][CHUNKS]) {
 }
 
 // Adds the gradients of a tile's features in PLANES planes, in which `total` runs were found.
-DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs) {
+DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float (&g_f)[2][CHUNKS][4],
+                        float *matrix, Runs &runs) {
   float4 gradient[2][CHUNKS];
   store_gradients(matrix, g_f);
   load_gradients(matrix, gradient);
@@ -218,7 +220,8 @@ DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int tota
 // Adds the gradients of a tile's features to the planes; at: depth of sample lane % 16, where what is beyond the ray's last
 // repeats it, with gradients of 0; spots are its; `total` runs were found in the first PLANES planes. matrix, runs and cells
 // are scratch.
-DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
+DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total,
+                 const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
   Sum *base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 3);
   asm volatile("" : "+l"(base));  // else it is put together for each texel
 #if PRODUCT
