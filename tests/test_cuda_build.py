@@ -43,6 +43,25 @@ def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision
 @pytest.mark.parametrize(
     "change",
     [
+        {},
+        {"bf16": True},
+        {"deterministic": True},
+        {"features": 8, "colours": 3, "coarse": 64, "fine": 64},
+        {"features": 24, "colours": 12, "eg3d": True, "disparity": True},
+    ],
+    ids=["default", "bf16", "deterministic", "many", "uneven"],
+)
+def test_three_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
+    variant = build.Variant(**change)
+    _, blocks, shared = build.shape("backward", variant, 90)
+    assert blocks == 3 and 3 * (shared + 1024) <= 228 * 1024  # 1 KiB of each is the system's
+    _, usage = build.compile_kernel("backward", variant, 90)
+    assert 0 < usage.registers <= 168 and usage.spilled == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"features": 8, "colours": 1, "coarse": 16, "fine": 0},
         {"features": 24, "colours": 3, "coarse": 17, "fine": 33, "eg3d": True, "product": True, "disparity": True},
         {"features": 64, "colours": 32, "coarse": 128, "fine": 128},

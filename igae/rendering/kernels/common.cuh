@@ -16,9 +16,11 @@ constexpr u32 ALL = 0xffffffffu;
 constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
 constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
 constexpr int TILES = (OUT + 8) / 8;                                 // 8s of the colours and, after them, the density
+constexpr int COLOUR_TILES = (OUT + 7) / 8;
+constexpr bool ALONE = OUT % 8 == 0;                                 // the density has a tile of its own
 constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
-constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = TILES * 8 * 64;
+constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = COLOUR_TILES * 8 * 64 + (ALONE ? HIDDEN : 0);
 constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * TILES);
 
 struct Params {
@@ -147,6 +149,7 @@ DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | 
 struct Mlp {
   const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
   const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
+  const float *dense;           // ALONE: row of w2 that gives the density, which is in no block
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -176,10 +179,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
     if (BACKWARD) w1_back[block + 16 * column + 4 * (row >> 1) + (row & 1)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
-  for (int i = threadIdx.x; i < 8 * TILES * HIDDEN; i += 32 * WARPS) {
-    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n);
+  for (int i = threadIdx.x; i < (8 * COLOUR_TILES + ALONE) * HIDDEN; i += 32 * WARPS) {
+    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n), place = (n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7);
     float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
-    w2[(n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7)] = weight_operand(out_unit(n) * w);
+    w2[ALONE && n == OUT ? i : place] = weight_operand(CUT * out_unit(n) * w);
   }
   for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
@@ -187,10 +190,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   }
   for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
-    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) / CUT : 0.f;
+    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
   }
   __syncthreads();
-  return {w1, w1_back, w2, b1, b2};
+  return {w1, w1_back, w2, b1, b2, w2 + COLOUR_TILES * 8 * 64};
 }
 
 // --- matrices of a tile in shared memory ---
@@ -199,65 +202,71 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
 // reads as a product takes them: with the samples as inner indices, (g, g + 8) of one column and of the next are two B
 // operands; both columns of g and both of g + 8 are one A operand. Quads are permuted by row so that neither meets a bank
 // twice: writing, two rows of 16 floats; reading, four rows of 8.
-constexpr int H_ROW = 2 * HIDDEN, F_ROW = 16 * STEPS, O_ROW = 32 * ((TILES + 1) / 2);
+//
+// A warp's tile has four such matrices, side by side, so that one address of a lane does for all: activations,
+// gradients before the activation, features, gradients of outputs.
+constexpr int HIDDEN_AT = 0, G_HIDDEN_AT = 2 * HIDDEN, FEATURES_AT = 4 * HIDDEN, G_OUT_AT = FEATURES_AT + 16 * STEPS;
+constexpr int TILE_ROW = G_OUT_AT + 32 * ((COLOUR_TILES + 1) / 2);
 
 DEV int permuted(int row, int column) { return column ^ ((row & 1) << 4 | (row & 2) << 2); }
 
-DEV float4 *quad(float *matrix, int row_length, int tile) {
+DEV float4 *quad(float *matrix, int n) {  // of columns 8 n to 8 n + 7
   int g = lane_id() >> 2, q = lane_id() & 3;
-  return (float4 *)(matrix + g * row_length + permuted(g, 16 * (tile & 1) + 4 * q) + 32 * (tile >> 1));
+  return (float4 *)(matrix + g * TILE_ROW + permuted(g, 16 * (n & 1) + 4 * q) + 32 * (n >> 1));
 }
 
-DEV void store_quad(float *matrix, int row_length, int tile, float a, float b, float c, float d) {
-  *quad(matrix, row_length, tile) = {a, b, c, d};
+DEV void store_quad(float *matrix, int n, float a, float b, float c, float d) { *quad(matrix, n) = {a, b, c, d}; }
+
+// Hidden units from 8 n on, 16 of them, before their activation. Two products go side by side, because each waits for the
+// one before.
+DEV void mlp_hidden(const Mlp &mlp, const float (&f)[2][CHUNKS][4], int n, float (&h)[8][4]) {
+  asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
+#pragma unroll
+  for (int u = n; u < n + 2; ++u) {
+    float4 bias = *(const float4 *)(mlp.b1 + 16 * u + 4 * (lane_id() & 3));
+    h[u][0] = bias.x, h[u][1] = bias.y, h[u][2] = bias.z, h[u][3] = bias.w;
+  }
+#pragma unroll
+  for (int u = n; u < n + 2; ++u)
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      float4 w = *((const float4 *)mlp.w1 + (u * CHUNKS + i) * 32 + lane_id());
+      mma(h[u], f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
+      mma(h[u], f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
+    }
 }
 
 // f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
-// their sigmoid2. KEEP: activations go to the matrix `hidden`.
-template <bool KEEP>
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&out)[TILES][4]) {
+// their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. h: of
+// 8 hidden units each, activations in the same layout; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before the activations of those before them are found.
+template <bool KEEP, bool AHEAD, int COUNT>
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&h)[8][4], float (&out)[COUNT][4]) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
     out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
   int row = block_row(g) + 2 * q;
+  if (AHEAD) mlp_hidden(mlp, f, 0, h);
 #pragma unroll
-  for (int n = 0; n < 8; n += 2) {  // two at a time, because each product waits for the one before
-    asm volatile("" ::: "memory");  // weights are read when they are needed: there are no registers for more
-    float h[2][4];
+  for (int n = 0; n < 8; n += 2) {
+    if (n + 2 * AHEAD < 8) mlp_hidden(mlp, f, n + 2 * AHEAD, h);
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      float4 bias = *(const float4 *)(mlp.b1 + 16 * (n + u) + 4 * q);
-      h[u][0] = bias.x, h[u][1] = bias.y, h[u][2] = bias.z, h[u][3] = bias.w;
-    }
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
-#pragma unroll
-      for (int i = 0; i < CHUNKS; ++i) {
-        float4 w = *((const float4 *)mlp.w1 + ((n + u) * CHUNKS + i) * 32 + lane_id());
-        mma(h[u], f[0][i][0], f[1][i][0], f[0][i][1], f[1][i][1], w.x, w.y);
-        mma(h[u], f[0][i][2], f[1][i][2], f[0][i][3], f[1][i][3], w.z, w.w);
-      }
-#pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = n; u < n + 2; ++u)
 #pragma unroll
       for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
 #pragma unroll
-    for (int j = 0; j < TILES; ++j)
+    for (int j = 0; j < COUNT; ++j)
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        float2 w = *(const float2 *)(mlp.w2 + (j * 8 + n + u) * 64 + row);
+      for (int u = n; u < n + 2; ++u) {
+        bool dense = j == COLOUR_TILES;
+        float2 w = *(const float2 *)(dense ? mlp.dense + 8 * u + 2 * q : mlp.w2 + (j * 8 + u) * 64 + row);
         mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
       }
     if (KEEP) {
 #pragma unroll
-      for (int u = 0; u < 2; ++u) store_quad(hidden, H_ROW, n + u, h[u][0], h[u][1], h[u][2], h[u][3]);
+      for (int u = n; u < n + 2; ++u) store_quad(hidden, u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
-#pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) out[j][e] *= CUT;
 }

@@ -2,7 +2,7 @@
 // Forward pass: one warp a ray. Images are written, and for a backward pass one number a sample: its raw density.
 #include "ray.cuh"
 
-constexpr int COLOUR_ROW = 8 * ((OUT + 7) / 8), COLOUR_TILES = (OUT + 7) / 8;
+constexpr int COLOUR_ROW = 8 * COLOUR_TILES;
 constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;
 constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
@@ -14,10 +14,10 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
-    float f[2][CHUNKS][4], out[TILES][4];
+    float f[2][CHUNKS][4], h[8][4], out[TILES][4];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather<2>(p, base, cells, f);
-    mlp_forward<false>(mlp, f, nullptr, out);
+    mlp_forward<false, false>(mlp, f, nullptr, h, out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;

@@ -5,56 +5,61 @@
 
 constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;  // floats of all gradients
-constexpr int H_FLOATS = 8 * H_ROW, F_FLOATS = 8 * F_ROW, O_FLOATS = 8 * O_ROW;
-constexpr int TILE_FLOATS = 2 * H_FLOATS + F_FLOATS + O_FLOATS;
+// After its matrices a tile has gradients of a density that is ALONE, of samples g and g + 8 in pairs; then as many zeros.
+constexpr int DENSE_AT = 8 * TILE_ROW, TILE_FLOATS = DENSE_AT + (ALONE ? 32 : 0);
 
 // Gradients of a block's hidden units: rows g, g + 8 of the products' layouts are units 16 (UNITS warp + u) + 2 g, + 1.
 struct MlpGradient {
-  float w1[UNITS][STEPS][4], b1[UNITS][4], w2[UNITS][TILES][4];
-  float b2[TILES][2];  // of outputs 8 j + 2 q + e, from the warp's own samples g and g + 8
+  float w1[UNITS][STEPS][4], w2[UNITS][COLOUR_TILES][4];
+  float rest[UNITS][4];       // column 0: b1; column 1: of w2, what belongs to a density that is ALONE
+  float b2[COLOUR_TILES];     // of output_column(j, g), from every fourth of the warp's own samples, from q on
+  float dense;                // g == 1: the same of a density that is ALONE
 };
-
-struct Tile {
-  float *h, *g_h, *f, *g_out;  // matrices: activations, gradients before the activation, features, gradients of outputs
-};
-
-DEV Tile tile_at(float *place) {
-  return {place, place + H_FLOATS, place + 2 * H_FLOATS, place + 2 * H_FLOATS + F_FLOATS};
-}
 
 // The column of which a product of B operands that lie in quads has column `column` of tile j.
 DEV int quad_column(int j, int column) { return 8 * (2 * (j >> 1) + (column >> 2)) + 2 * (column & 3) + (j & 1); }
 // Of outputs there may be a last tile on its own, which is read in pairs.
-DEV int output_column(int j, int column) { return j + 1 == TILES && TILES % 2 == 1 ? 8 * j + column : quad_column(j, column); }
+DEV int output_column(int j, int column) { return j + 1 == COLOUR_TILES && COLOUR_TILES % 2 == 1 ? 8 * j + column : quad_column(j, column); }
 
-// Adds a tile's share to the gradients of this warp's hidden units.
-DEV void accumulate(const Tile &tile, int warp, MlpGradient &grad) {
-  int g = lane_id() >> 2, q = lane_id() & 3, units = 32 * UNITS * warp, column = permuted(q, 4 * g);
+// Adds a tile's share to the gradients of this warp's hidden units. OWN: it is the warp's, and goes to the gradient of b2.
+template <bool OWN>
+DEV void accumulate(const float *tile, int warp, MlpGradient &grad) {
+  int g = lane_id() >> 2, q = lane_id() & 3, place = q * TILE_ROW + permuted(q, 4 * g);
   float one = g == 0 ? 1.f : 0.f;
 #pragma unroll
   for (int s = 0; s < 8; s += 4) {  // samples s + q and s + q + 8
-    const float *g_h = tile.g_h + (s + q) * H_ROW + units + column, *h = tile.h + (s + q) * H_ROW + units + column;
-    const float *f = tile.f + (s + q) * F_ROW + column, *g_out = tile.g_out + (s + q) * O_ROW;
+    const float *row = tile + place + s * TILE_ROW, *units = row + 32 * UNITS * warp;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      float4 a = *(const float4 *)(g_h + 32 * u);
+      float4 a = *(const float4 *)(units + G_HIDDEN_AT + 32 * u);
 #pragma unroll
       for (int m = 0; m < STEPS; m += 2) {
-        float4 b = *(const float4 *)(f + 16 * m);
+        float4 b = *(const float4 *)(row + FEATURES_AT + 16 * m);
         mma(grad.w1[u][m], a.x, a.y, a.z, a.w, b.x, b.y);
         mma(grad.w1[u][m + 1], a.x, a.y, a.z, a.w, b.z, b.w);
       }
-      mma(grad.b1[u], a.x, a.y, a.z, a.w, one, one);
-      a = *(const float4 *)(h + 32 * u);
+      mma(grad.rest[u], a.x, a.y, a.z, a.w, one, one);
+      a = *(const float4 *)(units + HIDDEN_AT + 32 * u);
+      if (ALONE) {
+        float2 b = *(const float2 *)(tile + DENSE_AT + (g == 1 ? 0 : 16) + 2 * (s + q));
+        mma(grad.rest[u], a.x, a.y, a.z, a.w, b.x, b.y);
+        if (OWN && u == 0) grad.dense += b.x + b.y;
+      }
 #pragma unroll
-      for (int j = 0; j + 1 < TILES; j += 2) {
-        float4 b = *(const float4 *)(g_out + 16 * j + column);
+      for (int j = 0; j + 1 < COLOUR_TILES; j += 2) {
+        float4 b = *(const float4 *)(row + G_OUT_AT + 16 * j);
         mma(grad.w2[u][j], a.x, a.y, a.z, a.w, b.x, b.y);
         mma(grad.w2[u][j + 1], a.x, a.y, a.z, a.w, b.z, b.w);
+        if (OWN && u == 0) {
+          grad.b2[j] += b.x + b.y;
+          grad.b2[j + 1] += b.z + b.w;
+        }
       }
-      if (TILES % 2 == 1) {
-        float2 b = *(const float2 *)(g_out + 16 * (TILES - 1) + permuted(q, 2 * g));
-        mma(grad.w2[u][TILES - 1], a.x, a.y, a.z, a.w, b.x, b.y);
+      if (COLOUR_TILES % 2 == 1) {
+        const float *last = tile + (s + q) * TILE_ROW + G_OUT_AT + 16 * (COLOUR_TILES - 1);
+        float2 b = *(const float2 *)(last + permuted(q, 2 * g));
+        mma(grad.w2[u][COLOUR_TILES - 1], a.x, a.y, a.z, a.w, b.x, b.y);
+        if (OWN && u == 0) grad.b2[COLOUR_TILES - 1] += b.x + b.y;
       }
     }
   }
@@ -74,22 +79,22 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
         int found = quad_column(m, column), c = feature_of(found >> 3, found & 7);
         if (c < C) to[unit * C + c] = CUT * LOG2E * grad.w1[u][m][e];
       }
-      if (column == 0) to_b1[unit] = CUT * LOG2E * grad.b1[u][e];
+      if (column == 0) to_b1[unit] = CUT * LOG2E * grad.rest[u][e];
+      if (ALONE && column == 1) to_w2[out_row(OUT) * HIDDEN + unit] = CUT * CUT * out_unit(OUT) * grad.rest[u][e];
 #pragma unroll
-      for (int j = 0; j < TILES; ++j) {
+      for (int j = 0; j < COLOUR_TILES; ++j) {
         int n = output_column(j, column);
         if (out_row(n) >= 0) to_w2[out_row(n) * HIDDEN + unit] = CUT * CUT * out_unit(n) * grad.w2[u][j][e];
       }
     }
 #pragma unroll
-  for (int j = 0; j < TILES; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float sum = grad.b2[j][e];
-#pragma unroll
-      for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(ALL, sum, d);
-      if (g == 0) shared[8 * (TILES * warp + j) + 2 * q + e] = sum;
-    }
+  for (int j = 0; j < TILES; ++j) {
+    float sum = j < COLOUR_TILES ? grad.b2[j < COLOUR_TILES ? j : 0] : grad.dense;
+    sum += __shfl_xor_sync(ALL, sum, 1);
+    sum += __shfl_xor_sync(ALL, sum, 2);
+    int n = j < COLOUR_TILES ? output_column(j, g) : 8 * j + (g + 7 & 7);
+    if (q == 0) shared[8 * TILES * warp + n] = sum;
+  }
   __syncthreads();
   for (int n = threadIdx.x; n <= OUT; n += 32 * WARPS) {
     float sum = 0.f;

@@ -4,21 +4,23 @@
 #include "ray.cuh"
 
 // The four texels that a sample reads in a plane have four parities of (column, row). Successive samples of a tile that
-// read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What a plane's
-// texels get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
+// read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What texels
+// get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
 // gradients. (So one NaN among the gradients is in all runs of the tile.)
-constexpr int MOST_RUNS = 64 + 16;         // with as many that stand for nothing as fill a product's 16 rows
-constexpr int GRADIENT_ROW = 32 * CHUNKS;  // of 8 rows, each a pair of samples
+constexpr int PLANES = PRODUCT ? 1 : 3;  // go together, because one alone would mostly wait
+constexpr int MOST_RUNS = PRODUCT ? 64 : CHUNKS > 1 ? 160 : 128;  // at a time: all of a plane, nearly always all of three
+constexpr int GRADIENT_ROW = 32 * CHUNKS;      // of 8 rows, each a pair of samples
 
 struct Runs {
   // As products take them: of 16 runs lane 4 g + q has the weights of runs 2 g, 2 g + 1 for sample q, then for sample q + 8;
-  // the second half has q + 4 and q + 12. Zero but while there are runs.
-  float weight[2 * 8 * MOST_RUNS + 32];  // and a place for what is outside
+  // the second half has q + 4 and q + 12.
+  float weight[2 * 8 * MOST_RUNS];
   int texel[MOST_RUNS];  // which of the scene's
 };
 constexpr float ROOTS = CUT_ROOT * CUT_ROOT, SCATTER_CUT = CUT * CUT * CUT / (PRODUCT ? ROOTS * ROOTS : 1.f);
 constexpr int OUTSIDE = -(1 << 30);
-constexpr int RUN_FLOATS = sizeof(Runs) / 4;
+// Runs take the place of the gradients' matrix, which has been read by then.
+constexpr int RUN_FLOATS = sizeof(Runs) / 4, MATRIX_FLOATS = RUN_FLOATS > 8 * GRADIENT_ROW ? RUN_FLOATS : 8 * GRADIENT_ROW;
 
 // Texels that sample lane % 16 reads, along each axis the even and the odd one.
 struct Spots {
@@ -44,29 +46,61 @@ DEV Spots find_spots(const Params &p, const Ray &ray, float at) {
   return spots;
 }
 
-// The runs of a tile in a plane; returns how many there are. Lanes from 16 on have the texels of odd columns.
-DEV int find_runs(const Params &p, const Spots &spots, int plane, Runs &runs) {
-  int lane = lane_id(), sample = lane & 15, a = column_axis(plane), b = row_axis(plane), total = 0;
+// What a sample has to do with runs, of both parities of rows. Lanes from 16 on have the texels of odd columns.
+struct Found {
+  int run[PLANES][2], texel[PLANES][2];  // -1: it is outside; the texel of a run's first sample, else -1
+  float weight[PLANES][2];
+};
+
+// The runs of a tile in PLANES planes; returns how many there are.
+DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found &found) {
+  int lane = lane_id(), sample = lane & 15, total = 0, texel[PLANES][2], before[PLANES][2];
   bool odd = lane >= 16;
-  int column = (odd ? spots.texel[a][1] : spots.texel[a][0]) + plane * p.resolution * p.resolution;
-  float across = SCATTER_CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
-  int mine = 8 * MOST_RUNS * (sample >> 2 & 1) + 4 * (sample & 3) + 2 * (sample >> 3), nowhere = 16 * MOST_RUNS + lane;
-  asm("" : "+r"(mine));  // else it is found for each texel again
 #pragma unroll
-  for (int parity = 0; parity < 2; ++parity) {
-    int row = spots.texel[b][parity], texel = row < 0 ? OUTSIDE : row * p.resolution + column;
-    int before = __shfl_up_sync(ALL, texel, 1, 16);
-    bool start = (sample == 0 || texel != before) && texel >= 0;
-    u32 starts = __ballot_sync(ALL, start);
-    int run = total + __popc(starts & (0xffffffffu >> (31 - lane))) - 1;
-    int place = texel >= 0 ? mine + 8 * run - 7 * (run & 1) : nowhere;
-    runs.weight[place] = across * spots.weight[b][parity];
-    if (start) runs.texel[run] = texel;
-    total += __popc(starts);
+  for (int i = 0; i < PLANES; ++i) {
+    int plane = first_plane + i, a = column_axis(plane), b = row_axis(plane);
+    int column = (odd ? spots.texel[a][1] : spots.texel[a][0]) + plane * p.resolution * p.resolution;
+    float across = SCATTER_CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      int row = spots.texel[b][parity];
+      texel[i][parity] = row < 0 ? OUTSIDE : row * p.resolution + column;
+      before[i][parity] = __shfl_up_sync(ALL, texel[i][parity], 1, 16);
+      found.weight[i][parity] = across * spots.weight[b][parity];
+    }
   }
-  if (lane < 16) runs.texel[total + lane] = -1;
-  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < PLANES; ++i)
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      int own = texel[i][parity];
+      bool start = (sample == 0 || own != before[i][parity]) && own >= 0;
+      u32 starts = __ballot_sync(ALL, start);
+      found.run[i][parity] = own >= 0 ? total + __popc(starts & (0xffffffffu >> (31 - lane))) - 1 : -1;
+      found.texel[i][parity] = start ? own : -1;
+      total += __popc(starts);
+    }
   return total;
+}
+
+// Writes the `count` runs from `low` on to where products take them.
+DEV void write_runs(const Found &found, int low, int count, Runs &runs) {
+  int lane = lane_id(), mine = 8 * MOST_RUNS * (lane >> 2 & 1) + 4 * (lane & 3) + 2 * (lane >> 3 & 1);
+#pragma unroll 1
+  for (int i = lane; i < 4 * (count + 1 >> 1); i += 32)  // runs lie in pairs
+#pragma unroll
+    for (int half = 0; half < 2; ++half) ((float4 *)runs.weight)[2 * MOST_RUNS * half + i] = {0.f, 0.f, 0.f, 0.f};
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < PLANES; ++i)
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      int run = found.run[i][parity] - low;
+      if ((u32)run >= (u32)MOST_RUNS || found.run[i][parity] < 0) continue;
+      runs.weight[mine + 8 * run - 7 * (run & 1)] = found.weight[i][parity];
+      if (found.texel[i][parity] >= 0) runs.texel[run] = found.texel[i][parity];
+    }
+  __syncwarp();
 }
 
 // Where four columns of a row begin, so that neither writing nor reading the rows meets a bank twice.
@@ -121,36 +155,41 @@ DEV void add(const Params &p, Sum *at, float4 v) {
 #endif
 }
 
-// Adds what the runs of a plane get; base: of this lane's features. gradient: see load_gradients.
-DEV void add_runs(const Params &p, Sum *base, Runs &runs, int count, const float4 (&gradient)[2][CHUNKS]) {
+// Adds what `count` runs get; base: of this lane's features. gradient: see load_gradients.
+DEV void add_runs(const Params &p, Sum *base, const Runs &runs, int count, const float4 (&gradient)[2][CHUNKS]) {
   int lane = lane_id(), q = lane & 3;
 #pragma unroll 1
-  for (int first = 0; first < count; first += 16) {
-    int2 texel = *(const int2 *)(runs.texel + first + (lane >> 2) * 2);
-    float4 a[2];
+  for (int first = 0; first < count; first += 32) {  // twice 16, because each product waits for the one before
+    float4 a[2][2];
+    int2 texel[2];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      float4 *place = (float4 *)(runs.weight + 8 * (k * MOST_RUNS + first)) + lane;
-      a[k] = *place;
-      *place = {0.f, 0.f, 0.f, 0.f};
+    for (int u = 0; u < 2; ++u) {
+      texel[u] = *((const int2 *)(runs.texel + first + 16 * u) + (lane >> 2));
+#pragma unroll
+      for (int k = 0; k < 2; ++k) a[u][k] = *((const float4 *)(runs.weight + 8 * (k * MOST_RUNS + first + 16 * u)) + lane);
     }
-    float d[CHUNKS][2][4] = {};
+    float d[2][CHUNKS][2][4] = {};
 #pragma unroll
     for (int k = 0; k < 2; ++k)
 #pragma unroll
-      for (int i = 0; i < CHUNKS; ++i) {
-        mma(d[i][0], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].x, gradient[k][i].y);
-        mma(d[i][1], a[k].x, a[k].y, a[k].z, a[k].w, gradient[k][i].z, gradient[k][i].w);
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+          float4 b = gradient[k][i];
+          mma(d[u][i][0], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.x, b.y);
+          mma(d[u][i][1], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.z, b.w);
+        }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (first + 16 * u + (lane >> 2) * 2 + row >= count) continue;
+        Sum *to = base + (long long)(row ? texel[u].y : texel[u].x) * C;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+          if (C % 16 == 0 || 16 * i + 4 * q < C)
+            add(p, to + 16 * i, {d[u][i][0][2 * row], d[u][i][0][2 * row + 1], d[u][i][1][2 * row], d[u][i][1][2 * row + 1]});
       }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      int to = row ? texel.y : texel.x;
-      if (to < 0) continue;
-#pragma unroll
-      for (int i = 0; i < CHUNKS; ++i)
-        if (C % 16 == 0 || 16 * i + 4 * q < C)
-          add(p, base + (long long)to * C + 16 * i, {d[i][0][2 * row], d[i][0][2 * row + 1], d[i][1][2 * row], d[i][1][2 * row + 1]});
-    }
   }
   __syncwarp();
 }
@@ -161,28 +200,35 @@ DEV void load_gradients(const float *matrix, float4 (&gradient)[2][CHUNKS]) {
   for (int k = 0; k < 2; ++k)
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) gradient[k][i] = *(const float4 *)(matrix + gradient_place(4 * k + q, 4 * g) + 32 * i);
+  __syncwarp();
+}
+
+// Adds the gradients of a tile's features in PLANES planes, in which `total` runs were found.
+DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float (&g_f)[2][CHUNKS][4],
+                        float *matrix, Runs &runs) {
+  float4 gradient[2][CHUNKS];
+  store_gradients(matrix, g_f);
+  load_gradients(matrix, gradient);
+#pragma unroll 1
+  for (int low = 0; low < total; low += MOST_RUNS) {
+    int count = min(total - low, MOST_RUNS);
+    write_runs(found, low, count, runs);
+    add_runs(p, base, runs, count, gradient);
+  }
 }
 
 // Adds the gradients of a tile's features to the planes; at: depth of sample lane % 16, where what is beyond the ray's last
-// repeats it, with gradients of 0. matrix and runs (and cells) are scratch.
-DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
+// repeats it, with gradients of 0; spots are its; `total` runs were found in the first PLANES planes. matrix, runs and cells
+// are scratch.
+DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total,
+                 const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
   Sum *base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 3);
   asm volatile("" : "+l"(base));  // else it is put together for each texel
-  Spots spots = find_spots(p, ray, at);
-#pragma unroll
-  for (int i = lane_id(); i < 4 * MOST_RUNS; i += 32) ((float4 *)runs.weight)[i] = {0.f, 0.f, 0.f, 0.f};
-  __syncwarp();
-  float4 gradient[2][CHUNKS];
 #if PRODUCT
+  // A plane's gradients are those of the features times what the other planes have.
   find_cells(p, ray, at, cells);
-#else
-  store_gradients(matrix, g_f);
-  load_gradients(matrix, gradient);
-#endif
 #pragma unroll
   for (int plane = 0; plane < 3; ++plane) {
-#if PRODUCT
-    // A plane's gradients are those of the features times what the other planes have.
     float f[2][CHUNKS][4];
     const void *planes = scene_planes(p, ray);
     plane == 0 ? gather<2, 0>(p, planes, cells, f) : plane == 1 ? gather<2, 1>(p, planes, cells, f) : gather<2, 2>(p, planes, cells, f);
@@ -192,9 +238,10 @@ DEV void scatter(const Params &p, const Ray &ray, float at, const float (&g_f)[2
       for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) f[row][i][e] *= g_f[row][i][e];
-    store_gradients(matrix, f);
-    load_gradients(matrix, gradient);
-#endif
-    add_runs(p, base, runs, find_runs(p, spots, plane, runs), gradient);
+    if (plane > 0) total = find_runs(p, spots, plane, found);
+    scatter_planes(p, base, found, total, f, matrix, runs);
   }
+#else
+  scatter_planes(p, base, found, total, g_f, matrix, runs);
+#endif
 }
