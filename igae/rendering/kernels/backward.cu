@@ -144,7 +144,7 @@ DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[
       for (int u = 0; u < 2; ++u) {
         float2 w = *(const float2 *)(mlp.dense + 8 * (n + u) + 2 * q);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * (d[e >> 1] * (1.f / CUT));  // nothing is cut off of d here
+        for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * d[e >> 1];
       }
     }
 #pragma unroll

@@ -149,7 +149,7 @@ DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | 
 struct Mlp {
   const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
   const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
-  const float *dense;           // ALONE: row of w2 that gives the density, which is in no block
+  const float *dense;           // ALONE: row of w2 that gives the density, in no block and not rounded
 };
 
 // Colours come first and the density after them, so that colours fill whole tiles.
@@ -182,7 +182,10 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   for (int i = threadIdx.x; i < (8 * COLOUR_TILES + ALONE) * HIDDEN; i += 32 * WARPS) {
     int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n), place = (n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7);
     float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
-    w2[ALONE && n == OUT ? i : place] = weight_operand(CUT * out_unit(n) * w);
+    if (ALONE && n == OUT)
+      w2[i] = out_unit(n) * w;
+    else
+      w2[place] = weight_operand(CUT * out_unit(n) * w);
   }
   for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
@@ -236,17 +239,21 @@ DEV void mlp_hidden(const Mlp &mlp, const float (&f)[2][CHUNKS][4], int n, float
     }
 }
 
-// f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come before
-// their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. h: of
-// 8 hidden units each, activations in the same layout; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before the activations of those before them are found.
+// f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come
+// before their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. It
+// is no matrix product: one rounding of its weights would move all densities, and all that hangs on them. h: of 8 hidden
+// units each, activations in the same layout; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before
+// the activations of those before them are found.
 template <bool KEEP, bool AHEAD, int COUNT>
 DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&h)[8][4], float (&out)[COUNT][4]) {
+  constexpr bool DENSE = ALONE && COUNT > COLOUR_TILES;
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
+  for (int j = 0; j < COLOUR_TILES; ++j) {
     float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
     out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
+  float dense[2] = {0.f, 0.f};  // of rows g and g + 8, from this lane's hidden units
   int row = block_row(g) + 2 * q;
   if (AHEAD) mlp_hidden(mlp, f, 0, h);
 #pragma unroll
@@ -257,16 +264,31 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
 #pragma unroll
       for (int e = 0; e < 4; ++e) h[u][e] = softplus2(h[u][e]);
 #pragma unroll
-    for (int j = 0; j < COUNT; ++j)
+    for (int j = 0; j < COLOUR_TILES; ++j)
 #pragma unroll
       for (int u = n; u < n + 2; ++u) {
-        bool dense = j == COLOUR_TILES;
-        float2 w = *(const float2 *)(dense ? mlp.dense + 8 * u + 2 * q : mlp.w2 + (j * 8 + u) * 64 + row);
+        float2 w = *(const float2 *)(mlp.w2 + (j * 8 + u) * 64 + row);
         mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
       }
+    if (DENSE) {
+#pragma unroll
+      for (int u = n; u < n + 2; ++u) {
+        float2 w = *(const float2 *)(mlp.dense + 8 * u + 2 * q);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dense[e >> 1] = fmaf(e & 1 ? w.y : w.x, h[u][e], dense[e >> 1]);
+      }
+    }
     if (KEEP) {
 #pragma unroll
       for (int u = n; u < n + 2; ++u) store_quad(hidden, u, h[u][0], h[u][1], h[u][2], h[u][3]);
+    }
+  }
+  if (DENSE) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      dense[r] += __shfl_xor_sync(ALL, dense[r], 1);
+      dense[r] += __shfl_xor_sync(ALL, dense[r], 2);
+      out[COUNT - 1][2 * r] = out[COUNT - 1][2 * r + 1] = dense[r] + mlp.b2[16 * (COUNT - 1)];
     }
   }
 }
