@@ -5,10 +5,11 @@
     python benchmarks/scaling.py
     python benchmarks/scaling.py --cases joint:1:500 joint:1:8000 joint:1:3000 joint:2:6000
 
-A case is STAGE:RANKS:SCENES, with the scenes of all ranks together. One launch measures all cases in turns. Steps are
-real ones: data from shards (random latents in the warm-up), an autoencoder of Stable Diffusion's size with random
-weights, planes and their optimizer as in the middle of a long training. Time is that of a round of steps, by their
-number, as the slowest rank sees it.
+A case is STAGE:RANKS:SCENES, with the scenes of all ranks together; STAGE:RANKS:SCENES:apart is the same without any
+exchange, which tells what is lost by it from what ranks lose by sharing a machine. One launch measures all cases in
+turns. Steps are real ones: data from shards (random latents in the warm-up), an autoencoder of Stable Diffusion's size
+with random weights, planes and their optimizer as in the middle of a long training. Time is that of a round of steps,
+by their number, as the slowest rank sees it.
 """
 
 import argparse
@@ -77,17 +78,17 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:
-            stage, ranks, scenes = case.split(":")
+            stage, ranks, scenes, *apart = case.split(":")
             figures = None
             if int(ranks) == world or rank() == 0:
                 os.environ["WORLD_SIZE"] = ranks
-                chosen = engine if int(ranks) == world else single
+                chosen = engine if int(ranks) == world and not apart else single
                 figures = measure(chosen, model, stage, f"{folder}/shards-{scenes}", steps, overrides)
                 os.environ["WORLD_SIZE"] = str(world)
             every = [one for one in channel.gather(figures) if one is not None]
             found[case].append({key: max(one[key] for one in every) for key in ("ms", "gib")})
             if rank() == 0:
-                print(f"{case:20s} {found[case][-1]['ms']:9.2f} ms  {found[case][-1]['gib']:6.1f} GiB", flush=True)
+                print(f"{case:24s} {found[case][-1]['ms']:9.2f} ms  {found[case][-1]['gib']:6.1f} GiB", flush=True)
     if rank() == 0:
         print("RESULT " + json.dumps(found), flush=True)
     engine.close()
@@ -96,18 +97,19 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
 def report(found: dict[str, list[Figures]]) -> None:
     """The medians of the rounds, and what follows from them."""
     time_of = {case: statistics.median(one["ms"] for one in rounds) for case, rounds in found.items()}
-    print(f"\n{'stage:ranks:scenes':22s} {'step':>10s} {'lowest':>10s} {'highest':>10s} {'peak memory':>14s}")
+    print(f"\n{'stage:ranks:scenes':24s} {'step':>10s} {'lowest':>10s} {'highest':>10s} {'peak memory':>14s}")
     for case, rounds in found.items():
         times = [one["ms"] for one in rounds]
         memory = max(one["gib"] for one in rounds)
-        print(f"{case:22s} {time_of[case]:7.2f} ms {min(times):7.2f} ms {max(times):7.2f} ms {memory:10.1f} GiB")
+        print(f"{case:24s} {time_of[case]:7.2f} ms {min(times):7.2f} ms {max(times):7.2f} ms {memory:10.1f} GiB")
     for stage in ("warmup", "joint"):
         single = {int(c.split(":")[2]): t for c, t in time_of.items() if c.startswith(f"{stage}:1:")}
         for case, together in time_of.items():
-            name, ranks, scenes = case.split(":")
+            name, ranks, scenes, *apart = case.split(":")
             if name == stage and ranks != "1" and int(scenes) // int(ranks) in single:
                 share = single[int(scenes) // int(ranks)] / together
-                print(f"{stage}: {ranks} ranks keep {100 * share:.1f} % of one rank's speed with as many scenes a rank")
+                many = f"{ranks} ranks{' apart' if apart else ''}"
+                print(f"{stage}: {many} keep {100 * share:.1f} % of one rank's speed with as many scenes a rank")
         if len(single) > 1:
             few, many = min(single), max(single)
             print(f"{stage}: {many} scenes a rank instead of {few}: {100 * (single[many] / single[few] - 1):+.1f} %")
@@ -125,9 +127,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     gpus = max(2, torch.cuda.device_count())
     cases = arguments.cases or [
-        f"{stage}:{ranks}:{scenes}"
+        f"{stage}:{case}"
         for stage in ("warmup", "joint")
-        for ranks, scenes in ((1, 500), (1, 8000), (1, 6000), (1, 6000 // gpus), (gpus, 6000))
+        for case in ("1:500", "1:8000", "1:6000", f"1:{6000 // gpus}", f"{gpus}:6000", f"{gpus}:6000:apart")
     ]
     if arguments.worker:
         worker(cases, arguments.worker, arguments.rounds, arguments.steps, arguments.overrides)

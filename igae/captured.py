@@ -115,7 +115,7 @@ class CapturedStep:
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
         own = leaf.grad.norm()
-        agreed, go_on, norms = self._engine.agree(losses["total"].isfinite() & own.isfinite(), go_on)
+        agreed, go_on, norms = self._engine.agree(losses["total"].detach() + own, go_on)
         applied = self._engine.step(rates, agreed)
         self._adam.step(rows, leaf.grad, rates["planes"], scale=1 / self._world, apply=applied)
         return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms | {"planes": own}

@@ -111,11 +111,11 @@ class Engine:
         if loss.requires_grad:
             self._strategy.backward(loss, last)
 
-    def agree(self, finite: Tensor, go_on: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def agree(self, watched: Tensor, go_on: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Make shared gradients the mean over the ranks, and agree on the step. Collective.
 
         Args:
-            finite: boolean on the device, whether this rank's own losses and gradients are.
+            watched: a number on the device that is finite where this rank's own losses and gradients are: their sum.
             go_on: this rank was not asked to stop; as a tensor 1 or 0, float32.
 
         Returns:
@@ -125,13 +125,13 @@ class Engine:
         if not isinstance(go_on, Tensor):
             go_on = torch.full((), float(go_on), device=self.device)
         if self.replicated:  # the same gradients on all ranks, afterwards
-            finite, go_on = self._strategy.agree(finite, go_on)
+            watched, go_on = self._strategy.agree(watched, go_on)
             norms = self._norms()
-            finite = _finite(norms, finite)
+            watched = sum((norm.sum() for norm in norms.values()), watched)
         else:
             norms = self._norms()
-            finite, go_on = self._strategy.agree(_finite(norms, finite), go_on)
-        return finite.float(), go_on, norms
+            watched, go_on = self._strategy.agree(sum((norm.sum() for norm in norms.values()), watched), go_on)
+        return (watched - watched == 0).float(), go_on, norms  # infinite less infinite is not a number
 
     def _norms(self) -> dict[str, Tensor]:
         groups = {name: grads for name, grads in self._strategy.gradients().items() if grads}
@@ -176,10 +176,6 @@ class Engine:
         self._strategy.drop()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _finite(norms: dict[str, Tensor], others: Tensor) -> Tensor:
-    return others & torch.cat(list(norms.values())).sum().isfinite() if norms else others
 
 
 def _switch(name: str) -> bool:

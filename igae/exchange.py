@@ -34,6 +34,9 @@ class Exchange:
                 size = 0
             self._buckets[-1].append(parameter)
             size += parameter.numel() * parameter.element_size()
+        for gradients in self._buckets:
+            # Those of an odd length behind the others: gradients that begin at 16 bytes are read faster.
+            gradients.sort(key=lambda parameter: parameter.numel() % 4 != 0)
         self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
         self._begin()

@@ -188,11 +188,11 @@ class Stage:
             for name, loss in losses.items():
                 total[name] = total.get(name, 0) + loss.detach() / count
         gradient = leaf.grad if leaf is not None else None
-        finite, own = total["total"].isfinite(), {}
+        watched, own = total["total"], {}
         if gradient is not None:
             own["planes"] = gradient.norm()
-            finite = finite & own["planes"].isfinite()
-        agreed, go_on, norms = self.engine.agree(finite, not stop)
+            watched = watched + own["planes"]
+        agreed, go_on, norms = self.engine.agree(watched, not stop)
         rates = self.learning_rates(step)
         applied = self.engine.step(rates, agreed)
         if gradient is not None:

@@ -62,10 +62,10 @@ class Strategy:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a boolean is true on all ranks, and whether a number is 1 on all, or else 0. The gradients of
-        :meth:`gradients` are the mean over the ranks afterwards. Collective."""
-        return finite, go_on
+    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+        """A number that is finite where `watched` is on all ranks, and 1 where `go_on` is on all, or else 0. The
+        gradients of :meth:`gradients` are the mean over the ranks afterwards. Collective."""
+        return watched, go_on
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """By the names of groups: this rank's part of their gradients, those that there are."""
@@ -158,19 +158,18 @@ class DDP(Strategy):
             self._exchange.active = last
         loss.backward()
 
-    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
         if self._exchange is None:
-            return on_all_ranks(finite, go_on)
-        means = self._exchange.finish([finite.float(), go_on])
-        everyone = means > 1 - 0.5 / dist.get_world_size()
-        return everyone[0], everyone[1].float()
+            return on_all_ranks(watched, go_on)
+        watched, share = self._exchange.finish([watched, go_on])
+        return watched, (share > 1 - 0.5 / dist.get_world_size()).float()
 
 
-def on_all_ranks(finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+def on_all_ranks(watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
     """See :meth:`Strategy.agree`; gradients are left alone."""
-    flags = torch.stack([finite.float(), go_on])
-    dist.all_reduce(flags, dist.ReduceOp.MIN)
-    return flags[0] > 0, flags[1]
+    sums = torch.stack([watched.float(), go_on])
+    dist.all_reduce(sums)
+    return sums[0], (sums[1] > dist.get_world_size() - 0.5).float()
 
 
 class Sharded(Strategy):
@@ -195,8 +194,8 @@ class Sharded(Strategy):
     def shard(self) -> Any:
         """Shard the copy and return what is called."""
 
-    def agree(self, finite: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
-        return on_all_ranks(finite, go_on)
+    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+        return on_all_ranks(watched, go_on)
 
     def start(self, groups: Groups) -> None:
         """Make the optimizer of the copy."""
