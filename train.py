@@ -34,11 +34,12 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from igae import config, distributed
+        from igae.captured import TrainingError
         from igae.fit import Fit
         from igae.pretrained import take_settings
         from igae.recipe import Recipe
         from igae.report.page import try_to_write
-        from igae.trainer import Trainer, TrainingError
+        from igae.trainer import Trainer
 
         try:
             recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=take_settings)

@@ -17,6 +17,10 @@ EAGER_CALLS = 3
 """Calls before the step is captured: what is compiled, loaded or made at first use can't be."""
 
 
+class TrainingError(RuntimeError):
+    """Training can't go on; the text says why and what to do. It is raised on all ranks alike."""
+
+
 class CapturedStep:
     """Encodes, renders and decodes views, and steps planes and shared parameters, without asking the host.
 
@@ -73,6 +77,9 @@ class CapturedStep:
 
         Returns:
             losses; 1 where the step was applied, else 0; 0 where it is the last one, else 1; norms of the gradients.
+
+        Raises:
+            TrainingError: the step can't be captured.
         """
         padding = torch.full((self._batch_size - len(rows),), -1)
         numbers = torch.tensor([rates[name] for name in self._rates], dtype=torch.float64).view(torch.int64)
@@ -89,11 +96,23 @@ class CapturedStep:
             with _fastest_convolutions():
                 return self._step()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with _fastest_convolutions(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._output = self._step()
+            self._graph = self._capture()
         self._graph.replay()
         return self._output
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _fastest_convolutions(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._output = self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise TrainingError(
+                f"a step can't be captured in a CUDA graph ({str(error).splitlines()[0]}): something in it, in the "
+                "autoencoder perhaps, asks the host for a value; set train.cuda_graph=false"
+            ) from error
+        return graph
 
     def _put(self, place: Tensor, tensor: Tensor) -> None:
         assert place.shape == tensor.shape

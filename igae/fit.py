@@ -16,6 +16,7 @@ from pathlib import Path
 
 from igae import checkpoint
 from igae.assembly import build_model
+from igae.captured import TrainingError
 from igae.checkpoint import Parts, Progress
 from igae.data.manifest import Scene
 from igae.distributed import Channel, derive_seed, rank, world_size
@@ -28,7 +29,7 @@ from igae.recipe import Recipe, StageName
 from igae.records import Outcome
 from igae.scenes import SceneBank
 from igae.shares import Data, scene_bytes, select, waves
-from igae.stage import Stage, TrainingError
+from igae.stage import Stage
 from igae.tracking import Tracker
 from igae.trainer import LAG, SHOWN, STAGES, progress_bar, stop_signals
 

@@ -23,10 +23,6 @@ from igae.shares import Data, steps_per_epoch
 ENCODE_BATCH = 64
 
 
-class TrainingError(RuntimeError):
-    """Training can't go on; the text says why and what to do."""
-
-
 class Stage:
     """Data and optimizers of one stage; :meth:`step` makes a training step. All ranks make the same steps.
 

@@ -38,8 +38,8 @@ class TrackingConfig(Section):
     """wandb's project."""
     entity: str | None = None
     """wandb's user or team; null is the default of the account."""
-    every: int = Field(default=10, ge=1)
-    """Steps between two records of the training scalars."""
+    every: int = Field(default=50, ge=1)
+    """Steps between two records of the training scalars. A record waits for the GPU, which then waits for a step."""
 
 
 class _Backend(Protocol):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from igae import checkpoint
 from igae.assembly import build_model
+from igae.captured import TrainingError
 from igae.checkpoint import Progress
 from igae.distributed import Channel, LostRank, rank, world_size
 from igae.engine import Engine
@@ -29,7 +30,7 @@ from igae.records import Outcome
 from igae.resume import RATES, Restored, find, restore
 from igae.scenes import SceneBank
 from igae.shares import log_ranks, own_data, scene_bytes
-from igae.stage import Stage, TrainingError, fit_scale
+from igae.stage import Stage, fit_scale
 from igae.tracking import Tracker
 
 STAGES: tuple[StageName, ...] = ("warmup", "joint")

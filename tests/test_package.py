@@ -23,6 +23,7 @@ LAYERS = {
     "distributed": 0,
     "secrets": 0,
     "cameras": 1,
+    "exchange": 1,
     "losses": 1,
     "ownership": 1,
     "tensorfile": 1,

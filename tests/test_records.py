@@ -3,6 +3,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,21 @@ def test_a_captured_step_records_the_same(recipe_file: str, monkeypatch: pytest.
             if name.startswith(("loss/", "grad_norm/")):
                 assert a[name] == b[name]
         assert b["views_per_second"] > 0 and not any(name.startswith("gpu_memory") for name in a)
+
+
+@pytest.mark.usefixtures("one_run_a_process")
+def test_a_step_that_asks_the_host_is_no_graph(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def refused(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
+    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, "train.warmup.epochs=1", "experiment=refused"]))
+    with pytest.raises(captured.TrainingError, match="stream is capturing\\).*set train.cuda_graph=false$"):
+        trainer.run()
 
 
 class Told:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 import train
 from igae import captured, checkpoint, config
+from igae.captured import TrainingError
 from igae.distributed import LostRank
 from igae.engine import Engine
 from igae.recipe import Recipe
-from igae.stage import Stage, TrainingError
+from igae.stage import Stage
 from igae.trainer import LAG, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
