@@ -48,8 +48,10 @@ def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision
         {"deterministic": True},
         {"features": 8, "colours": 3, "coarse": 64, "fine": 64},
         {"features": 24, "colours": 12, "eg3d": True, "disparity": True},
+        {"colours": 3, "coarse": 64, "fine": 64},
+        {"features": 24, "product": True},
     ],
-    ids=["default", "bf16", "deterministic", "many", "uneven"],
+    ids=["default", "bf16", "deterministic", "many", "uneven", "three colours", "product"],
 )
 def test_three_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
     variant = build.Variant(**change)

@@ -106,6 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
     "few": {"coarse_samples": 16, "fine_samples": 16, "features": 8, "colours": 1, "size": (1, 1)},
     "uneven": {"coarse_samples": 19, "fine_samples": 37, "features": 24, "colours": 3, "resolution": 17},
     "three colours": {"features": 16, "colours": 3},
+    "four colours": {"colours": 4},
     "many": {"coarse_samples": 128, "fine_samples": 128, "features": 64, "colours": 32, "size": (3, 5)},
     "wide": {"features": 56, "colours": 31, "size": (13, 2)},
     "background image": {"pixel_background": True},

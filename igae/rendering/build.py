@@ -70,13 +70,12 @@ class Usage(NamedTuple):
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
     samples, steps, tiles = variant.coarse + variant.fine, 2 * -(-variant.features // 16), -(-variant.colours // 8)
-    alone = variant.colours % 8 == 0  # the density is
-    weights = 64 * (8 * (steps + tiles) + alone) + 2 * (HIDDEN + 8 * (tiles + alone))
+    weights = 64 * 8 * (steps + tiles) + 2 * (HIDDEN + 8 * tiles) + HIDDEN + 4
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
         weights += 64 * 8 * steps
-        matrices = 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2)) + 32 * alone
+        matrices = 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2)) + 32
         per_warp = 4 * (samples + 2) + matrices + 8 * tiles + 36
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
@@ -86,9 +85,10 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
             fits, wanted = (limit + 1024) // (shared + 1024), 2
             if small and kernel == "forward":
                 wanted = 4 if arch < 100 else 3  # one compiler spills registers of four there
-            elif small and not variant.product and arch == 90:
-                # Of three, some compilers spill registers of others.
-                wanted = 3 if variant.features < 32 or (alone and samples <= 96) else 2
+            elif small and arch == 90:
+                # One compiler spills registers of three of the largest (of others a few at most, once a ray).
+                large = variant.features > 24 and (variant.product or (variant.colours > 8 and samples > 96))
+                wanted = 2 if large else 3
             return Shape(warps, min(fits, wanted), shared)
     raise ValueError(f"{variant} needs {shared} bytes of shared memory on sm_{arch}, which has {limit}")
 

@@ -67,8 +67,7 @@ DEV void find_worth(const RayGradient &grad, float (&out)[COLOUR_TILES][4], floa
         sum = fmaf(e ? colour.y : colour.x, s, sum);
       }
     }
-    sum += __shfl_xor_sync(ALL, sum, 1);
-    worth[half] = sum + __shfl_xor_sync(ALL, sum, 2);
+    worth[half] = row_sum(sum);
   }
 }
 
@@ -126,11 +125,10 @@ DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[
       int row = e >> 1;
       float s = out[j][e];
       out[j][e] = w[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
-      if (j == DENSE_TILE && (e & 1) == DENSE_E && q == DENSE_Q) out[j][e] = d[row];
     }
     store_quad(tile + G_OUT_AT, j, out[j][0], out[j][2], out[j][1], out[j][3]);
   }
-  if (ALONE && q == 0) *(float2 *)(tile + DENSE_AT + 2 * g) = {d[0], d[1]};
+  if (q == 0) *(float2 *)(tile + DENSE_AT + 2 * g) = {d[0], d[1]};
   float back[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
@@ -138,14 +136,12 @@ DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[
 #pragma unroll
   for (int n = 0; n < 8; n += 2) {  // as in mlp_forward
     asm volatile("" ::: "memory");
-    float g_h[2][4] = {};
-    if (ALONE) {
+    float g_h[2][4];
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        float2 w = *(const float2 *)(mlp.dense + 8 * (n + u) + 2 * q);
+    for (int u = 0; u < 2; ++u) {
+      float2 w = *(const float2 *)(mlp.dense + 8 * (n + u) + 2 * q);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * d[e >> 1];
-      }
+      for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * d[e >> 1];
     }
 #pragma unroll
     for (int j = 0; j < COLOUR_TILES; ++j)
@@ -192,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
-  if (ALONE && lane < 16) tile[DENSE_AT + 16 + lane] = 0.f;
+  if (lane < 16) tile[DENSE_AT + 16 + lane] = 0.f;
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;

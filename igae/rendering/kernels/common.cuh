@@ -15,13 +15,10 @@ typedef unsigned long long u64;
 constexpr u32 ALL = 0xffffffffu;
 constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
 constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
-constexpr int TILES = (OUT + 8) / 8;                                 // 8s of the colours and, after them, the density
-constexpr int COLOUR_TILES = (OUT + 7) / 8;
-constexpr bool ALONE = OUT % 8 == 0;                                 // the density has a tile of its own
-constexpr int DENSE_TILE = OUT / 8, DENSE_Q = OUT % 8 / 2, DENSE_E = OUT % 2;
+constexpr int COLOUR_TILES = (OUT + 7) / 8;                          // colours in 8s
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
-constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = COLOUR_TILES * 8 * 64 + (ALONE ? HIDDEN : 0);
-constexpr int WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * TILES);
+constexpr int W1_FLOATS = 8 * STEPS * 64, W2_FLOATS = COLOUR_TILES * 8 * 64;
+constexpr int DENSE_FLOATS = HIDDEN + 4, WEIGHT_FLOATS = W1_FLOATS + W2_FLOATS + 2 * (HIDDEN + 8 * COLOUR_TILES) + DENSE_FLOATS;
 
 struct Params {
   const void *planes;
@@ -50,6 +47,11 @@ DEV float warp_sum(float v) {
 #pragma unroll
   for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(ALL, v, d);
   return v;
+}
+
+DEV float row_sum(float v) {  // over the lanes of rows g, g + 8 of a product
+  v += __shfl_xor_sync(ALL, v, 1);
+  return v + __shfl_xor_sync(ALL, v, 2);
 }
 
 // Scans of COUNT values a lane, each on its own: together, because one alone would mostly wait.
@@ -148,28 +150,24 @@ DEV int block_row(int n) { return 8 * ((n >> 1 & 1) | ((n ^ n >> 2) & 1) << 1 | 
 
 struct Mlp {
   const float *w1, *w1_back;  // [hidden / 8][features / 16][lane][4]; w1_back: backward only
-  const float *w2, *b1, *b2;    // w2: blocks [out / 8][hidden / 8]; biases in pairs, each twice: for two samples
-  const float *dense;           // ALONE: row of w2 that gives the density, in no block and not rounded
+  const float *w2, *b1, *b2;  // w2, b2: colours'; blocks [colours / 8][hidden / 8]; biases in pairs, twice: for two samples
+  const float *dense;         // the density's row of w2, not rounded, and its bias
 };
 
-// Colours come first and the density after them, so that colours fill whole tiles.
-DEV int out_row(int n) { return n < OUT ? n + 1 : n == OUT ? 0 : -1; }
-
 DEV float weight_operand(float w) { return FP32 ? w : round_tf32(w); }
-
-// Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
-// of the colours' rows of w2 with h; the density's row gives the raw density itself.
-DEV float out_unit(int n) { return n < OUT ? 1.f : LN2; }
 
 // The feature that column `column` of block `step` of w1 belongs to, and its inverse.
 DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column >> 1) + 2 * (step & 1) + (column & 1); }
 DEV int step_of(int c) { return 2 * (c >> 4) + (c >> 1 & 1); }
 DEV int column_of(int c) { return 2 * (c >> 2 & 3) + (c & 1); }
 
+// Units: hidden activations are H = ln 2 h; products with w1 give log2(e) of what the MLP's definition says, and so do those
+// of the colours' rows of w2 with h; the density's row gives the raw density itself.
 template <bool BACKWARD>
 DEV Mlp load_mlp(float *shared, const Params &p) {
   constexpr int WIDTH = 16 * CHUNKS;
-  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + 2 * HIDDEN, *w1_back = shared + WEIGHT_FLOATS;
+  float *w1 = shared, *w2 = w1 + W1_FLOATS, *b1 = w2 + W2_FLOATS, *b2 = b1 + 2 * HIDDEN;
+  float *dense = b2 + 16 * COLOUR_TILES, *w1_back = shared + WEIGHT_FLOATS;
 #pragma unroll 8
   for (int i = threadIdx.x; i < HIDDEN * WIDTH; i += 32 * WARPS) {
     int h = i / WIDTH, c = i % WIDTH;
@@ -179,24 +177,19 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
     if (BACKWARD) w1_back[block + 16 * column + 4 * (row >> 1) + (row & 1)] = weight_operand(LOG2E * w);
   }
 #pragma unroll 8
-  for (int i = threadIdx.x; i < (8 * COLOUR_TILES + ALONE) * HIDDEN; i += 32 * WARPS) {
-    int n = i / HIDDEN, h = i % HIDDEN, row = out_row(n), place = (n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7);
-    float w = row >= 0 ? p.w2[row * HIDDEN + h] : 0.f;
-    if (ALONE && n == OUT)
-      w2[i] = out_unit(n) * w;
-    else
-      w2[place] = weight_operand(CUT * out_unit(n) * w);
+  for (int i = threadIdx.x; i < 8 * COLOUR_TILES * HIDDEN; i += 32 * WARPS) {
+    int n = i / HIDDEN, h = i % HIDDEN, place = (n / 8 * 8 + h / 8) * 64 + block_row(n & 7) + (h & 7);
+    w2[place] = n < OUT ? weight_operand(CUT * p.w2[HIDDEN + i]) : 0.f;
   }
   for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
     int place = 4 * (i >> 1) + (i & 1);
     b1[place] = b1[place + 2] = LOG2E * p.b1[i];
-  }
-  for (int i = threadIdx.x; i < 8 * TILES; i += 32 * WARPS) {
-    int place = 4 * (i >> 1) + (i & 1);
-    b2[place] = b2[place + 2] = out_row(i) >= 0 ? p.b2[out_row(i)] * (i < OUT ? LOG2E : 1.f) : 0.f;
+    dense[i] = LN2 * p.w2[i];
+    if (i < 8 * COLOUR_TILES) b2[place] = b2[place + 2] = i < OUT ? LOG2E * p.b2[1 + i] : 0.f;
+    if (i == 0) dense[HIDDEN] = p.b2[0];
   }
   __syncthreads();
-  return {w1, w1_back, w2, b1, b2, w2 + COLOUR_TILES * 8 * 64};
+  return {w1, w1_back, w2, b1, b2, dense};
 }
 
 // --- matrices of a tile in shared memory ---
@@ -240,20 +233,20 @@ DEV void mlp_hidden(const Mlp &mlp, const float (&f)[2][CHUNKS][4], int n, float
 }
 
 // f: features of rows g and g + 8, times CUT. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1). Colours come
-// before their sigmoid2; a density that is ALONE is in all columns of its tile, or left out, where COUNT is COLOUR_TILES. It
-// is no matrix product: one rounding of its weights would move all densities, and all that hangs on them. h: of 8 hidden
-// units each, activations in the same layout; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before
-// the activations of those before them are found.
-template <bool KEEP, bool AHEAD, int COUNT>
-DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&h)[8][4], float (&out)[COUNT][4]) {
-  constexpr bool DENSE = ALONE && COUNT > COLOUR_TILES;
+// before their sigmoid2. dense: densities of rows g and g + 8, in all lanes of a row; or null. They are no matrix product:
+// one rounding of its weights would move all densities, and all that hangs on them. h: of 8 hidden units each, activations
+// in the layout of out; KEEP: they go to the matrix `hidden` too. AHEAD: products are begun before the activations of those
+// before them are found.
+template <bool KEEP, bool AHEAD>
+DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidden, float (&h)[8][4],
+                     float (&out)[COLOUR_TILES][4], float *dense = nullptr) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int j = 0; j < COLOUR_TILES; ++j) {
     float4 bias = *(const float4 *)(mlp.b2 + 16 * j + 4 * q);
     out[j][0] = bias.x, out[j][1] = bias.y, out[j][2] = bias.z, out[j][3] = bias.w;
   }
-  float dense[2] = {0.f, 0.f};  // of rows g and g + 8, from this lane's hidden units
+  if (dense) dense[0] = dense[1] = 0.f;
   int row = block_row(g) + 2 * q;
   if (AHEAD) mlp_hidden(mlp, f, 0, h);
 #pragma unroll
@@ -270,7 +263,7 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
         float2 w = *(const float2 *)(mlp.w2 + (j * 8 + u) * 64 + row);
         mma(out[j], h[u][0], h[u][2], h[u][1], h[u][3], w.x, w.y);
       }
-    if (DENSE) {
+    if (dense) {
 #pragma unroll
       for (int u = n; u < n + 2; ++u) {
         float2 w = *(const float2 *)(mlp.dense + 8 * u + 2 * q);
@@ -283,12 +276,8 @@ DEV void mlp_forward(const Mlp &mlp, const float (&f)[2][CHUNKS][4], float *hidd
       for (int u = n; u < n + 2; ++u) store_quad(hidden, u, h[u][0], h[u][1], h[u][2], h[u][3]);
     }
   }
-  if (DENSE) {
+  if (dense) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      dense[r] += __shfl_xor_sync(ALL, dense[r], 1);
-      dense[r] += __shfl_xor_sync(ALL, dense[r], 2);
-      out[COUNT - 1][2 * r] = out[COUNT - 1][2 * r + 1] = dense[r] + mlp.b2[16 * (COUNT - 1)];
-    }
+    for (int r = 0; r < 2; ++r) dense[r] = row_sum(dense[r]) + mlp.dense[HIDDEN];
   }
 }

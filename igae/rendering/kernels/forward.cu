@@ -14,14 +14,14 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
-    float f[2][CHUNKS][4], h[8][4], out[TILES][4];
+    float f[2][CHUNKS][4], h[8][4], out[COLOUR_TILES][4], dense[2];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather<2>(p, base, cells, f);
-    mlp_forward<false, false>(mlp, f, nullptr, h, out);
+    mlp_forward<false, false>(mlp, f, nullptr, h, out, dense);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
-      if (q == DENSE_Q) raw[k + 8 * half] = out[DENSE_TILE][2 * half + DENSE_E];
+      if (q == 0) raw[k + 8 * half] = dense[half];
 #pragma unroll
       for (int j = 0; j < COLOUR_TILES; ++j) {
         float2 c = {fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f)};

@@ -5,15 +5,15 @@
 
 constexpr int UNITS = 4 / WARPS;  // 16s of hidden units a warp owns
 constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;  // floats of all gradients
-// After its matrices a tile has gradients of a density that is ALONE, of samples g and g + 8 in pairs; then as many zeros.
-constexpr int DENSE_AT = 8 * TILE_ROW, TILE_FLOATS = DENSE_AT + (ALONE ? 32 : 0);
+// After its matrices a tile has gradients of the density, of samples g and g + 8 in pairs; then as many zeros.
+constexpr int DENSE_AT = 8 * TILE_ROW, TILE_FLOATS = DENSE_AT + 32;
 
 // Gradients of a block's hidden units: rows g, g + 8 of the products' layouts are units 16 (UNITS warp + u) + 2 g, + 1.
 struct MlpGradient {
   float w1[UNITS][STEPS][4], w2[UNITS][COLOUR_TILES][4];
-  float rest[UNITS][4];       // column 0: b1; column 1: of w2, what belongs to a density that is ALONE
+  float rest[UNITS][4];       // column 0: b1; column 1: the density's row of w2
   float b2[COLOUR_TILES];     // of output_column(j, g), from every fourth of the warp's own samples, from q on
-  float dense;                // g == 1: the same of a density that is ALONE
+  float dense;                // g == 1: the same of the density
 };
 
 // The column of which a product of B operands that lie in quads has column `column` of tile j.
@@ -40,11 +40,9 @@ DEV void accumulate(const float *tile, int warp, MlpGradient &grad) {
       }
       mma(grad.rest[u], a.x, a.y, a.z, a.w, one, one);
       a = *(const float4 *)(units + HIDDEN_AT + 32 * u);
-      if (ALONE) {
-        float2 b = *(const float2 *)(tile + DENSE_AT + (g == 1 ? 0 : 16) + 2 * (s + q));
-        mma(grad.rest[u], a.x, a.y, a.z, a.w, b.x, b.y);
-        if (OWN && u == 0) grad.dense += b.x + b.y;
-      }
+      float2 d = *(const float2 *)(tile + DENSE_AT + (g == 1 ? 0 : 16) + 2 * (s + q));
+      mma(grad.rest[u], a.x, a.y, a.z, a.w, d.x, d.y);
+      if (OWN && u == 0) grad.dense += d.x + d.y;
 #pragma unroll
       for (int j = 0; j + 1 < COLOUR_TILES; j += 2) {
         float4 b = *(const float4 *)(row + G_OUT_AT + 16 * j);
@@ -65,8 +63,9 @@ DEV void accumulate(const float *tile, int warp, MlpGradient &grad) {
   }
 }
 
-// Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2. shared: scratch, of 8 TILES numbers a warp.
+// Writes the block's sums, as the weights lie in memory: w1, b1, w2, b2. shared: scratch, of COLUMNS numbers a warp.
 DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
+  constexpr int COLUMNS = 1 + 8 * COLOUR_TILES;
   int lane = lane_id(), g = lane >> 2, q = lane & 3;
   float *to_b1 = to + HIDDEN * C, *to_w2 = to_b1 + HIDDEN, *to_b2 = to_w2 + (1 + OUT) * HIDDEN;
 #pragma unroll
@@ -80,25 +79,25 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float *shared) {
         if (c < C) to[unit * C + c] = CUT * LOG2E * grad.w1[u][m][e];
       }
       if (column == 0) to_b1[unit] = CUT * LOG2E * grad.rest[u][e];
-      if (ALONE && column == 1) to_w2[out_row(OUT) * HIDDEN + unit] = CUT * CUT * out_unit(OUT) * grad.rest[u][e];
+      if (column == 1) to_w2[unit] = CUT * CUT * LN2 * grad.rest[u][e];
 #pragma unroll
       for (int j = 0; j < COLOUR_TILES; ++j) {
         int n = output_column(j, column);
-        if (out_row(n) >= 0) to_w2[out_row(n) * HIDDEN + unit] = CUT * CUT * out_unit(n) * grad.w2[u][j][e];
+        if (n < OUT) to_w2[(1 + n) * HIDDEN + unit] = CUT * CUT * grad.w2[u][j][e];
       }
     }
 #pragma unroll
-  for (int j = 0; j < TILES; ++j) {
-    float sum = j < COLOUR_TILES ? grad.b2[j < COLOUR_TILES ? j : 0] : grad.dense;
-    sum += __shfl_xor_sync(ALL, sum, 1);
-    sum += __shfl_xor_sync(ALL, sum, 2);
-    int n = j < COLOUR_TILES ? output_column(j, g) : 8 * j + (g + 7 & 7);
-    if (q == 0) shared[8 * TILES * warp + n] = sum;
+  for (int j = 0; j < COLOUR_TILES; ++j) {
+    float sum = row_sum(grad.b2[j]);
+    if (q == 0) shared[COLUMNS * warp + 1 + output_column(j, g)] = sum;
   }
+  float dense = row_sum(grad.dense);
+  if (lane == 4) shared[COLUMNS * warp] = dense;
   __syncthreads();
+#pragma unroll 1
   for (int n = threadIdx.x; n <= OUT; n += 32 * WARPS) {
     float sum = 0.f;
-    for (int w = 0; w < WARPS; ++w) sum += shared[8 * TILES * w + n];
-    to_b2[out_row(n)] = n < OUT ? LOG2E * sum : sum;
+    for (int w = 0; w < WARPS; ++w) sum += shared[COLUMNS * w + n];
+    to_b2[n] = n > 0 ? LOG2E * sum : sum;
   }
 }
