@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from igae import config, distributed
-        from igae.captured import TrainingError
         from igae.fit import Fit
         from igae.pretrained import take_settings
         from igae.recipe import Recipe
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             run.run(arguments.stage)
             if distributed.rank() == 0:
                 try_to_write(run.folder)
-        except (TrainingError, torch.OutOfMemoryError) as error:
+        except (distributed.TrainingError, torch.OutOfMemoryError) as error:
             say(f"error: {error}")
             return 1
         except RuntimeError as error:

@@ -108,8 +108,8 @@ def report(found: dict[str, list[Figures]]) -> None:
             name, ranks, scenes, *apart = case.split(":")
             if name == stage and ranks != "1" and int(scenes) // int(ranks) in single:
                 share = single[int(scenes) // int(ranks)] / together
-                many = f"{ranks} ranks{' apart' if apart else ''}"
-                print(f"{stage}: {many} keep {100 * share:.1f} % of one rank's speed with as many scenes a rank")
+                who = f"{ranks} ranks{' apart' if apart else ''}"
+                print(f"{stage}: {who} keep {100 * share:.1f} % of one rank's speed with as many scenes a rank")
         if len(single) > 1:
             few, many = min(single), max(single)
             print(f"{stage}: {many} scenes a rank instead of {few}: {100 * (single[many] / single[few] - 1):+.1f} %")

@@ -9,16 +9,13 @@ from torch import Tensor
 
 from igae.data.decoding import to_device
 from igae.data.latents import LatentCache
+from igae.distributed import TrainingError
 from igae.engine import Engine
 from igae.model import IGAE, LossWeights, Views
 from igae.scenes import RowAdam
 
 EAGER_CALLS = 3
 """Calls before the step is captured: what is compiled, loaded or made at first use can't be."""
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the text says why and what to do. It is raised on all ranks alike."""
 
 
 class CapturedStep:

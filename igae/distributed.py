@@ -37,6 +37,10 @@ class LostRank(RuntimeError):
     """Another rank does not answer any more."""
 
 
+class TrainingError(RuntimeError):
+    """Training can't go on, on all ranks alike; the text says why and what to do."""
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
     connection = ("onnection closed by peer", "onnection reset", "onnection refused")

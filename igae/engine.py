@@ -126,11 +126,10 @@ class Engine:
             go_on = torch.full((), float(go_on), device=self.device)
         if self.replicated:  # the same gradients on all ranks, afterwards
             watched, go_on = self._strategy.agree(watched, go_on)
-            norms = self._norms()
-            watched = sum((norm.sum() for norm in norms.values()), watched)
-        else:
-            norms = self._norms()
-            watched, go_on = self._strategy.agree(sum((norm.sum() for norm in norms.values()), watched), go_on)
+        norms = self._norms()
+        watched = sum((norm.sum() for norm in norms.values()), watched)
+        if not self.replicated:
+            watched, go_on = self._strategy.agree(watched, go_on)
         return (watched - watched == 0).float(), go_on, norms  # infinite less infinite is not a number
 
     def _norms(self) -> dict[str, Tensor]:

@@ -20,23 +20,24 @@ class Exchange:
     Args:
         parameters: the same ones on all ranks, in the order in which a forward pass meets them. Each has its gradient
             on all ranks in a step, or on none.
+        bucket_bytes: a bucket with so many is full.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket: int = BUCKET) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET) -> None:
         self.active = False
         """Gradients are sent as they come: they are those of the last backward pass before the step."""
         self._world, self._device = dist.get_world_size(), parameters[0].device
         self._buckets: list[list[nn.Parameter]] = [[]]
-        size = 0
+        filled = 0
         for parameter in reversed(parameters):  # a backward pass begins with the last one
-            if size >= bucket:
+            if filled >= bucket_bytes:
                 self._buckets.append([])
-                size = 0
+                filled = 0
             self._buckets[-1].append(parameter)
-            size += parameter.numel() * parameter.element_size()
-        for gradients in self._buckets:
+            filled += parameter.numel() * parameter.element_size()
+        for bucket in self._buckets:
             # Those of an odd length behind the others: gradients that begin at 16 bytes are read faster.
-            gradients.sort(key=lambda parameter: parameter.numel() % 4 != 0)
+            bucket.sort(key=lambda parameter: parameter.numel() % 4 != 0)
         self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
         self._begin()

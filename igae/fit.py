@@ -16,10 +16,9 @@ from pathlib import Path
 
 from igae import checkpoint
 from igae.assembly import build_model
-from igae.captured import TrainingError
 from igae.checkpoint import Parts, Progress
 from igae.data.manifest import Scene
-from igae.distributed import Channel, derive_seed, rank, world_size
+from igae.distributed import Channel, TrainingError, derive_seed, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator, spread

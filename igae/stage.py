@@ -232,7 +232,9 @@ class Stage:
             self.consumed["views"] += len(view)
             scene = cache.scene[view]
         else:
-            [batch] = self._take("views", True) or []
+            batches = self._take("views", True)
+            assert batches is not None
+            [batch] = batches
             view, scene = None, batch.scene
             more = {"images": batch.images, "cam2world": batch.cam2world, "intrinsics": batch.intrinsics}
         if (photos := self._take("photos", True)) is not None:

@@ -162,14 +162,19 @@ class DDP(Strategy):
         if self._exchange is None:
             return on_all_ranks(watched, go_on)
         watched, share = self._exchange.finish([watched, go_on])
-        return watched, (share > 1 - 0.5 / dist.get_world_size()).float()
+        return watched, _everyone(share)
 
 
 def on_all_ranks(watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
     """See :meth:`Strategy.agree`; gradients are left alone."""
     sums = torch.stack([watched.float(), go_on])
     dist.all_reduce(sums)
-    return sums[0], (sums[1] > dist.get_world_size() - 0.5).float()
+    return sums[0], _everyone(sums[1] / dist.get_world_size())
+
+
+def _everyone(share: Tensor) -> Tensor:
+    """1 where the mean over the ranks of ones and zeros is 1 but for rounding, else 0."""
+    return (share > 1 - 0.5 / dist.get_world_size()).float()
 
 
 class Sharded(Strategy):

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from igae import checkpoint
 from igae.assembly import build_model
-from igae.captured import TrainingError
 from igae.checkpoint import Progress
-from igae.distributed import Channel, LostRank, rank, world_size
+from igae.distributed import Channel, LostRank, TrainingError, rank, world_size
 from igae.engine import Engine
 from igae.evaluation import pictures
 from igae.evaluation.evaluator import Evaluator

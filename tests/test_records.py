@@ -14,7 +14,7 @@ import runs
 import torch
 
 from igae import captured, config, records
-from igae.distributed import rank
+from igae.distributed import TrainingError, rank
 from igae.recipe import Recipe
 from igae.records import Meter, Outcome
 from igae.scenes import RowAdam
@@ -115,7 +115,7 @@ def test_a_step_that_asks_the_host_is_no_graph(recipe_file: str, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "graph", refused)
     monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
     trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, "train.warmup.epochs=1", "experiment=refused"]))
-    with pytest.raises(captured.TrainingError, match="stream is capturing\\).*set train.cuda_graph=false$"):
+    with pytest.raises(TrainingError, match="stream is capturing\\).*set train.cuda_graph=false$"):
         trainer.run()
 
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from igae import captured, checkpoint, config
-from igae.captured import TrainingError
-from igae.distributed import LostRank
+from igae.distributed import LostRank, TrainingError
 from igae.engine import Engine
 from igae.recipe import Recipe
 from igae.stage import Stage
