@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET = 32 * 2**20
+BUCKET = 128 * 2**20
 """Bytes of gradients that are sent together. Fewer cost more launches, and more are sent later."""
+LAST = 4 * 2**20
+"""Bytes of the last bucket at most: nothing is left to compute while it is sent."""
+ALONE = 2**20
+"""Gradients of so many bytes are sent each from a copy of its own; smaller ones are put together first."""
 
 
 class Exchange:
@@ -18,23 +22,35 @@ class Exchange:
     anything and no autograd node outlives a step, so that whole steps can be captured in a CUDA graph.
 
     Args:
-        parameters: the same ones on all ranks, in the order in which a forward pass meets them. Each has its gradient
-            on all ranks in a step, or on none.
+        parameters: float32, the same ones on all ranks, in the order in which a forward pass meets them. Each has its
+            gradient on all ranks in a step, or on none.
         bucket_bytes: a bucket with so many is full.
+        last_bytes: the last bucket has no more.
+        alone_bytes: a gradient with so many is sent from a copy of its own.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        bucket_bytes: int = BUCKET,
+        last_bytes: int = LAST,
+        alone_bytes: int = ALONE,
+    ) -> None:
+        self._alone_bytes = alone_bytes
         self.active = False
         """Gradients are sent as they come: they are those of the last backward pass before the step."""
         self._world, self._device = dist.get_world_size(), parameters[0].device
-        self._buckets: list[list[nn.Parameter]] = [[]]
-        filled = 0
-        for parameter in reversed(parameters):  # a backward pass begins with the last one
-            if filled >= bucket_bytes:
+        last: list[nn.Parameter] = []
+        for parameter in parameters:  # a backward pass ends with the first one
+            if _bytes([*last, parameter]) > last_bytes:
+                break
+            last.append(parameter)
+        self._buckets: list[list[nn.Parameter]] = []
+        for parameter in reversed(parameters[len(last) :]):
+            if not self._buckets or _bytes(self._buckets[-1]) >= bucket_bytes:
                 self._buckets.append([])
-                filled = 0
             self._buckets[-1].append(parameter)
-            filled += parameter.numel() * parameter.element_size()
+        self._buckets.append(last)
         for bucket in self._buckets:
             # Those of an odd length behind the others: gradients that begin at 16 bytes are read faster.
             bucket.sort(key=lambda parameter: parameter.numel() % 4 != 0)
@@ -44,7 +60,7 @@ class Exchange:
 
     def _begin(self) -> None:
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._sent: list[tuple[Tensor, Callable[[], None]]] = []
+        self._sent: list[Callable[[], None]] = []
         self.active = False
 
     def _arrived(self, parameter: Tensor) -> None:
@@ -56,32 +72,50 @@ class Exchange:
             self._send()
 
     @torch.no_grad()
-    def _send(self, flags: Sequence[Tensor] = (), overlap: bool = True) -> None:
-        """Send the next bucket, with some more numbers at its end."""
-        bucket = self._buckets[len(self._sent)]
-        reached = [(parameter, parameter.grad) for parameter in bucket if parameter.grad is not None]
-        pieces = [*(_as_it_lies(*pair) for pair in reached), *(flag.view(1) for flag in flags)]
+    def _send(self, flags: Sequence[Tensor] = (), overlap: bool = True) -> Tensor:
+        """Send the next bucket, with some more numbers; returns where these are."""
+        alone: list[Tensor] = []
+        together: list[tuple[nn.Parameter, Tensor]] = []
+        for parameter in self._buckets[len(self._sent)]:
+            if parameter.grad is None:
+                continue
+            if _bytes([parameter]) >= self._alone_bytes:
+                # A gradient may share its memory with others, or with what still flows back.
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+                alone.append(_as_it_lies(parameter.grad))
+            else:
+                together.append((parameter, _like(parameter, parameter.grad)))
+        pieces = [*(_as_it_lies(gradient) for _, gradient in together), *(flag.view(1) for flag in flags)]
         flat = torch.cat(pieces) if pieces else torch.empty(0, device=self._device)
-        sizes = [parameter.numel() for parameter, _ in reached]
-        for (parameter, _), piece in zip(reached, flat[: sum(sizes)].split(sizes), strict=True):
-            parameter.grad = piece.as_strided(parameter.size(), parameter.stride())
-        self._sent.append((flat, self.mean(flat, overlap)))
+        parts: tuple[Tensor, ...] = flat.split([*(parameter.numel() for parameter, _ in together), len(flags)])
+        for (parameter, _), part in zip(together, parts, strict=False):
+            parameter.grad = part.as_strided(parameter.size(), parameter.stride())
+        self._sent.append(self.mean([*alone, flat] if pieces else alone, overlap))
+        return parts[-1]
 
-    def mean(self, flat: Tensor, overlap: bool) -> Callable[[], None]:
-        """Begin to make a vector its mean over the ranks; what is returned waits for that.
+    def mean(self, vectors: Sequence[Tensor], overlap: bool) -> Callable[[], None]:
+        """Begin to make vectors their means over the ranks; what is returned waits for that.
 
         Args:
             overlap: other things are to be computed meanwhile. (Without, NCCL works on the current stream, which is
                 sooner there.)
         """
+        if not vectors:
+            return lambda: None
         divides = self._device.type == "cuda"  # NCCL divides on the way; gloo can't
-        work = dist.all_reduce(flat, dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM, async_op=overlap)
+        options = dist.AllreduceCoalescedOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM)
+        options.asyncOp = overlap
+        group = dist.group.WORLD
+        assert group is not None
+        work = group.allreduce_coalesced(list(vectors), options)
 
         def wait() -> None:
             if work is not None:
                 work.wait()
             if not divides:
-                flat.div_(self._world)
+                for vector in vectors:
+                    vector.div_(self._world)
 
         return wait
 
@@ -96,21 +130,27 @@ class Exchange:
         """
         while len(self._sent) < len(self._buckets) - 1:
             self._send()
-        for _, wait in self._sent:
+        for wait in self._sent:
             wait()
-        self._send(flags, overlap=False)
-        flat, wait = self._sent[-1]
-        wait()
+        means = self._send(flags, overlap=False)
+        self._sent[-1]()
         self._begin()
-        return flat[len(flat) - len(flags) :]
+        return means
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
 
-def _as_it_lies(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient as a vector in the order in which its parameter lies in memory, which is the same on all ranks."""
-    if gradient.stride() != parameter.stride():
-        gradient = torch.empty_like(parameter).copy_(gradient)
+def _bytes(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient that lies in memory as its parameter does, which is the same on all ranks."""
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """A gradient as a vector, in the order in which it lies in memory."""
     return gradient.as_strided((gradient.numel(),), (1,))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of several ranks, in buckets that are sent while the backward pass goes on, against their mean."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from igae.distributed import rank
@@ -41,18 +41,18 @@ def backward(own: dict[str, nn.Parameter], of_rank: int, micro: int) -> None:
     total.backward()  # type: ignore[no-untyped-call]
 
 
-def exchanged(bucket: int) -> list[Sent]:
+def exchanged(bucket: int, last: int, alone: int) -> list[Sent]:
     """What two steps of two backward passes give."""
     engine, own, calls = Engine(), parameters(), 0
-    all_reduce = dist.all_reduce
+    mean = Exchange.mean
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return all_reduce(*arguments, **options)
+        return mean(*arguments)
 
-    dist.all_reduce = counted
-    exchange, found = Exchange(list(own.values()), bucket), []
+    Exchange.mean = counted  # type: ignore[method-assign]
+    exchange, found = Exchange(list(own.values()), bucket, last, alone), []
     for step in range(2):
         for parameter in own.values():
             parameter.grad = None
@@ -73,8 +73,18 @@ def exchanged(bucket: int) -> list[Sent]:
     return found
 
 
-@pytest.mark.parametrize("bucket", [1, 64, 10**6])
-def test_the_mean_over_three_ranks(bucket: int) -> None:
+@pytest.mark.parametrize(
+    # The first four tensors that arrive in a backward pass have 8, 4, 64 and 28 bytes, the last two 2160 and 48.
+    ("bucket", "last", "alone", "buckets", "early"),
+    [
+        (1, 48, 10**6, 6, 3),
+        (64, 48, 10**6, 3, 1),
+        (64, 0, 0, 4, 1),
+        (10**6, 48, 48, 2, 0),
+        (10**6, 10**6, 10**6, 1, 0),
+    ],
+)
+def test_the_mean_over_three_ranks(bucket: int, last: int, alone: int, buckets: int, early: int) -> None:
     expected: dict[str, Tensor] = {}
     for of_rank in range(WORLD):
         own = parameters(torch.float64)
@@ -83,7 +93,7 @@ def test_the_mean_over_three_ranks(bucket: int) -> None:
         for name, parameter in own.items():
             if parameter.grad is not None:
                 expected[name] = expected.get(name, 0) + parameter.grad / WORLD
-    results = ranks.run(exchanged, WORLD, bucket)
+    results = ranks.run(exchanged, WORLD, bucket, last, alone)
     for found in results:
         for step, sent in enumerate(found):
             assert sent.gradients.keys() == expected.keys() == SIZES.keys() - {"unused"}
@@ -92,6 +102,31 @@ def test_the_mean_over_three_ranks(bucket: int) -> None:
                 assert float((gradient - expected[name]).norm() / expected[name].norm()) < 1e-6  # measured 7e-8
                 assert torch.equal(gradient, results[0][step].gradients[name])
             assert sent.flags == pytest.approx([1, 2 / 3, step])
-            assert sent.calls == sent.buckets == {1: 6, 64: 3, 10**6: 1}[bucket]
+            assert sent.calls == sent.buckets == buckets
             # One that is not reached holds back those before it, and the last one waits for the flags.
-            assert sent.early == {1: 3, 64: 1, 10**6: 0}[bucket]
+            assert sent.early == early
+
+
+def halved(alone: int) -> list[float]:
+    """Gradients of parameters whose gradients share memory, where an exchange halves all that it gets."""
+    engine = Engine()
+    own = {name: nn.Parameter(torch.ones(4, 5)) for name in ("further back", "one", "other")}
+    exchange = Exchange(list(own.values()), 1, 0, alone)
+
+    def mean(vectors: Sequence[Tensor], overlap: bool) -> Callable[[], None]:
+        for vector in vectors:
+            vector.mul_(0.5)
+        return lambda: None
+
+    exchange.mean = mean  # type: ignore[method-assign]
+    exchange.active = True
+    deep, one, other = own.values()
+    ((2 * deep).view(-1) + one.view(-1) + other.view(-1)).sum().backward()  # type: ignore[no-untyped-call]
+    exchange.finish([torch.tensor(1.0)])
+    engine.close()
+    return [float(p.grad.mean()) for p in own.values() if p.grad is not None]
+
+
+@pytest.mark.parametrize("alone", [0, 10**6])
+def test_gradients_that_share_memory_are_each_sent_once(alone: int) -> None:
+    assert ranks.run(halved, 2, alone) == [[1.0, 0.5, 0.5]] * 2
