@@ -89,10 +89,12 @@ def test_captured_steps_record_what_others_do(recipe_file: str) -> None:
             assert plain["grad_norm/planes"] > 0 and plain["grad_norm/mlp"] > 0
 
 
-def test_compiled_networks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_networks_compute_the_same(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     # TF32 rounds to 5e-4, and other kernels round other sums.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    # (An attribute that can't be deleted again, which monkeypatch would.)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    request.addfinalizer(lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", before))
     plain = runs.create_autoencoder("AutoencoderKL").cuda()
     fast = copy.deepcopy(plain)
     fast.speed_up(compile=True, channels_last=True)
