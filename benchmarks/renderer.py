@@ -105,6 +105,7 @@ def measure(
 
     def both() -> None:
         planes.grad = None
+        mlp.zero_grad()
         forward().backward(cotangent)
 
     for _ in range(args.warmup):
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, help="distinct scenes among the views; default: one a view")
     parser.add_argument("--axes", choices=["orthogonal", "eg3d"], default="orthogonal")
     parser.add_argument("--backend", nargs="+", help="default: all that are there")
-    parser.add_argument("--precision", nargs="+", default=["tf32", "fp32"], help="of the cuda backend")
+    parser.add_argument("--precision", nargs="+", default=["fp16", "fp32"], help="of the cuda backend")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=9)

@@ -102,13 +102,6 @@ struct Int {
   operator int() const { return value; }
 };
 
-// To the nearest number of 10 bits after the point, ties away from zero.
-static unsigned round_tf32(float x) {
-  unsigned bits;
-  memcpy(&bits, &x, 4);
-  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
-}
-
 // An operand as tensor cores take it: without what is beyond 10 bits.
 static double cut(unsigned bits) {
   float x;
@@ -129,6 +122,52 @@ static void mma(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigne
     double sum = *d[e];
     for (int k = 0; k < 8; ++k)
       sum += cut(lanes[4 * g + (k & 3)].a[upper + 2 * (k >> 2)]) * cut(lanes[4 * column + (k & 3)].b[k >> 2]);
+    *d[e] = (float)sum;
+  }
+}
+
+// A pair of float16: `high` in the upper half. What is too large becomes the largest.
+static unsigned half2(float high, float low) {
+  auto half = [](float x) {
+    _Float16 h = (_Float16)(x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x);
+    unsigned short bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+  };
+  return (unsigned)half(high) << 16 | half(low);
+}
+static float half_of(unsigned pair, int which) {
+  unsigned short bits = pair >> 16 * which;
+  _Float16 h;
+  memcpy(&h, &bits, 2);
+  return (float)h;
+}
+static unsigned times(unsigned a, unsigned b) {
+  float product[2];
+  for (int i = 0; i < 2; ++i) product[i] = half_of(a, i) * half_of(b, i);
+  unsigned pair = 0;
+  for (int i = 0; i < 2; ++i) {
+    _Float16 h = (_Float16)product[i];
+    unsigned short bits;
+    memcpy(&bits, &h, 2);
+    pair |= (unsigned)bits << 16 * i;
+  }
+  return pair;
+}
+
+// m16n8k16 of float16.
+static void mma_f16(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                    unsigned b1) {
+  struct Operands { unsigned a[4], b[2]; };
+  const Operands *lanes = exchange<Operands>({{a0, a1, a2, a3}, {b0, b1}});
+  int g = (current & 31) >> 2, q = current & 3;
+  float *d[4] = {&d0, &d1, &d2, &d3};
+  for (int e = 0; e < 4; ++e) {
+    int upper = e >> 1, column = 2 * q + (e & 1);
+    double sum = *d[e];
+    for (int k = 0; k < 16; ++k)
+      sum += (double)half_of(lanes[4 * g + (k & 7) / 2].a[upper + 2 * (k >> 3)], k & 1) *
+             half_of(lanes[4 * column + (k & 7) / 2].b[k >> 3], k & 1);
     *d[e] = (float)sum;
   }
 }
@@ -286,4 +325,11 @@ static long long __double2ll_rn(double x) { return llrint(x); }
 [[noreturn]] static void __trap() { emulated::fail("the kernel ended in a trap"); }
 static void atomicMax(unsigned *at, unsigned v) { *at = max(*at, v); }
 static void atomicAdd(unsigned long long *at, unsigned long long v) { *at += v; }
+static void atomicAdd(float *at, float v) { *at += v; }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned long long both = (unsigned long long)b << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i) found |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return found;
+}
 static double rsqrt(double x) { return 1 / std::sqrt(x); }

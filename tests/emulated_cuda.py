@@ -2,10 +2,10 @@
 """Runs the CUDA kernels on a CPU: g++ compiles their sources with emulated_cuda.h in place of what NVRTC provides.
 
 Emulated: the threads of a block, each run until it waits for others at a barrier, a shuffle, a vote or a product of
-matrices, and each warp until it waits for other warps; shared memory, which holds NaN before it is written; products
-that cut off operands to TF32's 10 bits; the few PTX instructions of `INSTRUCTIONS`; casts of NaN and of large floats to
-int. Errors: a block that can't go on, a write just past the end of shared memory, an access that is not aligned or
-where there is no memory, a trap.
+matrices, and each warp until it waits for other warps; shared memory, which holds NaN before it is written; products of
+float16, and those that cut off operands to TF32's 10 bits; the few PTX instructions of `INSTRUCTIONS`; casts of NaN and
+of large floats to int. Errors: a block that can't go on, a write just past the end of shared memory, an access that is
+not aligned or where there is no memory, a trap.
 
 Not emulated: anything at the same time, so no races (blocks run one after the other, and sums go to memory in that
 order); masks of less than a warp; approximate functions (the C library's are taken); flushing of denormals; products
@@ -31,13 +31,16 @@ ARCH = 90
 HEADER = Path(__file__).with_name("emulated_cuda.h")
 
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+MMA_F16 = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 INSTRUCTIONS = {
     "": "",  # only a hint for the compiler
     "ex2.approx.ftz.f32 %0, %1;": "%0 = exp2f(%1)",
     "lg2.approx.ftz.f32 %0, %1;": "%0 = log2f(%1)",
     "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.f / (%1)",
-    "cvt.rna.tf32.f32 %0, %1;": "%0 = emulated::round_tf32(%1)",
+    "cvt.rn.satfinite.f16x2.f32 %0, %1, %2;": "%0 = emulated::half2(%1, %2)",
+    "mul.rn.f16x2 %0, %1, %2;": "%0 = emulated::times(%1, %2)",
     MMA: "emulated::mma(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
+    MMA_F16: "emulated::mma_f16(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
     "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulated::add4(%0, %1, %2, %3, %4)",
 }
 """PTX in asm statements, and C++ that does the same."""

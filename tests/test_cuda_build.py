@@ -30,7 +30,7 @@ except Exception as error:  # the library that is looked for is another package'
 
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("precision", ["tf32", "fp32"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision: str) -> None:
     variant = build.Variant(fp32=precision == "fp32")
     code, usage = build.compile_kernel(kernel, variant, arch)
@@ -45,20 +45,20 @@ def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision
     [
         {},
         {"bf16": True},
+        {"colours": 3},
+        {"colours": 12, "disparity": True},
+        {"coarse": 96, "fine": 0},
         {"deterministic": True},
-        {"features": 8, "colours": 3, "coarse": 64, "fine": 64},
-        {"features": 24, "colours": 12, "eg3d": True, "disparity": True},
-        {"colours": 3, "coarse": 64, "fine": 64},
-        {"features": 24, "product": True},
     ],
-    ids=["default", "bf16", "deterministic", "many", "uneven", "three colours", "product"],
+    ids=["default", "bf16", "three colours", "twelve colours", "coarse only", "deterministic"],
 )
-def test_three_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
+def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
     variant = build.Variant(**change)
     _, blocks, shared = build.shape("backward", variant, 90)
-    assert blocks == 3 and 3 * (shared + 1024) <= 228 * 1024  # 1 KiB of each is the system's
+    assert blocks == (3 if variant.deterministic else 4)
+    assert blocks * (shared + 1024) <= 228 * 1024  # 1 KiB of each is the system's
     _, usage = build.compile_kernel("backward", variant, 90)
-    assert 0 < usage.registers <= 168 and usage.spilled == 0
+    assert 0 < usage.registers <= 65536 // (128 * blocks) // 8 * 8 and usage.spilled == 0
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,18 @@ def reference(inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features, depth, opacity = (x.contiguous() for x in reference(inputs))
     keep, variant = inputs[19:]
-    return features, depth, opacity, torch.zeros(opacity.numel() if keep else 0, variant[2] + variant[3])
+    return (
+        features,
+        depth,
+        opacity,
+        torch.zeros(opacity.numel() if keep else 0, build.kept_size(cuda._variant(variant))),
+    )
 
 
 def gradients(
-    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, densities: Tensor, *inputs: Any
+    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, kept: Tensor, *inputs: Any
 ) -> Any:
-    assert len(densities) == inputs[5].shape[0] * inputs[14] * inputs[15]  # they were kept
+    assert len(kept) == inputs[5].shape[0] * inputs[14] * inputs[15]  # they were kept
     inputs = (*inputs[:-1], True, inputs[-1])
 
     def run() -> Any:

@@ -44,7 +44,7 @@ class Variant:
     bf16: bool = False
     """Planes in bfloat16, not float32."""
     fp32: bool = False
-    """Matrix products as three TF32 ones, not one."""
+    """Matrix products of float32 numbers (three TF32 ones for one), not of float16."""
     deterministic: bool = False
 
 
@@ -69,32 +69,38 @@ class Usage(NamedTuple):
 
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
-    samples, steps, tiles = variant.coarse + variant.fine, 2 * -(-variant.features // 16), -(-variant.colours // 8)
-    weights = 64 * 8 * (steps + tiles) + 2 * (HIDDEN + 8 * tiles) + HIDDEN + 4
+    samples, chunks, tiles = variant.coarse + variant.fine, -(-variant.features // 16), -(-variant.colours // 8)
+    pairs, words = -(-tiles // 2), 4 if variant.fp32 else 2  # 32-bit words of four numbers
+    weights = words * (256 * chunks + 128 * tiles) + HIDDEN + 8 * tiles + HIDDEN + 4
     if kernel == "forward":
         per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
     else:
-        weights += 64 * 8 * steps
-        matrices = 16 * (HIDDEN + HIDDEN + 8 * steps + 8 * _up(tiles, 2)) + 32
-        per_warp = 4 * (samples + 2) + matrices + 8 * tiles + 36
+        weights += words * 256 * (chunks + pairs)
+        matrices = 2 * words * (4 * HIDDEN + 64 * chunks + 32 * pairs) + 8 * words
+        per_warp = 4 * (samples + 2) + matrices + 72 * tiles + 72
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
         if shared <= limit:
             small = variant.features <= 32 and variant.colours <= 16 and not variant.fp32 and warps == 4
             fits, wanted = (limit + 1024) // (shared + 1024), 2
-            if small and kernel == "forward":
-                wanted = 4 if arch < 100 else 3  # one compiler spills registers of four there
-            elif small and arch == 90:
-                # One compiler spills registers of three of the largest (of others a few at most, once a ray).
-                large = variant.features > 24 and (variant.product or (variant.colours > 8 and samples > 96))
-                wanted = 2 if large else 3
+            if small:
+                # As many as compilers have registers for (of few variants they spill some bytes, once a ray).
+                wanted = 4 if kernel == "forward" else {80: 3, 87: 3, 90: 4}.get(arch, 2)
+                if kernel == "backward" and variant.deterministic:
+                    wanted = max(2, wanted - 1)
             return Shape(warps, min(fits, wanted), shared)
     raise ValueError(f"{variant} needs {shared} bytes of shared memory on sm_{arch}, which has {limit}")
 
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def kept_size(variant: Variant) -> int:
+    """Floats that the forward pass keeps of a ray for the backward pass."""
+    samples = variant.coarse + variant.fine
+    return samples + (-(-samples // 16) - 1) * variant.colours
 
 
 def partial_size(variant: Variant) -> int:
@@ -202,7 +208,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
     parser.add_argument("--colours", type=int, nargs="+", default=[16], help="channels of the image")
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
-    parser.add_argument("--precision", nargs="+", choices=["tf32", "fp32"], default=["tf32"])
+    parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
     for switch in ("eg3d", "product", "disparity", "bf16", "deterministic"):
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args()

@@ -17,6 +17,9 @@ from igae.rendering.launch import Params, load, pointer
 from igae.rendering.mlp import DecodingMLP
 from igae.rendering.options import Rendered, RenderOptions
 
+PARTIALS = 32
+"""Places to which a backward pass's blocks add gradients of the MLP: at one they would wait for each other."""
+
 _HALF, _VALUE, _TENSOR, _NOISE = range(4)  # where the jitter comes from: the enumeration in common.cuh
 
 
@@ -83,10 +86,13 @@ def render_cuda(
     why = unsupported(planes, mlp, size, options)
     if why is not None:
         raise ValueError(f"backend is cuda, but {why}")
+    deterministic = options.deterministic or torch.are_deterministic_algorithms_enabled()
+    product = options.reduce == "product"
+    # Products of planes have a range that float16 has not.
     variant = [
         planes.shape[4], mlp.out_channels, options.coarse_samples, options.fine_samples, options.axes == "eg3d",
-        options.reduce == "product", options.spacing == "disparity", planes.dtype == torch.bfloat16,
-        options.precision == "fp32", options.deterministic or torch.are_deterministic_algorithms_enabled(),
+        product, options.spacing == "disparity", planes.dtype == torch.bfloat16, options.precision == "fp32" or product,
+        deterministic,
     ]  # fmt: skip
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     jitter = _NOISE if noise is not None else _HALF if seed is None else _TENSOR if isinstance(seed, Tensor) else _VALUE
@@ -140,7 +146,7 @@ def _forward(
     seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, keep: bool,
     variant: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Images, and what the backward pass needs of the samples if ``keep``: their raw densities."""
+    """Images, and what the backward pass needs of each ray if ``keep``: see KEPT in kernels/common.cuh."""
     params = _params(
         planes, w1, b1, w2, b2, cam2world, intrinsics, background, scene, seed, noise_coarse, noise_fine, seed_value,
         jitter, height, width, near, far, box,
@@ -148,8 +154,8 @@ def _forward(
     with torch.cuda.device(planes.device):
         kernel = load("forward", _variant(variant), planes.device.index)
         results = _empty_results(cam2world, height, width, variant, keep)
-        params.features, params.depth, params.opacity, densities = map(pointer, results)
-        params.densities = densities if keep else None
+        params.features, params.depth, params.opacity, kept = map(pointer, results)
+        params.kept = kept if keep else None
         kernel(params)
     return results
 
@@ -162,13 +168,13 @@ def _variant(entries: list[int]) -> build.Variant:
 def _empty_results(
     cam2world: Tensor, height: int, width: int, variant: list[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, (_, colours, coarse, fine, *_) = (cam2world.shape[0], height, width), variant
+    images, specialised = (cam2world.shape[0], height, width), _variant(variant)
     rays = cam2world.shape[0] * height * width if keep else 0
     return (
-        cam2world.new_empty((*images, colours)),
+        cam2world.new_empty((*images, specialised.colours)),
         cam2world.new_empty(images),
         cam2world.new_empty(images),
-        cam2world.new_empty(rays, coarse + fine),
+        cam2world.new_empty(rays, build.kept_size(specialised)),
     )
 
 
@@ -177,7 +183,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gradients(
-    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, densities: Tensor,
+    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, kept: Tensor,
     planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
     background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
     seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, variant: list[int],
@@ -189,11 +195,13 @@ def _gradients(
     )  # fmt: skip
     given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity)]
     params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
-    params.densities = pointer(densities)
+    params.kept = pointer(kept)
     specialised = _variant(variant)
     with torch.cuda.device(planes.device):
         kernel = load("backward", specialised, planes.device.index)
-        partial = w1.new_empty(kernel.blocks(params.rays), build.partial_size(specialised))
+        blocks = kernel.blocks(params.rays)
+        params.partials = blocks if specialised.deterministic else min(blocks, PARTIALS)
+        partial = w1.new_zeros(params.partials, build.partial_size(specialised))
         params.partial = pointer(partial)
         if not specialised.deterministic:
             g_planes = torch.zeros_like(planes, dtype=torch.float32)
@@ -226,12 +234,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(
     run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, _: Tensor | None
 ) -> Any:
-    *inputs, opacity, densities = ctx.saved_tensors
+    *inputs, opacity, kept = ctx.saved_tensors
     _, w1, b1, w2, b2, _, _, background = inputs[:8]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = run(g_features, g_depth, g_opacity, densities, *inputs, *ctx.rest, ctx.variant)
+        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *inputs, *ctx.rest, ctx.variant)
         parts = flat.split([w1.numel(), b1.numel(), w2.numel(), b2.numel()])
         g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, (w1, b1, w2, b2), strict=True))
     g_background = None

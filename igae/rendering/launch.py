@@ -12,9 +12,9 @@ from igae.rendering import build
 
 _POINTERS = (
     "planes w1 b1 w2 b2 cam2world intrinsics background noise_coarse noise_fine scene seed features depth opacity "
-    "densities g_features g_depth g_opacity g_planes partial largest"
+    "kept g_features g_depth g_opacity g_planes partial largest"
 )
-_INTEGERS = "rays height width resolution background_stride jitter measure"
+_INTEGERS = "rays height width resolution background_stride jitter measure partials"
 
 
 class Params(ctypes.Structure):

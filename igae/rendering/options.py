@@ -32,8 +32,9 @@ class RenderOptions:
     reduce: Literal["sum", "product"] = "sum"
     """How the features of the three planes become one."""
 
-    precision: Literal["fp32", "tf32"] = "tf32"
-    """Of the CUDA kernels' matrix products; tf32 rounds their operands to 11 bits. The torch backend ignores it."""
+    precision: Literal["fp32", "fp16"] = "fp16"
+    """Of the CUDA kernels' matrix products; fp16 rounds their operands to 11 bits, and those above 65504 to that. Sums
+    are fp32 in both, and so is all of it where planes are multiplied. The torch backend ignores it."""
     deterministic: bool = False
     """Whether the CUDA kernels' gradients are the same bits each time, which is slower.
     `torch.use_deterministic_algorithms` asks for the same."""
@@ -45,7 +46,7 @@ class RenderOptions:
             ("spacing", self.spacing, ("depth", "disparity")),
             ("axes", self.axes, ("orthogonal", "eg3d")),
             ("reduce", self.reduce, ("sum", "product")),
-            ("precision", self.precision, ("fp32", "tf32")),
+            ("precision", self.precision, ("fp32", "fp16")),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward pass. A warp finds its ray's samples again from the densities that the forward pass kept, then goes along them
+// Backward pass. A warp finds its ray's samples again from what the forward pass kept, then goes along them
 // from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile
 // they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
 // whole kernel: of its own tile before it waits for the others, then of theirs.
 #include "mlp_gradient.cuh"
-#include "ray.cuh"
 #include "scatter.cuh"
 
-constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + W1_FLOATS, ARRAYS = 4 * ROW, KEPT_PLACE = ARRAYS + TILE_FLOATS;
-constexpr int WARP_FLOATS = KEPT_PLACE + 8 * COLOUR_TILES + 36;
+constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + BACK_FLOATS, ARRAYS = 4 * ROW;
+constexpr int KEPT_PLACE = ARRAYS + TILE_FLOATS + GRADIENT_FLOATS;
+constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOUR_TILES + 40, WARP_FLOATS = BIASES_PLACE + BIAS_FLOATS;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS; }
@@ -28,21 +28,79 @@ struct Kept {
   float worth[16];  // of the last sample of each tile but the last
   // Of the tiles that are done: gradient times weight of all their intervals; gradient of the foremost of these.
   float sum_behind, slope_behind;
+  // Of the ray's gradients, which are in a unit of their own: what makes up for it, and what brings them to the block's.
+  float rest, share;
+  float unit, gain;  // see block_unit
 };
-static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= WARP_FLOATS, "it fits");
+static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= BIASES_PLACE, "it fits");
 
-DEV void find_gradient(const Params &p, const Ray &ray, int index, RayGradient &grad) {
-  const float *background = p.background + (long long)ray.pixel * p.background_stride;
-  float behind = 0.f;
-  for (int c = lane_id(); c < 8 * COLOUR_TILES; c += 32) {
-    float g = c < OUT && p.g_features ? 2.f * p.g_features[(long long)index * OUT + c] : 0.f;
-    grad.colour[c] = g;
-    if (c < OUT) behind = fmaf(g, background[c] + 0.001f, behind);  // a colour is 1.002 s - 0.001
+// Gradients of a ray's results: of this lane's colour, of opacity and depth.
+struct Given {
+  float colour, opacity, depth;
+};
+DEV Given find_given(const Params &p, int index) {
+  const float *colours = p.g_features + (long long)index * OUT;
+  asm("" : "+l"(colours));  // as in the kernel
+  return {p.g_features && lane_id() < OUT ? colours[lane_id()] : 0.f, p.g_opacity ? p.g_opacity[index] : 0.f,
+          p.g_depth ? p.g_depth[index] : 0.f};
+}
+
+// This lane's part of a bound of what the weight of one of a ray's intervals can be worth.
+DEV float worth_bound(const Params &p, const Given &given) {
+  float length = p.far > 0.f ? p.far : 1.75f * p.box;
+  return fmaxf(4 * OUT * fabsf(given.colour), fmaxf(fabsf(given.opacity), length * fabsf(given.depth)));
+}
+
+// A power of two for gradients, so that none that goes through float16 is too large for it, and as few as can be too small.
+// Of positive floats the upper bits are the exponent. Gradients of features are hardly ever 16 times as large as the bound.
+DEV float unit_of(float bound) {
+  if (FP32) return 1.f;
+  int exponent = (int)(__float_as_uint(bound) >> 23) - 127;
+  return __uint_as_float((u32)(127 + min(max(11 - exponent, -100), 100)) << 23);
+}
+
+// The unit of this block's gradients of the MLP, and how much larger than the worth of an interval's weight a gradient can
+// be. shared: scratch of three floats a warp.
+DEV float2 block_unit(const Params &p, float *shared) {
+  if (FP32) return {1.f, 1.f};
+  float found[3] = {};  // the largest: of the density's weights, of colours', worth
+  int warp = warp_id(), i = threadIdx.x;
+#pragma unroll 8
+  for (int k = i; k < HIDDEN * (1 + OUT); k += 32 * WARPS) found[k >= HIDDEN] = fmaxf(found[k >= HIDDEN], fabsf(p.w2[k]));
+#pragma unroll 4
+  for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
+    int index = min(start + warp, p.rays - 1);
+    float first = p.kept[(long long)index * KEPT], bound = worth_bound(p, find_given(p, index));
+    if (first == first) found[2] = fmaxf(found[2], bound);  // not of a ray that misses
   }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    found[k] = warp_max(found[k]);
+    if (lane_id() == 0) shared[3 * warp + k] = found[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < 3; ++k)
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) found[k] = fmaxf(found[k], shared[3 * w + k]);
+  __syncthreads();
+  // Of a hidden unit: at most as much from the density; from all colours, whose slope is at most a half, a sixteenth of it.
+  float gain = fmaxf(1.f, found[0] + found[1] / 16.f);
+  return {unit_of(gain * found[2]), gain};
+}
+
+DEV void find_gradient(const Params &p, const Ray &ray, int index, Kept &kept) {
+  Given given = find_given(p, index);
+  float unit = unit_of(kept.gain * warp_max(worth_bound(p, given))), g = 2.f * unit * given.colour, behind = 0.f;
+  if (lane_id() < 8 * COLOUR_TILES) kept.grad.colour[lane_id()] = g;
+  const float *background = p.background + (long long)ray.pixel * p.background_stride;
+  if (lane_id() < OUT) behind = g * (background[lane_id()] + 0.001f);  // a colour is 1.002 s - 0.001
   behind = warp_sum(behind);
   if (lane_id() == 0) {
-    grad.opacity = (p.g_opacity ? p.g_opacity[index] : 0.f) - behind;
-    grad.depth = p.g_depth ? p.g_depth[index] : 0.f;
+    kept.grad.opacity = unit * given.opacity - behind;
+    kept.grad.depth = unit * given.depth;
+    kept.rest = 1.f / unit;
+    kept.share = kept.unit / unit;
   }
   __syncwarp();
 }
@@ -68,6 +126,21 @@ DEV void find_worth(const RayGradient &grad, float (&out)[COLOUR_TILES][4], floa
       }
     }
     worth[half] = row_sum(sum);
+  }
+}
+
+// The same of the last samples of all tiles but the last, from their colours.
+DEV void find_last_worth(const float *colours, Kept &kept) {
+  int g = lane_id() >> 2, q = lane_id() & 3;
+#pragma unroll
+  for (int first = 0; first < R16 - 1; first += 8) {
+    float sum = 0.f;
+    if (first + g < R16 - 1)
+#pragma unroll
+      for (int c = q; c < OUT; c += 4)
+        sum = fmaf(kept.grad.colour[c], fmaf(colours[(first + g) * OUT + c], 1.f / 1.002f, 0.001f / 1.002f), sum);
+    sum = row_sum(sum);
+    if (q == 0 && first + g < R16 - 1) kept.worth[first + g] = sum;
   }
 }
 
@@ -112,27 +185,34 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile`, which all warps add up, and g_f with the gradients of the features. slope: of the
-// hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward.
-DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[COLOUR_TILES][4], const RayGradient &grad,
-                       const float (&w)[2], const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4]) {
-  int g = lane_id() >> 2, q = lane_id() & 3;
+// One tile back: fills the rest of `tile`, which all warps add up, in the block's unit, and g_f with the gradients of the features. slope: of the
+// hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward. sums: see BIAS_FLOATS.
+DEV void tile_backward(const Mlp &mlp, const Four (&slope)[8], const float (&out)[COLOUR_TILES][4], const Kept &kept,
+                       const float (&w)[2], const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4], float *sums) {
+  constexpr int PAIRS = (COLOUR_TILES + 1) / 2;
+  int q = lane_id() & 3;
+  float share = kept.share;
+  Four g_out[2 * PAIRS], shares = four(share, share, share, share);
 #pragma unroll
   for (int j = 0; j < COLOUR_TILES; ++j) {
-    float2 colour = colour_gradient(grad, j);
+    float2 colour = colour_gradient(kept.grad, j);
+    float g[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      int row = e >> 1;
       float s = out[j][e];
-      out[j][e] = w[row] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
+      g[e] = w[e >> 1] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
     }
-    store_quad(tile + G_OUT_AT, j, out[j][0], out[j][2], out[j][1], out[j][3]);
+    float2 &sum = ((float2 *)sums)[32 * j + lane_id()];
+    sum = {fmaf(share, g[0] + g[2], sum.x), fmaf(share, g[1] + g[3], sum.y)};
+    g_out[j] = four(g[0], g[1], g[2], g[3]);
+    store_columns(tile, G_OUT_AT, j, crossed(FP32 ? g_out[j] : times(g_out[j], shares)));
   }
-  if (q == 0) *(float2 *)(tile + DENSE_AT + 2 * g) = {d[0], d[1]};
+  if (COLOUR_TILES % 2 == 1) g_out[COLOUR_TILES] = four(0.f, 0.f, 0.f, 0.f);
+  store_dense(tile, share * d[0], share * d[1]);
+  if (q == 0) sums[64 * COLOUR_TILES + lane_id()] += share * (d[0] + d[1]);
   float back[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
-  int even = block_row(2 * q) + g, odd = block_row(2 * q + 1) + g;
 #pragma unroll
   for (int n = 0; n < 8; n += 2) {  // as in mlp_forward
     asm volatile("" ::: "memory");
@@ -144,26 +224,25 @@ DEV void tile_backward(const Mlp &mlp, const float (&slope)[8][4], float (&out)[
       for (int e = 0; e < 4; ++e) g_h[u][e] = (e & 1 ? w.y : w.x) * d[e >> 1];
     }
 #pragma unroll
-    for (int j = 0; j < COLOUR_TILES; ++j)
+    for (int j = 0; j < PAIRS; ++j) {
+      Four w[2];
+      load_pair(mlp.w2_back, n / 2 * PAIRS + j, w);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const float *w = mlp.w2 + (j * 8 + n + u) * 64;
-        mma(g_h[u], out[j][0], out[j][2], out[j][1], out[j][3], w[even], w[odd]);
-      }
+      for (int u = 0; u < 2; ++u) mma(g_h[u], g_out[2 * j], g_out[2 * j + 1], left(w[u]), right(w[u]));
+    }
+    Four a[2];
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = 0; u < 2; ++u) {
+      a[u] = times(four(g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]), slope[n + u]);
+      store_samples(tile, G_HIDDEN_AT, n + u, crossed(FP32 ? a[u] : times(a[u], shares)));
+    }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) g_h[u][e] *= slope[n + u][e];
+    for (int i = 0; i < CHUNKS; ++i) {
+      Four w[2];
+      load_pair(mlp.w1_back, n / 2 * CHUNKS + i, w);
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i)
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        float4 w = *((const float4 *)mlp.w1_back + ((n + u) * CHUNKS + i) * 32 + lane_id());
-        mma(back[2 * i], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.x, w.y);
-        mma(back[2 * i + 1], g_h[u][0], g_h[u][2], g_h[u][1], g_h[u][3], w.z, w.w);
-      }
-#pragma unroll
-    for (int u = 0; u < 2; ++u) store_quad(tile + G_HIDDEN_AT, n + u, g_h[u][0], g_h[u][1], g_h[u][2], g_h[u][3]);
+      for (int e = 0; e < 2; ++e) mma(back[2 * i + e], a[0], a[1], left(w[e]), right(w[e]));
+    }
   }
 #pragma unroll
   for (int s = 0; s < STEPS; ++s)
@@ -180,15 +259,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
-  float *draws = tile, *gradients = tile;  // before there are runs
+  float *draws = tile, *colours = tile + ROW, *gradients = tile + TILE_FLOATS;
   Runs &runs = *(Runs *)tile;
-  Cells *cells = (Cells *)(tile + (PRODUCT ? MATRIX_FLOATS : 0));
-  static_assert(ROW <= DENSE_AT && MATRIX_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
+  Cells *cells = (Cells *)(tile + (PRODUCT ? RUN_FLOATS : 0));
+  static_assert(ROW + KEPT - N <= DENSE_AT && RUN_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
   Kept &kept = *(Kept *)(t + KEPT_PLACE);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
   MlpGradient sums = {};
-  if (lane < 16) tile[DENSE_AT + 16 + lane] = 0.f;
+  float *biases = t + BIASES_PLACE;
+  for (int i = lane; i < BIAS_FLOATS; i += 32) biases[i] = 0.f;
+  clear_dense(tile);
+  float2 unit = block_unit(p, shared + BLOCK_FLOATS);
+  if (lane == 0) kept.unit = unit.x, kept.gain = unit.y;
+  __syncwarp();
 
   for (int start = blockIdx.x * WARPS; start < p.rays; start += gridDim.x * WARPS) {
     int index = start + warp;
@@ -197,9 +281,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     __syncwarp();
     bool hit = all_lanes(ray.hit && index < p.rays);
     if (hit) {
+      const float *own = p.kept + (long long)index * KEPT;
+      asm("" : "+l"(own));  // else a pair of registers is taken up by the place of the lane's numbers among all
 #pragma unroll
-      for (int k = lane; k < N; k += 32) raw[k] = p.densities[(long long)index * N + k];
-      find_gradient(p, ray, index, kept.grad);
+      for (int k = lane; k < KEPT; k += 32) *(k < N ? raw + k : colours + k - N) = own[k];
+      find_gradient(p, ray, index, kept);
+      find_last_worth(colours, kept);
       coarse_depths(p, ray, index, t);
       Places places = {};
 #if KF > 0
@@ -224,19 +311,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         if (sum.opacity >= FAINT) kept.grad.opacity -= g_moment * sum.moment / sum.opacity;
       }
       __syncwarp();
-      if (R16 > 1) {  // a tile of the last samples of tiles
-        constexpr int HALVES = R16 > 9 ? 2 : 1;
-        float f[2][CHUNKS][4] = {}, h[8][4], out[COLOUR_TILES][4], worth[2];
-        find_cells(p, ray, sorted_t[min(16 * (lane & 15) + 15, N - 1)], cells);
-        gather<HALVES>(p, scene_planes(p, ray), cells, f);
-        mlp_forward<false, false>(mlp, f, nullptr, h, out);
-        find_worth(grad, out, worth);
-        if (q == 0) {
-          kept.worth[g] = worth[0];
-          kept.worth[g + 8] = worth[1];
-        }
-        __syncwarp();
-      }
     }
     if (!hit)  // what the others add up of it is nothing
       for (int i = lane; i < TILE_FLOATS / 4; i += 32) ((float4 *)tile)[i] = {0.f, 0.f, 0.f, 0.f};
@@ -245,26 +319,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
-        float f[2][CHUNKS][4], h[8][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
+        float f[2][CHUNKS][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
+        Four packed[CHUNKS][2], slope[8];
         find_cells(p, ray, sorted_t[min(first + (lane & 15), N - 1)], cells);
-        gather<2>(p, scene_planes(p, ray), cells, f);
+        gather(p, scene_planes(p, ray), cells, f);
         __syncwarp();
+        pack(f, packed);
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) {
-          int i = s >> 1, b = 2 * (s & 1);
-          store_quad(tile + FEATURES_AT, s, f[0][i][b], f[1][i][b], f[0][i][b + 1], f[1][i][b + 1]);
-        }
+        for (int s = 0; s < STEPS; ++s) store_columns(tile, FEATURES_AT, s, crossed(packed[s >> 1][s & 1]));
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
-        mlp_forward<true, true>(mlp, f, tile + HIDDEN_AT, h, out);
+        mlp_forward<true, true>(mlp, packed, tile, slope, out);
         find_worth(grad, out, worth);
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) h[n][e] = 1.f - fast_exp2(-h[n][e]);  // the slope of softplus2, from its value
         composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
-        tile_backward(mlp, h, out, grad, w, d, tile, g_f);
+        tile_backward(mlp, slope, out, kept, w, d, tile, g_f, biases);
+        if (!PRODUCT) store_gradients(gradients, g_f);
         __syncwarp();
-        accumulate<true>(tile, warp, sums);  // before the others have theirs
+        accumulate(tile, warp, sums);  // before the others have theirs
       }
       __syncthreads();
       float at = sorted_t[min(first + (lane & 15), N - 1)];
@@ -272,11 +342,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       Found found;
       int total = find_runs(p, spots, 0, found);  // goes along with the products that follow
 #pragma unroll
-      for (int w = 1; w < WARPS; ++w) accumulate<false>(tile_of(shared, (warp + w) % WARPS), warp, sums);
+      for (int w = 1; w < WARPS; ++w) accumulate(tile_of(shared, (warp + w) % WARPS), warp, sums);
       __syncthreads();
-      if (hit) scatter(p, ray, at, spots, found, total, g_f, gradients, runs, cells);  // the places are free
+      if (hit) scatter(p, ray, at, spots, found, total, gradients, g_f, kept.rest, runs, cells);  // the places are free
     }
   }
   __syncthreads();
-  store(p.partial + (long long)blockIdx.x * PARTIAL, warp, sums, shared + BLOCK_FLOATS);
+  store(p.partial + (long long)(blockIdx.x % p.partials) * PARTIAL, warp, sums, 1.f / kept.unit,
+        shared + BLOCK_FLOATS + BIASES_PLACE, WARP_FLOATS);
 }

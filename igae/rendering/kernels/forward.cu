@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward pass: one warp a ray. Images are written, and for a backward pass one number a sample: its raw density.
+// Forward pass: one warp a ray. Images are written, and what a backward pass needs of each ray.
+#include "mlp.cuh"
 #include "ray.cuh"
 
 constexpr int COLOUR_ROW = 8 * COLOUR_TILES;
@@ -14,10 +15,12 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
-    float f[2][CHUNKS][4], h[8][4], out[COLOUR_TILES][4], dense[2];
+    float f[2][CHUNKS][4], out[COLOUR_TILES][4], dense[2];
+    Four packed[CHUNKS][2], none[8];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
-    gather<2>(p, base, cells, f);
-    mlp_forward<false, false>(mlp, f, nullptr, h, out, dense);
+    gather(p, base, cells, f);
+    pack(f, packed);
+    mlp_forward<false, false>(mlp, packed, nullptr, none, out, dense);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (k + 8 * half >= count) continue;
@@ -51,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       if (lane == 0) {
         p.depth[index] = ray.near;
         p.opacity[index] = 0.f;
+        if (p.kept) p.kept[(long long)index * KEPT] = __uint_as_float(0x7fc00000u);  // NaN: there is nothing
       }
       continue;
     }
@@ -71,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       int first = stage * K;
       evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, colour + first * COLOUR_ROW);
     }
-    if (p.densities)
-      for (int k = lane; k < N; k += 32) p.densities[(long long)index * N + k] = raw[k];
+    float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
+    for (int k = lane; k < N && kept; k += 32) kept[k] = raw[k];
 #if KF > 0
 #pragma unroll
     for (int i = 0; i < ALL_ROUNDS; ++i) {
@@ -91,12 +95,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     __syncwarp();
     Totals sum = totals<N>(ordered_t, weight);
     // A sample gets half of each of its intervals' weights.
+    __syncwarp();
+    int *last = (int *)sorted_t;  // samples whose colours are kept
 #pragma unroll
     for (int i = 0; i < ALL_ROUNDS; ++i) {
       int k = sample_of(i), place = place_of(places, i);
-      if (k >= 0) share[k] = 0.5f * (weight[place - 1] + weight[place]);
+      if (k < 0) continue;
+      share[k] = 0.5f * (weight[place - 1] + weight[place]);
+      if (place % 16 == 15) last[place / 16] = k;
     }
     __syncwarp();
+    for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = colour[min((u32)last[i / OUT], (u32)N - 1) * COLOUR_ROW + i % OUT];
     // PARTS groups of lanes share the samples; a lane of a group has a colour.
     constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
     int channel = lane % WIDTH;

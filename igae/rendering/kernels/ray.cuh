@@ -293,9 +293,9 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
     int first = (int)whole;
     place[a] = min(max(first, 0), size - 2);
     int moved = first - place[a];
-    float near = fmaf(-CUT_ROOT, fraction, CUT_ROOT), far = CUT_ROOT * fraction;
-    found.weight[a][0] = moved == 0 ? near : moved == -1 ? far : 0.f;
-    found.weight[a][1] = moved == 0 ? far : moved == 1 ? near : 0.f;
+    float rest = 1.f - fraction;
+    found.weight[a][0] = moved == 0 ? rest : moved == -1 ? fraction : 0.f;
+    found.weight[a][1] = moved == 0 ? fraction : moved == 1 ? rest : 0.f;
   }
 #pragma unroll
   for (int plane = 0; plane < 3; ++plane)
@@ -306,10 +306,9 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   __syncwarp();
 }
 
-// Features of a tile, times CUT; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
-// theirs; then neighbours swap what the other's row needs. HALVES: 1, where rows from 8 on are not wanted. WITHOUT: a plane
-// that is left out of a product.
-template <int HALVES, int WITHOUT = -1>
+// Features of a tile; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
+// theirs; then neighbours swap what the other's row needs. WITHOUT: a plane that is left out of a product.
+template <int WITHOUT = -1>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;
   int lane = lane_id(), odd = lane >> 2 & 1, q = lane & 3, feature = 16 * odd + 4 * q;
@@ -317,7 +316,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
   asm("" : "+l"(upper));  // else they are put together for each texel
   asm("" : "+l"(lower));
 #pragma unroll
-  for (int row = 0; row < HALVES; ++row) {
+  for (int row = 0; row < 2; ++row) {
     asm volatile("" ::: "memory");  // else all reads are begun at once, for which there are no registers
     float read[2][WIDE][4];
 #pragma unroll
@@ -365,6 +364,14 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
         if (2 * i + 1 < CHUNKS) f[row][2 * i + 1 < CHUNKS ? 2 * i + 1 : 0][e] = odd ? second : received;
       }
   }
+}
+
+// Features as first operands of products.
+DEV void pack(const float (&f)[2][CHUNKS][4], Four (&packed)[CHUNKS][2]) {
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+    for (int b = 0; b < 2; ++b) packed[i][b] = four(f[0][i][2 * b], f[0][i][2 * b + 1], f[1][i][2 * b], f[1][i][2 * b + 1]);
 }
 
 DEV long long scene_offset(const Params &p, const Ray &ray) {  // in elements

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of the planes: a tile's samples are added up by tensor cores before they go to memory.
 #pragma once
+#include "mlp.cuh"
 #include "ray.cuh"
 
 // The four texels that a sample reads in a plane have four parities of (column, row). Successive samples of a tile that
@@ -8,19 +9,18 @@
 // get is a product then: [runs, samples] of weights, 0 where a sample is not in the run, times [samples, features] of
 // gradients. (So one NaN among the gradients is in all runs of the tile.)
 constexpr int PLANES = PRODUCT ? 1 : 3;  // go together, because one alone would mostly wait
-constexpr int MOST_RUNS = PRODUCT ? 64 : CHUNKS > 1 ? 160 : 128;  // at a time: all of a plane, nearly always all of three
-constexpr int GRADIENT_ROW = 32 * CHUNKS;      // of 8 rows, each a pair of samples
+constexpr int MOST_RUNS = PRODUCT ? 64 : 128;  // at a time: all of a plane, nearly always all of three
+constexpr int TOGETHER = 2;  // 16s of runs
+constexpr int GRADIENT_ROW = 32 * CHUNKS;
 
 struct Runs {
-  // As products take them: of 16 runs lane 4 g + q has the weights of runs 2 g, 2 g + 1 for sample q, then for sample q + 8;
-  // the second half has q + 4 and q + 12.
-  float weight[2 * 8 * MOST_RUNS];
+  // First operands: of 16 runs lane 4 g + q has the weights of runs 2 g, 2 g + 1 for the samples that `Samples` names, in
+  // its order.
+  alignas(16) float weight[4 * WORDS * MOST_RUNS];
   int texel[MOST_RUNS];  // which of the scene's
 };
-constexpr float ROOTS = CUT_ROOT * CUT_ROOT, SCATTER_CUT = CUT * CUT * CUT / (PRODUCT ? ROOTS * ROOTS : 1.f);
 constexpr int OUTSIDE = -(1 << 30);
-// Runs take the place of the gradients' matrix, which has been read by then.
-constexpr int RUN_FLOATS = sizeof(Runs) / 4, MATRIX_FLOATS = RUN_FLOATS > 8 * GRADIENT_ROW ? RUN_FLOATS : 8 * GRADIENT_ROW;
+constexpr int RUN_FLOATS = sizeof(Runs) / 4, GRADIENT_FLOATS = TILE_ROWS * GRADIENT_ROW;
 
 // Texels that sample lane % 16 reads, along each axis the even and the odd one.
 struct Spots {
@@ -60,7 +60,7 @@ DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found &f
   for (int i = 0; i < PLANES; ++i) {
     int plane = first_plane + i, a = column_axis(plane), b = row_axis(plane);
     int column = (odd ? spots.texel[a][1] : spots.texel[a][0]) + plane * p.resolution * p.resolution;
-    float across = SCATTER_CUT * (odd ? spots.weight[a][1] : spots.weight[a][0]);
+    float across = odd ? spots.weight[a][1] : spots.weight[a][0];
 #pragma unroll
     for (int parity = 0; parity < 2; ++parity) {
       int row = spots.texel[b][parity];
@@ -85,11 +85,9 @@ DEV int find_runs(const Params &p, const Spots &spots, int first_plane, Found &f
 
 // Writes the `count` runs from `low` on to where products take them.
 DEV void write_runs(const Found &found, int low, int count, Runs &runs) {
-  int lane = lane_id(), mine = 8 * MOST_RUNS * (lane >> 2 & 1) + 4 * (lane & 3) + 2 * (lane >> 3 & 1);
+  int sample = lane_id() & 15, q = sample & 3, others = sample >> 2 & 1, upper = sample >> 3;
 #pragma unroll 1
-  for (int i = lane; i < 4 * (count + 1 >> 1); i += 32)  // runs lie in pairs
-#pragma unroll
-    for (int half = 0; half < 2; ++half) ((float4 *)runs.weight)[2 * MOST_RUNS * half + i] = {0.f, 0.f, 0.f, 0.f};
+  for (int i = lane_id(); i < WORDS * (count + 1 >> 1) * 2; i += 32) ((float4 *)runs.weight)[i] = {0.f, 0.f, 0.f, 0.f};
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < PLANES; ++i)
@@ -97,24 +95,32 @@ DEV void write_runs(const Found &found, int low, int count, Runs &runs) {
     for (int parity = 0; parity < 2; ++parity) {
       int run = found.run[i][parity] - low;
       if ((u32)run >= (u32)MOST_RUNS || found.run[i][parity] < 0) continue;
-      runs.weight[mine + 8 * run - 7 * (run & 1)] = found.weight[i][parity];
+      float weight = found.weight[i][parity];
+      int lane = 4 * (run >> 1) + q;  // and more lanes for more than 16 runs
+#if FP32
+      runs.weight[8 * lane + 4 * others + 2 * (run & 1) + upper] = weight;
+#else
+      ((unsigned short *)runs.weight)[8 * lane + 4 * (others ^ q & 1) + 2 * (run & 1) + upper] = (unsigned short)two(weight, 0.f);
+#endif
       if (found.texel[i][parity] >= 0) runs.texel[run] = found.texel[i][parity];
     }
   __syncwarp();
 }
 
-// Where four columns of a row begin, so that neither writing nor reading the rows meets a bank twice.
-DEV int gradient_place(int row, int column) { return row * GRADIENT_ROW + (column ^ ((row & 3) << 3 | (row & 1) << 2)); }
-
-// Gradients of a tile's features, as the product takes them: four columns are (sample g, sample g + 8) of feature
-// 4 q + e and of the one two further.
+// Gradients of a tile's features, [samples][features] in fours: a column is a feature, 4 q + e and the one two further.
 DEV void store_gradients(float *matrix, const float (&g_f)[2][CHUNKS][4]) {
-  int g = lane_id() >> 2, q = lane_id() & 3;
+  int q = lane_id() & 3;
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
     for (int e = 0; e < 2; ++e)
-      *(float4 *)(matrix + gradient_place(g, 8 * q + 4 * e) + 32 * i) = {g_f[0][i][e], g_f[1][i][e], g_f[0][i][e + 2], g_f[1][i][e + 2]};
+      store_columns<GRADIENT_ROW>(matrix, 8 * i + 2 * q + e, four(g_f[0][i][e], g_f[1][i][e], g_f[0][i][e + 2], g_f[1][i][e + 2]));
+  __syncwarp();
+}
+
+DEV void load_gradients(const float *matrix, Columns (&gradient)[CHUNKS]) {
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) gradient[i] = load_columns<GRADIENT_ROW>(matrix, 8 * i + (lane_id() >> 2));
   __syncwarp();
 }
 
@@ -155,73 +161,64 @@ DEV void add(const Params &p, Sum *at, float4 v) {
 #endif
 }
 
-// Adds what `count` runs get; base: of this lane's features. gradient: see load_gradients.
-DEV void add_runs(const Params &p, Sum *base, const Runs &runs, int count, const float4 (&gradient)[2][CHUNKS]) {
+// Adds what `count` runs get, in units of `unit`; base: of this lane's features. gradient: see load_gradients.
+DEV void add_runs(const Params &p, Sum *base, const Runs &runs, int count, const Columns (&gradient)[CHUNKS], float unit) {
   int lane = lane_id(), q = lane & 3;
 #pragma unroll 1
-  for (int first = 0; first < count; first += 32) {  // twice 16, because each product waits for the one before
-    float4 a[2][2];
-    int2 texel[2];
+  for (int first = 0; first < count; first += 16 * TOGETHER) {
+    Samples a[TOGETHER];
+    int2 texel[TOGETHER];
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < TOGETHER; ++u) {
       texel[u] = *((const int2 *)(runs.texel + first + 16 * u) + (lane >> 2));
-#pragma unroll
-      for (int k = 0; k < 2; ++k) a[u][k] = *((const float4 *)(runs.weight + 8 * (k * MOST_RUNS + first + 16 * u)) + lane);
+      const float *at = runs.weight + 4 * WORDS * (first + 16 * u) + 2 * WORDS * lane;
+#if FP32
+      a[u] = {*(const float4 *)at, *(const float4 *)(at + 4)};
+#else
+      uint4 both = *(const uint4 *)at;
+      a[u] = {{both.x, both.y}, {both.z, both.w}};
+#endif
     }
-    float d[2][CHUNKS][2][4] = {};
+    float d[TOGETHER][CHUNKS][2][4] = {};
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
+    for (int u = 0; u < TOGETHER; ++u)
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
+      for (int i = 0; i < CHUNKS; ++i)
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          float4 b = gradient[k][i];
-          mma(d[u][i][0], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.x, b.y);
-          mma(d[u][i][1], a[u][k].x, a[u][k].y, a[u][k].z, a[u][k].w, b.z, b.w);
-        }
+        for (int e = 0; e < 2; ++e) mma(d[u][i][e], a[u].some, a[u].others, gradient[i].some[e], gradient[i].others[e]);
 #pragma unroll
-    for (int u = 0; u < 2; ++u)
+    for (int u = 0; u < TOGETHER; ++u)
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         if (first + 16 * u + (lane >> 2) * 2 + row >= count) continue;
         Sum *to = base + (long long)(row ? texel[u].y : texel[u].x) * C;
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i)
-          if (C % 16 == 0 || 16 * i + 4 * q < C)
-            add(p, to + 16 * i, {d[u][i][0][2 * row], d[u][i][0][2 * row + 1], d[u][i][1][2 * row], d[u][i][1][2 * row + 1]});
+        for (int i = 0; i < CHUNKS; ++i) {
+          const float *v = d[u][i][0] + 2 * row, *w = d[u][i][1] + 2 * row;
+          if (C % 16 == 0 || 16 * i + 4 * q < C) add(p, to + 16 * i, {unit * v[0], unit * v[1], unit * w[0], unit * w[1]});
+        }
       }
   }
   __syncwarp();
 }
 
-DEV void load_gradients(const float *matrix, float4 (&gradient)[2][CHUNKS]) {
-  int g = lane_id() >> 2, q = lane_id() & 3;
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) gradient[k][i] = *(const float4 *)(matrix + gradient_place(4 * k + q, 4 * g) + 32 * i);
-  __syncwarp();
-}
-
 // Adds the gradients of a tile's features in PLANES planes, in which `total` runs were found.
-DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float (&g_f)[2][CHUNKS][4],
-                        float *matrix, Runs &runs) {
-  float4 gradient[2][CHUNKS];
-  store_gradients(matrix, g_f);
+DEV void scatter_planes(const Params &p, Sum *base, const Found &found, int total, const float *matrix, float unit, Runs &runs) {
+  Columns gradient[CHUNKS];
   load_gradients(matrix, gradient);
 #pragma unroll 1
   for (int low = 0; low < total; low += MOST_RUNS) {
     int count = min(total - low, MOST_RUNS);
     write_runs(found, low, count, runs);
-    add_runs(p, base, runs, count, gradient);
+    add_runs(p, base, runs, count, gradient, unit);
   }
 }
 
-// Adds the gradients of a tile's features to the planes; at: depth of sample lane % 16, where what is beyond the ray's last
-// repeats it, with gradients of 0; spots are its; `total` runs were found in the first PLANES planes. matrix, runs and cells
-// are scratch.
-DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total,
-                 const float (&g_f)[2][CHUNKS][4], float *matrix, Runs &runs, Cells *cells) {
+// Adds the gradients of a tile's features, which are in `matrix` (of a product in g_f), to the planes, in units of `unit`; at:
+// depth of sample lane % 16, where what is beyond the ray's last repeats it, with gradients of 0; spots are its; `total`
+// runs were found in the first PLANES planes. runs and cells are scratch.
+DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, Found &found, int total, float *matrix,
+                 const float (&g_f)[2][CHUNKS][4], float unit, Runs &runs, Cells *cells) {
   Sum *base = (Sum *)p.g_planes + scene_offset(p, ray) + 4 * (lane_id() & 3);
   asm volatile("" : "+l"(base));  // else it is put together for each texel
 #if PRODUCT
@@ -231,7 +228,7 @@ DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, 
   for (int plane = 0; plane < 3; ++plane) {
     float f[2][CHUNKS][4];
     const void *planes = scene_planes(p, ray);
-    plane == 0 ? gather<2, 0>(p, planes, cells, f) : plane == 1 ? gather<2, 1>(p, planes, cells, f) : gather<2, 2>(p, planes, cells, f);
+    plane == 0 ? gather<0>(p, planes, cells, f) : plane == 1 ? gather<1>(p, planes, cells, f) : gather<2>(p, planes, cells, f);
 #pragma unroll
     for (int row = 0; row < 2; ++row)
 #pragma unroll
@@ -239,9 +236,10 @@ DEV void scatter(const Params &p, const Ray &ray, float at, const Spots &spots, 
 #pragma unroll
         for (int e = 0; e < 4; ++e) f[row][i][e] *= g_f[row][i][e];
     if (plane > 0) total = find_runs(p, spots, plane, found);
-    scatter_planes(p, base, found, total, f, matrix, runs);
+    store_gradients(matrix, f);
+    scatter_planes(p, base, found, total, matrix, unit, runs);
   }
 #else
-  scatter_planes(p, base, found, total, g_f, matrix, runs);
+  scatter_planes(p, base, found, total, matrix, unit, runs);
 #endif
 }
