@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -321,9 +322,12 @@ def test_only_their_own_process_ends_workers(packed):
     for worker in workers:
         os.kill(int(worker), signal.SIGTERM)
     deadline = time.monotonic() + 10
-    with pytest.raises(RuntimeError, match="exited unexpectedly|is killed by signal"):
+    # An OSError or EOFError where one ends while it hands over a batch.
+    with pytest.raises((RuntimeError, OSError, EOFError)) as ended:
         while time.monotonic() < deadline:
             next(loader)
+    if isinstance(ended.value, RuntimeError):
+        assert re.search("exited unexpectedly|is killed by signal", str(ended.value))
 
 
 def test_workers_do_not_outlive_a_process_that_was_killed(packed):
