@@ -110,31 +110,11 @@ static double cut(unsigned bits) {
   return x;
 }
 
-// m16n8k8: d[16, 8] += a[16, 8] b[8, 8], with the PTX manual's distribution over lanes; summed up in float64.
-static void mma(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                unsigned b0, unsigned b1) {
-  struct Operands { unsigned a[4], b[2]; };
-  const Operands *lanes = exchange<Operands>({{a0, a1, a2, a3}, {b0, b1}});
-  int g = (current & 31) >> 2, q = current & 3;
-  float *d[4] = {&d0, &d1, &d2, &d3};
-  for (int e = 0; e < 4; ++e) {
-    int upper = e >> 1, column = 2 * q + (e & 1);
-    double sum = *d[e];
-    for (int k = 0; k < 8; ++k)
-      sum += cut(lanes[4 * g + (k & 3)].a[upper + 2 * (k >> 2)]) * cut(lanes[4 * column + (k & 3)].b[k >> 2]);
-    *d[e] = (float)sum;
-  }
-}
-
-// A pair of float16: `high` in the upper half. What is too large becomes the largest.
-static unsigned half2(float high, float low) {
-  auto half = [](float x) {
-    _Float16 h = (_Float16)(x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x);
-    unsigned short bits;
-    memcpy(&bits, &h, 2);
-    return bits;
-  };
-  return (unsigned)half(high) << 16 | half(low);
+static unsigned bits_of(float x) {  // of the nearest float16
+  _Float16 h = (_Float16)x;
+  unsigned short bits;
+  memcpy(&bits, &h, 2);
+  return bits;
 }
 static float half_of(unsigned pair, int which) {
   unsigned short bits = pair >> 16 * which;
@@ -142,34 +122,41 @@ static float half_of(unsigned pair, int which) {
   memcpy(&h, &bits, 2);
   return (float)h;
 }
+// A pair of float16: `high` in the upper half. What is too large becomes the largest.
+static unsigned half2(float high, float low) {
+  auto limited = [](float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; };
+  return bits_of(limited(high)) << 16 | bits_of(limited(low));
+}
 static unsigned times(unsigned a, unsigned b) {
-  float product[2];
-  for (int i = 0; i < 2; ++i) product[i] = half_of(a, i) * half_of(b, i);
-  unsigned pair = 0;
-  for (int i = 0; i < 2; ++i) {
-    _Float16 h = (_Float16)product[i];
-    unsigned short bits;
-    memcpy(&bits, &h, 2);
-    pair |= (unsigned)bits << 16 * i;
-  }
-  return pair;
+  return bits_of(half_of(a, 1) * half_of(b, 1)) << 16 | bits_of(half_of(a, 0) * half_of(b, 0));
 }
 
-// m16n8k16 of float16.
-static void mma_f16(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                    unsigned b1) {
-  struct Operands { unsigned a[4], b[2]; };
-  const Operands *lanes = exchange<Operands>({{a0, a1, a2, a3}, {b0, b1}});
+struct Operands { unsigned a[4], b[2]; };
+// d[16, 8] += a[16, K] b[K, 8], with the PTX manual's distribution over lanes; summed up in float64. Of a register with two
+// numbers number(register, 1) is the later one.
+template <int K, class Number>
+static void product(float *const (&d)[4], const Operands &own, Number number) {
+  constexpr int HALF = K / 2, EACH = K / 8;  // inner indices of a register in all lanes; of one lane
+  const Operands *lanes = exchange<Operands>(own);
   int g = (current & 31) >> 2, q = current & 3;
-  float *d[4] = {&d0, &d1, &d2, &d3};
   for (int e = 0; e < 4; ++e) {
     int upper = e >> 1, column = 2 * q + (e & 1);
     double sum = *d[e];
-    for (int k = 0; k < 16; ++k)
-      sum += (double)half_of(lanes[4 * g + (k & 7) / 2].a[upper + 2 * (k >> 3)], k & 1) *
-             half_of(lanes[4 * column + (k & 7) / 2].b[k >> 3], k & 1);
+    for (int k = 0; k < K; ++k) {
+      int lane = k % HALF / EACH, which = k / HALF;
+      sum += (double)number(lanes[4 * g + lane].a[upper + 2 * which], k % EACH) *
+             number(lanes[4 * column + lane].b[which], k % EACH);
+    }
     *d[e] = (float)sum;
   }
+}
+static void mma(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                unsigned b0, unsigned b1) {  // m16n8k8 of TF32
+  product<8>({&d0, &d1, &d2, &d3}, {{a0, a1, a2, a3}, {b0, b1}}, [](unsigned bits, int) { return cut(bits); });
+}
+static void mma_f16(float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                    unsigned b0, unsigned b1) {  // m16n8k16 of float16
+  product<16>({&d0, &d1, &d2, &d3}, {{a0, a1, a2, a3}, {b0, b1}}, half_of);
 }
 
 static void add4(float *at, float x, float y, float z, float w) {

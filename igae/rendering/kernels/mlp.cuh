@@ -94,24 +94,22 @@ struct Columns {
 };
 
 #if FP32
-template <int ROW_WORDS>
-DEV float4 *four_at(const float *matrix, int row, int slot) {
-  return (float4 *)(matrix + row * ROW_WORDS + (4 * slot ^ permuted(row)));
-}
+typedef float4 Slot;
 #else
-template <int ROW_WORDS>
-DEV uint4 *fours_at(const float *matrix, int row, int slot) {
-  return (uint4 *)(matrix + row * ROW_WORDS + (4 * slot ^ permuted(row)));
-}
+typedef uint4 Slot;  // also of samples four further
 #endif
+template <int ROW_WORDS>
+DEV Slot *slot_at(const float *matrix, int row, int slot) {
+  return (Slot *)(matrix + row * ROW_WORDS + (4 * slot ^ permuted(row)));
+}
 
 template <int ROW_WORDS>
 DEV void store_samples(float *matrix, int slot, Four v) {
   int g = lane_id() >> 2;
 #if FP32
-  *four_at<ROW_WORDS>(matrix, g, slot) = v;
+  *slot_at<ROW_WORDS>(matrix, g, slot) = v;
 #else
-  ((uint2 *)fours_at<ROW_WORDS>(matrix, g & 3, slot))[g >> 2 ^ g & 1] = v;
+  ((uint2 *)slot_at<ROW_WORDS>(matrix, g & 3, slot))[g >> 2 ^ g & 1] = v;
 #endif
 }
 
@@ -119,9 +117,9 @@ template <int ROW_WORDS>
 DEV Samples load_samples(const float *matrix, int slot) {
   int q = lane_id() & 3;
 #if FP32
-  return {*four_at<ROW_WORDS>(matrix, q, slot), *four_at<ROW_WORDS>(matrix, q + 4, slot)};
+  return {*slot_at<ROW_WORDS>(matrix, q, slot), *slot_at<ROW_WORDS>(matrix, q + 4, slot)};
 #else
-  uint4 both = *fours_at<ROW_WORDS>(matrix, q, slot);
+  uint4 both = *slot_at<ROW_WORDS>(matrix, q, slot);
   return {{both.x, both.y}, {both.z, both.w}};
 #endif
 }
@@ -132,7 +130,7 @@ DEV void store_columns(float *matrix, int slot, Four v) {
   store_samples<ROW_WORDS>(matrix, slot, v);
 #else
   int g = lane_id() >> 2;
-  u32 *at = (u32 *)fours_at<ROW_WORDS>(matrix, g & 3, slot) + (g >> 2 ^ g & 1);
+  u32 *at = (u32 *)slot_at<ROW_WORDS>(matrix, g & 3, slot) + (g >> 2 ^ g & 1);
   at[0] = v.x;
   at[2] = v.y;
 #endif
@@ -144,7 +142,7 @@ DEV Columns load_columns(const float *matrix, int slot) {
   Samples s = load_samples<ROW_WORDS>(matrix, slot);
   return {{left(s.some), right(s.some)}, {left(s.others), right(s.others)}};
 #else
-  uint4 both = *fours_at<ROW_WORDS>(matrix, lane_id() & 3, slot);
+  uint4 both = *slot_at<ROW_WORDS>(matrix, lane_id() & 3, slot);
   return {{both.x, both.z}, {both.y, both.w}};
 #endif
 }
