@@ -71,7 +71,8 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
     first works and the others wait."""
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
-    engine, channel, world = Engine(run_ahead=first.train.run_ahead), Channel(), world_size()
+    engine = Engine(run_ahead=first.train.run_ahead, bf16=first.train.precision == "bf16")
+    channel, world = Channel(), world_size()
     single = alone(engine, engine.asynchronous)
     model = model_of(first, own_data(first).manifest.image_size, engine.device)
     model.speed_up(compile=first.train.compile, channels_last=first.train.channels_last)
@@ -88,7 +89,7 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
             every = [one for one in channel.gather(figures) if one is not None]
             found[case].append({key: max(one[key] for one in every) for key in ("ms", "gib")})
             if rank() == 0:
-                print(f"{case:24s} {found[case][-1]['ms']:9.2f} ms  {found[case][-1]['gib']:6.1f} GiB", flush=True)
+                print(f"{case:24s} {found[case][-1]['ms']:9.3f} ms  {found[case][-1]['gib']:6.1f} GiB", flush=True)
     if rank() == 0:
         print("RESULT " + json.dumps(found), flush=True)
     engine.close()
@@ -101,7 +102,7 @@ def report(found: dict[str, list[Figures]]) -> None:
     for case, rounds in found.items():
         times = [one["ms"] for one in rounds]
         memory = max(one["gib"] for one in rounds)
-        print(f"{case:24s} {time_of[case]:7.2f} ms {min(times):7.2f} ms {max(times):7.2f} ms {memory:10.1f} GiB")
+        print(f"{case:24s} {time_of[case]:7.3f} ms {min(times):7.3f} ms {max(times):7.3f} ms {memory:10.1f} GiB")
     for stage in ("warmup", "joint"):
         single = {int(c.split(":")[2]): t for c, t in time_of.items() if c.startswith(f"{stage}:1:")}
         for case, together in time_of.items():

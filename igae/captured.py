@@ -73,7 +73,8 @@ class CapturedStep:
             seed: of the renderer's samples and the posterior's.
 
         Returns:
-            losses; 1 where the step was applied, else 0; 0 where it is the last one, else 1; norms of the gradients.
+            losses; 1 where the step was applied, else 0; 0 where it is not the last one, else more; norms of the
+            gradients.
 
         Raises:
             TrainingError: the step can't be captured.
@@ -81,7 +82,7 @@ class CapturedStep:
         padding = torch.full((self._batch_size - len(rows),), -1)
         numbers = torch.tensor([rates[name] for name in self._rates], dtype=torch.float64).view(torch.int64)
         view = torch.zeros_like(index) if view is None else view
-        self._put(self._numbers, torch.cat([rows, padding, index, view, torch.tensor([seed, int(not stop)]), numbers]))
+        self._put(self._numbers, torch.cat([rows, padding, index, view, torch.tensor([seed, int(stop)]), numbers]))
         for name, tensor in tensors.items():
             if self._calls == 0:
                 self._tensors[name] = torch.empty_like(tensor, device=self._engine.device)
@@ -118,7 +119,7 @@ class CapturedStep:
     def _step(self) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
         count = self._batch_size
         rows, index, view = self._numbers[: 3 * count].split(count)
-        seed, go_on = self._numbers[3 * count], self._numbers[3 * count + 1].float()
+        seed, stop = self._numbers[3 * count], self._numbers[3 * count + 1].float()
         rates = dict(zip(self._rates, self._numbers[3 * count + 2 :].view(torch.float64).unbind(), strict=True))
         leaf = self._adam.visit(rows).requires_grad_()
         given, cache = dict(self._tensors), self._cache
@@ -131,10 +132,10 @@ class CapturedStep:
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
         own = leaf.grad.norm()
-        agreed, go_on, norms = self._engine.agree(losses["total"].detach() + own, go_on)
+        agreed, stop, norms = self._engine.agree(losses["total"].detach() + own, stop)
         applied = self._engine.step(rates, agreed)
         self._adam.step(rows, leaf.grad, rates["planes"], scale=1 / self._world, apply=applied)
-        return {name: loss.detach() for name, loss in losses.items()}, applied, go_on, norms | {"planes": own}
+        return {name: loss.detach() for name, loss in losses.items()}, applied, stop, norms | {"planes": own}
 
 
 @contextmanager

@@ -36,14 +36,22 @@ class Engine:
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
         run_ahead: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
+        bf16: modules compute in bfloat16, so DDP sends large gradients in it.
         alone: each rank makes steps of its own; nothing that they share is trained.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(self, timeout: float = 600.0, run_ahead: bool = False, alone: bool = False) -> None:
+    def __init__(
+        self, timeout: float = 600.0, run_ahead: bool = False, bf16: bool = False, alone: bool = False
+    ) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
+        ahead = on_gpu and run_ahead
+        if ahead:
+            # Steps are one CUDA graph after another, which NCCL need not keep apart from others and from other calls
+            # (strategies.py waits before it makes one). Its fences cost more than a small collective.
+            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
         # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
@@ -61,14 +69,13 @@ class Engine:
                 f"launch/accelerate/ddp.yaml --num_processes {world}`"
             )
         self.device: torch.device = self._accelerator.device
-        ahead = on_gpu and run_ahead
         self._strategy: Strategy = Strategy(self.device, ahead)
         if alone:
             pass
         elif deepspeed:
             self._strategy = _DeepSpeed(self.device, self._accelerator)
         elif world > 1:
-            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead)
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead, bf16)
         if on_gpu:
             torch.set_float32_matmul_precision("high")
 
@@ -111,26 +118,27 @@ class Engine:
         if loss.requires_grad:
             self._strategy.backward(loss, last)
 
-    def agree(self, watched: Tensor, go_on: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def agree(self, watched: Tensor, stop: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Make shared gradients the mean over the ranks, and agree on the step. Collective.
 
         Args:
             watched: a number on the device that is finite where this rank's own losses and gradients are: their sum.
-            go_on: this rank was not asked to stop; as a tensor 1 or 0, float32.
+            stop: this rank was asked to stop; as a tensor 1 or 0, float32.
 
         Returns:
-            1 where they and all shared gradients are finite on all ranks, else 0; 1 where all ranks go on, else 0; and,
-            of the shared gradients that this rank holds, by group the norms [n] of their tensors. On the device.
+            1 where they and all shared gradients are finite on all ranks, else 0; 0 where no rank is to stop, else
+            more; and, of the shared gradients that this rank holds, by group the norms [n] of their tensors. On the
+            device.
         """
-        if not isinstance(go_on, Tensor):
-            go_on = torch.full((), float(go_on), device=self.device)
+        if not isinstance(stop, Tensor):
+            stop = torch.full((), float(stop), device=self.device)
         if self.replicated:  # the same gradients on all ranks, afterwards
-            watched, go_on = self._strategy.agree(watched, go_on)
+            watched, stop = self._strategy.agree(watched, stop)
         norms = self._norms()
         watched = sum((norm.sum() for norm in norms.values()), watched)
         if not self.replicated:
-            watched, go_on = self._strategy.agree(watched, go_on)
-        return (watched - watched == 0).float(), go_on, norms  # infinite less infinite is not a number
+            watched, stop = self._strategy.agree(watched, stop)
+        return (watched - watched == 0).float(), stop, norms  # infinite less infinite is not a number
 
     def _norms(self) -> dict[str, Tensor]:
         groups = {name: grads for name, grads in self._strategy.gradients().items() if grads}

@@ -11,8 +11,8 @@ BUCKET = 128 * 2**20
 """Bytes of gradients that are sent together. Fewer cost more launches, and more are sent later."""
 LAST = 4 * 2**20
 """Bytes of the last bucket at most: nothing is left to compute while it is sent."""
-ALONE = 2**20
-"""Gradients of so many bytes are sent each from a copy of its own; smaller ones are put together first."""
+SMALL = 2**18
+"""Gradients of fewer bytes are sent with the flags, in one piece."""
 
 
 class Exchange:
@@ -25,8 +25,10 @@ class Exchange:
         parameters: float32, the same ones on all ranks, in the order in which a forward pass meets them. Each has its
             gradient on all ranks in a step, or on none.
         bucket_bytes: a bucket with so many is full.
-        last_bytes: the last bucket has no more.
-        alone_bytes: a gradient with so many is sent from a copy of its own.
+        last_bytes: the last bucket has no more, or one parameter.
+        small_bytes: gradients with fewer are in no bucket.
+        sent_as: what gradients in buckets are sent as. A backward pass under an autocast to bfloat16 has them in that
+            precision, so that nothing is lost but in the mean.
     """
 
     def __init__(
@@ -34,108 +36,99 @@ class Exchange:
         parameters: Sequence[nn.Parameter],
         bucket_bytes: int = BUCKET,
         last_bytes: int = LAST,
-        alone_bytes: int = ALONE,
+        small_bytes: int = SMALL,
+        sent_as: torch.dtype = torch.float32,
     ) -> None:
-        self._alone_bytes = alone_bytes
         self.active = False
         """Gradients are sent as they come: they are those of the last backward pass before the step."""
-        self._world, self._device = dist.get_world_size(), parameters[0].device
-        last: list[nn.Parameter] = []
-        for parameter in parameters:  # a backward pass ends with the first one
-            if _bytes([*last, parameter]) > last_bytes:
-                break
-            last.append(parameter)
+        self._world, self._device, self._sent_as = dist.get_world_size(), parameters[0].device, sent_as
+        self._small = [parameter for parameter in parameters if _bytes([parameter]) < small_bytes]
+        large = [parameter for parameter in parameters if _bytes([parameter]) >= small_bytes]
+        last: list[nn.Parameter] = []  # of a backward pass, which ends with the first parameters
+        while large and (not last or _bytes([*last, large[0]]) <= last_bytes):
+            last.append(large.pop(0))
         self._buckets: list[list[nn.Parameter]] = []
-        for parameter in reversed(parameters[len(last) :]):
+        for parameter in reversed(large):
             if not self._buckets or _bytes(self._buckets[-1]) >= bucket_bytes:
                 self._buckets.append([])
             self._buckets[-1].append(parameter)
-        self._buckets.append(last)
-        for bucket in self._buckets:
-            # Those of an odd length behind the others: gradients that begin at 16 bytes are read faster.
-            bucket.sort(key=lambda parameter: parameter.numel() % 4 != 0)
+        if last:
+            self._buckets.append(last)
         self._bucket_of = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket}
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._bucket_of]
         self._begin()
 
     def _begin(self) -> None:
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._sent: list[Callable[[], None]] = []
+        self._sent: list[tuple[list[nn.Parameter], list[Tensor], Callable[[], None]]] = []
         self.active = False
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self.active:
             return
         self._missing[self._bucket_of[parameter]] -= 1  # type: ignore[index]
-        # All ranks send in the same order. The last bucket waits for what goes with it.
-        while len(self._sent) < len(self._buckets) - 1 and self._missing[len(self._sent)] == 0:
+        # All ranks send in the same order.
+        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
             self._send()
 
     @torch.no_grad()
-    def _send(self, flags: Sequence[Tensor] = (), overlap: bool = True) -> Tensor:
-        """Send the next bucket, with some more numbers; returns where these are."""
-        alone: list[Tensor] = []
-        together: list[tuple[nn.Parameter, Tensor]] = []
-        for parameter in self._buckets[len(self._sent)]:
-            if parameter.grad is None:
-                continue
-            if _bytes([parameter]) >= self._alone_bytes:
-                # A gradient may share its memory with others, or with what still flows back.
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-                alone.append(_as_it_lies(parameter.grad))
-            else:
-                together.append((parameter, _like(parameter, parameter.grad)))
-        pieces = [*(_as_it_lies(gradient) for _, gradient in together), *(flag.view(1) for flag in flags)]
-        flat = torch.cat(pieces) if pieces else torch.empty(0, device=self._device)
-        parts: tuple[Tensor, ...] = flat.split([*(parameter.numel() for parameter, _ in together), len(flags)])
-        for (parameter, _), part in zip(together, parts, strict=False):
-            parameter.grad = part.as_strided(parameter.size(), parameter.stride())
-        self._sent.append(self.mean([*alone, flat] if pieces else alone, overlap))
-        return parts[-1]
+    def _send(self) -> None:
+        """Send the next bucket."""
+        bucket = self._buckets[len(self._sent)]
+        parameters = [parameter for parameter in bucket if parameter.grad is not None]
+        if not parameters:
+            self._sent.append(([], [], lambda: None))
+            return
+        # Copies: a gradient may share its memory with others, or with what still flows back.
+        flat, means = _together(parameters, [p.grad for p in parameters if p.grad is not None], self._sent_as)
+        for parameter in parameters:
+            parameter.grad = None
+        self._sent.append((parameters, means, self.mean(flat, overlap=True)))
 
-    def mean(self, vectors: Sequence[Tensor], overlap: bool) -> Callable[[], None]:
-        """Begin to make vectors their means over the ranks; what is returned waits for that.
+    def mean(self, vector: Tensor, overlap: bool) -> Callable[[], None]:
+        """Begin to make a vector its mean over the ranks; what is returned waits for that.
 
         Args:
             overlap: other things are to be computed meanwhile. (Without, NCCL works on the current stream, which is
                 sooner there.)
         """
-        if not vectors:
-            return lambda: None
         divides = self._device.type == "cuda"  # NCCL divides on the way; gloo can't
-        options = dist.AllreduceCoalescedOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM)
-        options.asyncOp = overlap
-        group = dist.group.WORLD
-        assert group is not None
-        work = group.allreduce_coalesced(list(vectors), options)
+        work = dist.all_reduce(vector, dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM, async_op=overlap)
 
         def wait() -> None:
             if work is not None:
                 work.wait()
             if not divides:
-                for vector in vectors:
-                    vector.div_(self._world)
+                vector.div_(self._world)
 
         return wait
 
+    @torch.no_grad()
     def finish(self, flags: Sequence[Tensor]) -> Tensor:
         """Send what has not been sent, and wait (on a GPU the device does) for all: gradients are means over the ranks.
 
         Args:
-            flags: float32 numbers.
+            flags: float32 numbers, 0-d.
 
         Returns:
             Means over the ranks of the flags, [n].
         """
-        while len(self._sent) < len(self._buckets) - 1:
+        while len(self._sent) < len(self._buckets):
             self._send()
-        for wait in self._sent:
+        for parameters, means, wait in self._sent:
             wait()
-        means = self._send(flags, overlap=False)
-        self._sent[-1]()
+            if parameters and self._sent_as != torch.float32:
+                _, means = _together(parameters, means, torch.float32)
+            for parameter, mean in zip(parameters, means, strict=True):
+                parameter.grad = mean
+        small = [parameter for parameter in self._small if parameter.grad is not None]
+        given = [*(p.grad for p in small if p.grad is not None), *flags]
+        flat, means = _together([*small, *flags], given, torch.float32)
+        self.mean(flat, overlap=False)()
+        for parameter, mean in zip(small, means, strict=False):
+            parameter.grad = mean
         self._begin()
-        return means
+        return flat[flat.numel() - len(flags) :]
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -146,11 +139,12 @@ def _bytes(parameters: Sequence[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A gradient that lies in memory as its parameter does, which is the same on all ranks."""
-    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
-
-
-def _as_it_lies(gradient: Tensor) -> Tensor:
-    """A gradient as a vector, in the order in which it lies in memory."""
-    return gradient.as_strided((gradient.numel(),), (1,))
+def _together(like: Sequence[Tensor], tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Copies of tensors, in one vector and each by itself. They lie in memory as those that they are like, whose
+    strides are the same on all ranks."""
+    sizes = [tensor.numel() for tensor in like]
+    flat = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
+    parts: tuple[Tensor, ...] = flat.split(sizes)
+    copies = [part.as_strided(one.size(), one.stride()) for one, part in zip(like, parts, strict=True)]
+    torch._foreach_copy_(copies, list(tensors))
+    return flat, copies

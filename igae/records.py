@@ -20,13 +20,13 @@ class Outcome:
     Args:
         losses: of this rank, on the device.
         applied: 1 where all losses and gradients of all ranks were finite; nothing has been changed where it is 0.
-        go_on: 1 where no rank was asked to stop.
+        stop: 0 where no rank was asked to stop, else more.
         norms: of the gradients that this rank holds, by part of the model, on the device.
     """
 
-    def __init__(self, losses: dict[str, Tensor], applied: Tensor, go_on: Tensor, norms: dict[str, Tensor]) -> None:
+    def __init__(self, losses: dict[str, Tensor], applied: Tensor, stop: Tensor, norms: dict[str, Tensor]) -> None:
         self.losses, self.norms = losses, norms
-        flags = torch.stack([applied, go_on])
+        flags = torch.stack([applied, stop])
         self._ready: torch.cuda.Event | None = None
         if flags.is_cuda:
             self._flags = torch.empty(2, pin_memory=True)
@@ -54,8 +54,8 @@ class Outcome:
                 time.sleep(1e-4)
         elif self._ready is not None:
             self._ready.synchronize()
-        applied, go_on = self._flags.tolist()
-        return applied > 0, go_on == 0
+        applied, stop = self._flags.tolist()
+        return applied > 0, stop > 0
 
 
 class Meter:

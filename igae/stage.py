@@ -188,13 +188,13 @@ class Stage:
         if gradient is not None:
             own["planes"] = gradient.norm()
             watched = watched + own["planes"]
-        agreed, go_on, norms = self.engine.agree(watched, not stop)
+        agreed, ends, norms = self.engine.agree(watched, stop)
         rates = self.learning_rates(step)
         applied = self.engine.step(rates, agreed)
         if gradient is not None:
             assert rows is not None
             self.plane_adam.step(rows, gradient, rates["planes"], scale=1 / self._world, apply=applied)
-        return self.meter.note(Outcome(total, applied, go_on, norms | own))
+        return self.meter.note(Outcome(total, applied, ends, norms | own))
 
     @property
     def taken(self) -> int:

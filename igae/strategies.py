@@ -62,10 +62,10 @@ class Strategy:
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
-    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
-        """A number that is finite where `watched` is on all ranks, and 1 where `go_on` is on all, or else 0. The
-        gradients of :meth:`gradients` are the mean over the ranks afterwards. Collective."""
-        return watched, go_on
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """A number that is finite where `watched` is on all ranks, and one that is 0 where `stop` is on all, else more.
+        The gradients of :meth:`gradients` are the mean over the ranks afterwards. Collective."""
+        return watched, stop
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """By the names of groups: this rank's part of their gradients, those that there are."""
@@ -132,20 +132,23 @@ class DDP(Strategy):
 
     name = "DDP"
 
-    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
+    def __init__(self, device: torch.device, run_ahead: bool = False, bf16: bool = False) -> None:
         super().__init__(device, run_ahead)
+        self._sent_as = torch.bfloat16 if bf16 else torch.float32
         self._exchange: Exchange | None = None
 
     def prepare(self, module: nn.Module, groups: Groups) -> None:
         super().prepare(module, groups)
         if groups:
             trained = list(self.parameters().values())
+            if self.device.type == "cuda":  # no collective of a captured step must be under way
+                torch.cuda.synchronize()
             for parameter in trained:
                 dist.broadcast(parameter.detach(), 0)
             self._exchange = self.exchange(trained)
 
     def exchange(self, parameters: list[nn.Parameter]) -> Exchange:
-        return Exchange(parameters)
+        return Exchange(parameters, sent_as=self._sent_as)
 
     def drop(self) -> None:
         if self._exchange is not None:
@@ -158,23 +161,18 @@ class DDP(Strategy):
             self._exchange.active = last
         loss.backward()
 
-    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
         if self._exchange is None:
-            return on_all_ranks(watched, go_on)
-        watched, share = self._exchange.finish([watched, go_on])
-        return watched, _everyone(share)
+            return on_all_ranks(watched, stop)
+        watched, stop = self._exchange.finish([watched, stop])
+        return watched, stop
 
 
-def on_all_ranks(watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
+def on_all_ranks(watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """See :meth:`Strategy.agree`; gradients are left alone."""
-    sums = torch.stack([watched.float(), go_on])
+    sums = torch.stack([watched.float(), stop])
     dist.all_reduce(sums)
-    return sums[0], _everyone(sums[1] / dist.get_world_size())
-
-
-def _everyone(share: Tensor) -> Tensor:
-    """1 where the mean over the ranks of ones and zeros is 1 but for rounding, else 0."""
-    return (share > 1 - 0.5 / dist.get_world_size()).float()
+    return sums[0], sums[1]
 
 
 class Sharded(Strategy):
@@ -199,8 +197,8 @@ class Sharded(Strategy):
     def shard(self) -> Any:
         """Shard the copy and return what is called."""
 
-    def agree(self, watched: Tensor, go_on: Tensor) -> tuple[Tensor, Tensor]:
-        return on_all_ranks(watched, go_on)
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        return on_all_ranks(watched, stop)
 
     def start(self, groups: Groups) -> None:
         """Make the optimizer of the copy."""

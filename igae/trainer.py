@@ -66,7 +66,7 @@ class Trainer:
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
         self.data = own_data(recipe)
-        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead)
+        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead, recipe.train.precision == "bf16")
         # Both here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
         self.channel, self._saving = Channel(recipe.train.timeout), Channel(recipe.train.timeout)
         device, owned = self.engine.device, self.data.owned

@@ -135,8 +135,11 @@ def test_images_and_gradients_equal_the_reference(name: str, precision: str) -> 
 @pytest.mark.parametrize("name", ["default", "dense", "product"])
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
 def test_gradients_of_any_size_are_as_exact(name: str, scale: float) -> None:
-    # Products of float16, whose normal numbers go from 6e-5 to 65504. Measured (emulated): as with a scale of 1.
-    check(errors(setup(**{**CASES[name], "size": (3, 3)}), seed=5, scale=scale), 2e-3, 2e-3)
+    # Products of float16, whose normal numbers go from 6e-5 to 65504. Measured: 1.01 times those with a scale of 1.
+    args = setup(**{**CASES[name], "size": (3, 3)})
+    usual = errors(args, seed=5)
+    for what, error in errors(args, seed=5, scale=scale).items():
+        assert error < 1.1 * usual[what] + 1e-5
 
 
 def test_gradients_of_very_different_size() -> None:

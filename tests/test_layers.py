@@ -105,3 +105,19 @@ def test_a_network_with_channels_last_is_the_same_network() -> None:
     assert worst < 1e-4  # measured 6e-6
     # No convolution, forward or backward, gets its pixels or weights in another layout; but the images come in one.
     assert len(seen) > 50 and [shape for shape, last in seen if not last] == [images.shape] * 2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_matrices_have_gradients_of_bfloat16_under_autocast(last: bool) -> None:
+    """So they lose nothing where an exchange sends them as such."""
+    torch.manual_seed(0)
+    net: Any = AutoencoderKL.from_config(KL)
+    keep_dtypes(net)
+    if last:
+        to_channels_last(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        image = net.decode(net.encode(torch.randn(2, 3, 16, 16)).latent_dist.mean).sample
+    image.float().square().mean().backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.ndim > 1}
+    assert len(found) > 10
+    assert [name for name, grad in found.items() if not torch.equal(grad, grad.bfloat16().float())] == []

@@ -143,7 +143,7 @@ def test_figures_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         meter.end()
         now += rest
         norms = {"mlp": torch.tensor([3.0, 4.0]), "planes": torch.tensor(6.0)}
-        outcome = meter.note(Outcome({"total": 2 * one}, one, one, norms))
+        outcome = meter.note(Outcome({"total": 2 * one}, one, 0 * one, norms))
     assert outcome.read() == (True, False)
     # losses, squares of the norms, views, share of waiting, seconds, memory
     others = [
@@ -173,7 +173,7 @@ def test_figures_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_gradients_add_up() -> None:
     meter = Meter(torch.device("cpu"), ranks=2, replicated=False)
     one = torch.ones(())
-    meter.note(Outcome({"total": one}, one, one, {"mlp": torch.tensor([3.0])}))
+    meter.note(Outcome({"total": one}, one, 0 * one, {"mlp": torch.tensor([3.0])}))
     assert meter.read(1, Told([([1.0], {"mlp": 16.0}, 0, 0.0, 0.0, {})]))["grad_norm/mlp"] == 5  # type: ignore[arg-type]
 
 
@@ -182,7 +182,7 @@ def test_one_rank_waits_for_no_other_and_says_nothing_of_it() -> None:
     meter.begin()
     meter.end()
     one = torch.ones(())
-    meter.note(Outcome({"total": one}, one, one, {}))
+    meter.note(Outcome({"total": one}, one, 0 * one, {}))
     figures = meter.read(4, Told([]))  # type: ignore[arg-type]
     assert figures.keys() == {"loss/total", "views_per_second", "data_wait"}
 

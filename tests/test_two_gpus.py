@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import runs
+import test_exchange
 import torch
 from test_training_gpu import PLAIN, difference
 
@@ -30,6 +31,12 @@ SHORT = ["train.warmup.epochs=8", "train.joint.epochs=2", "checkpoint.every=1000
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("two")
     return str(runs.recipe_file(folder, runs.packed_data(folder)))
+
+
+@pytest.mark.parametrize("sent_as", [torch.float32, torch.bfloat16])
+def test_the_mean_over_two_gpus(sent_as: torch.dtype) -> None:
+    for step in test_exchange.means(2, 10**6, 48, 64, sent_as):
+        assert (step.calls, step.early) == (3, 2)
 
 
 def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[bool, int]:

@@ -212,6 +212,7 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) sum[i] = smooth[i] *= total;
   scan_sum(sum);
+  __syncwarp();  // neighbours have read their weights
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     int k = 32 * i + lane;
