@@ -126,8 +126,8 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the autoencoder; weights are fp32 in both (matrix products in TF32 on GPUs). The renderer has a
-    precision of its own."""
+    """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
+    in TF32 on GPUs). The renderer has a precision of its own."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
