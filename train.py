@@ -31,8 +31,6 @@ def main(argv: list[str] | None = None) -> int:
 
     _end_with_the_launcher()
     try:
-        import torch
-
         from igae import config, distributed
         from igae.fit import Fit
         from igae.pretrained import take_settings
@@ -46,16 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             run.run(arguments.stage)
             if distributed.rank() == 0:
                 try_to_write(run.folder)
-        except (distributed.TrainingError, torch.OutOfMemoryError) as error:
-            say(f"error: {error}")
-            return 1
         except RuntimeError as error:
-            if not distributed.is_lost_rank(error):
+            if (sentence := distributed.in_one_sentence(error)) is None:
                 raise
-            say(
-                f"error: rank {distributed.rank()} has lost another rank ({str(error).splitlines()[0]}): its own error "
-                "says why; start again to go on from the newest checkpoint"
-            )
+            say(f"error: {sentence}")
             return 1
     except (ValueError, OSError, ImportError) as error:
         say(f"error: {error}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igae.data.decoding import to_device
 from igae.data.latents import LatentCache
-from igae.distributed import TrainingError
+from igae.distributed import TrainingError, is_lost_rank
 from igae.engine import Engine
 from igae.model import IGAE, LossWeights, Views
 from igae.scenes import RowAdam
@@ -103,9 +103,9 @@ class CapturedStep:
         try:
             with _fastest_convolutions(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._step()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
+                raise
             raise TrainingError(
                 f"a step can't be captured in a CUDA graph ({str(error).splitlines()[0]}): something in it, in the "
                 "autoencoder perhaps, asks the host for a value; set train.cuda_graph=false"

@@ -41,12 +41,31 @@ class TrainingError(RuntimeError):
     """Training can't go on, on all ranks alike; the text says why and what to do."""
 
 
+class LostWorker(RuntimeError):
+    """A process that decodes images for this rank has ended; the text says what to do."""
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
+    if isinstance(error, LostWorker):
+        return False
     connection = ("onnection closed by peer", "onnection reset", "onnection refused")
     signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
     said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
     return world_size() > 1 and said
+
+
+def in_one_sentence(error: RuntimeError) -> str | None:
+    """What to tell of an error that ends a command; None where it takes a traceback."""
+    if isinstance(error, (TrainingError, LostWorker, torch.OutOfMemoryError)):
+        return str(error)
+    if is_lost_rank(error):
+        said = str(error).splitlines()[0]
+        return (
+            f"rank {rank()} has lost another rank ({said}): its own error says why; training that is started again "
+            "goes on from the newest checkpoint"
+        )
+    return None
 
 
 class Channel:

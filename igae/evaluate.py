@@ -27,7 +27,7 @@ from torch import Tensor
 from igae import checkpoint, config, export
 from igae.autoencoder import load_autoencoder
 from igae.data.manifest import Manifest, Scene
-from igae.distributed import Channel, is_lost_rank, rank, world_size
+from igae.distributed import Channel, in_one_sentence, rank, world_size
 from igae.engine import Engine
 from igae.evaluation.evaluator import FIGURES, Evaluator, spread
 from igae.export.reader import bare_model
@@ -250,7 +250,7 @@ def _write(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 another rank was lost, 2 wrong input."""
+    """Returns the exit code: 0 done, 1 evaluation failed, 2 wrong input."""
     parser = argparse.ArgumentParser(prog="python -m igae.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="folder or URL of a checkpoint, a run or an export")
     parser.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help="default: as evaluation.scenes says")
@@ -270,9 +270,9 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        if (sentence := in_one_sentence(error)) is None:
             raise
-        say(f"error: rank {rank()} has lost another rank ({str(error).splitlines()[0]}): its own error says why")
+        say(f"error: {sentence}")
         return 1
     return 0
 

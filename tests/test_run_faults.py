@@ -59,6 +59,19 @@ def test_a_rank_that_hangs(recipe: str, victim: int) -> None:
     assert f"error: rank {1 - victim} has lost another rank" in errors(recipe)[-1]
 
 
+def test_a_worker_is_killed(recipe: str) -> None:
+    """As by a kernel that is out of memory."""
+    run = begin(recipe, 1, "data.workers=1")
+    pid = run.processes[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert children
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    assert run.exit_codes(60) == [1]
+    assert errors(recipe)[-1].startswith("error: a process that decodes images has ended (")
+    assert errors(recipe)[-1].endswith("ask for more or set data.workers lower")
+
+
 def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     run = begin(recipe, 2, "train.timeout=600")
     run.processes[1].kill()

@@ -23,6 +23,7 @@ from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
 from igae.data.shards import Opening, Record, ShardError, Verify, read_records
+from igae.distributed import LostWorker
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""
@@ -263,7 +264,7 @@ class Loader(Generic[B]):
         try:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
-            batch: B | ShardError | None = next(self._iterator, None)
+            batch = self._next(self._iterator)
             if self._batches.interrupt is not None:
                 raise self._batches.interrupt
             if batch is None:
@@ -275,6 +276,20 @@ class Loader(Generic[B]):
             raise
         self._advance(len(batch.images if isinstance(batch, ViewBatch) else batch))
         return batch
+
+    def _next(self, iterator: Iterator[B | ShardError]) -> B | ShardError | None:
+        try:
+            return next(iterator, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            # Where one ends while it hands over a batch its connection breaks, in one of several ways. What a worker
+            # raises itself comes with its traceback as text.
+            broken = not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker")
+            if self._loader.num_workers == 0 or not broken or str(error).startswith("Caught "):
+                raise
+            raise LostWorker(
+                f"a process that decodes images has ended ({str(error).strip()}): if the machine's or the job's memory "
+                "was full, ask for more or set data.workers lower"
+            ) from error
 
     def _advance(self, number: int) -> None:
         epochs, position = divmod(self._state.position + number, self._plan.samples)
