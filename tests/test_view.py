@@ -311,7 +311,15 @@ def test_what_is_refused_is_one_sentence(
 
 def test_the_command_serves_this_machine_alone_until_it_is_ended(made: Made) -> None:
     command = [sys.executable, "-m", "igae.view", str(made.export), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        # A shell starts what runs in its background, these tests perhaps, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     line = process.stderr.readline()
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+) shows .*/export \(4 scenes\); Ctrl-C ends it\n", line)
