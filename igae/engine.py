@@ -49,8 +49,8 @@ class Engine:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
         ahead = on_gpu and run_ahead
         if ahead:
-            # Steps are one CUDA graph after another, which NCCL need not keep apart from others and from other calls
-            # (strategies.py waits before it makes one). Its fences cost more than a small collective.
+            # Captured steps follow each other, and other collectives wait until they have ended (strategies.py): NCCL
+            # need not keep them apart, with fences that cost more than a small collective.
             os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 BUCKET = 128 * 2**20
-"""Bytes of gradients that are sent together. Fewer cost more launches, and more are sent later."""
+"""Bytes of float32 gradients that are sent together. Fewer cost more launches, and more are sent later."""
 LAST = 4 * 2**20
-"""Bytes of the last bucket at most: nothing is left to compute while it is sent."""
+"""Bytes of the last bucket at most, but for one large gradient: nothing is left to compute while it is sent."""
 SMALL = 2**18
 """Gradients of fewer bytes are sent with the flags, in one piece."""
 
@@ -18,17 +18,18 @@ SMALL = 2**18
 class Exchange:
     """Sends gradients in buckets, each as soon as a backward pass has all that belong into it.
 
-    It does what torch's DistributedDataParallel does, in the gradients' places alone: no call asks the host for
+    It does what torch's DistributedDataParallel does, without a part in forward passes: no call asks the host for
     anything and no autograd node outlives a step, so that whole steps can be captured in a CUDA graph.
 
     Args:
-        parameters: float32, the same ones on all ranks, in the order in which a forward pass meets them. Each has its
-            gradient on all ranks in a step, or on none.
+        parameters: float32, dense in memory, the same ones on all ranks, in the order in which a forward pass meets
+            them. Each has its gradient on all ranks in a step, or on none.
         bucket_bytes: a bucket with so many is full.
         last_bytes: the last bucket has no more, or one parameter.
         small_bytes: gradients with fewer are in no bucket.
-        sent_as: what gradients in buckets are sent as. A backward pass under an autocast to bfloat16 has them in that
-            precision, so that nothing is lost but in the mean.
+        sent_as: what gradients in buckets are sent as. One backward pass under an autocast to bfloat16 has those of
+            matrices in that precision, so that they lose nothing but in the mean; sums of several, and others, are
+            rounded before.
     """
 
     def __init__(
@@ -39,8 +40,6 @@ class Exchange:
         small_bytes: int = SMALL,
         sent_as: torch.dtype = torch.float32,
     ) -> None:
-        self.active = False
-        """Gradients are sent as they come: they are those of the last backward pass before the step."""
         self._world, self._device, self._sent_as = dist.get_world_size(), parameters[0].device, sent_as
         self._small = [parameter for parameter in parameters if _bytes([parameter]) < small_bytes]
         large = [parameter for parameter in parameters if _bytes([parameter]) >= small_bytes]
@@ -58,13 +57,18 @@ class Exchange:
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._bucket_of]
         self._begin()
 
+    def expect(self) -> None:
+        """The next backward pass is the last one before the step: its gradients are sent as they come."""
+        self._begin()
+        self._active = True
+
     def _begin(self) -> None:
+        self._active = False
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent: list[tuple[list[nn.Parameter], list[Tensor], Callable[[], None]]] = []
-        self.active = False
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self.active:
+        if not self._active:
             return
         self._missing[self._bucket_of[parameter]] -= 1  # type: ignore[index]
         # All ranks send in the same order.
@@ -92,7 +96,9 @@ class Exchange:
             overlap: other things are to be computed meanwhile. (Without, NCCL works on the current stream, which is
                 sooner there.)
         """
-        divides = self._device.type == "cuda"  # NCCL divides on the way; gloo can't
+        # NCCL divides on the way, which gloo can't: it multiplies by 1 / ranks as the vector's type has it.
+        exact = vector.dtype == torch.float32 or self._world & (self._world - 1) == 0
+        divides = self._device.type == "cuda" and exact
         work = dist.all_reduce(vector, dist.ReduceOp.AVG if divides else dist.ReduceOp.SUM, async_op=overlap)
 
         def wait() -> None:

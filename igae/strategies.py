@@ -139,10 +139,10 @@ class DDP(Strategy):
 
     def prepare(self, module: nn.Module, groups: Groups) -> None:
         super().prepare(module, groups)
+        if self.device.type == "cuda":  # no collective of a captured step must be under way at the next one
+            torch.cuda.synchronize()
         if groups:
             trained = list(self.parameters().values())
-            if self.device.type == "cuda":  # no collective of a captured step must be under way
-                torch.cuda.synchronize()
             for parameter in trained:
                 dist.broadcast(parameter.detach(), 0)
             self._exchange = self.exchange(trained)
@@ -157,8 +157,8 @@ class DDP(Strategy):
         super().drop()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        if self._exchange is not None:
-            self._exchange.active = last
+        if self._exchange is not None and last:
+            self._exchange.expect()
         loss.backward()
 
     def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:

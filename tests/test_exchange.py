@@ -2,16 +2,22 @@
 """Gradients of several ranks, in buckets that are sent while the backward pass goes on, against their mean."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import ranks
+import runs
 import torch
 from torch import Tensor, nn
 
+from igae import config
 from igae.distributed import rank
 from igae.engine import Engine
 from igae.exchange import Exchange
+from igae.recipe import Recipe
+from igae.strategies import DDP
+from igae.trainer import Trainer
 
 WORLD = 3
 SIZES = {"first": (3, 4), "kernel": (6, 5, 3, 3), "unused": (7,), "twice": (4, 4), "scalar": (), "last": (2,)}
@@ -22,6 +28,8 @@ class Sent(NamedTuple):
     early: int
     """Collectives that were called before `finish`."""
     calls: int
+    at_once: int
+    """Of them those that nothing was to be computed beside."""
     flags: list[float]
 
 
@@ -40,34 +48,36 @@ def backward(own: dict[str, nn.Parameter], of_rank: int, micro: int) -> None:
     total.backward()  # type: ignore[no-untyped-call]
 
 
-def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype) -> list[Sent]:
+def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool) -> list[Sent]:
     """What two steps of two backward passes give."""
-    engine, calls = Engine(), 0
+    engine, calls, at_once = Engine(), 0, 0
     own = {name: nn.Parameter(parameter.detach().to(engine.device)) for name, parameter in parameters().items()}
     mean = Exchange.mean
 
     def counted(*arguments: Any, **more: Any) -> Any:
-        nonlocal calls
+        nonlocal calls, at_once
         calls += 1
+        at_once += not more["overlap"]
         return mean(*arguments, **more)
 
     Exchange.mean = counted  # type: ignore[method-assign]
-    exchange, found = Exchange(list(own.values()), bucket, last, small, sent_as), []
+    order = list(own.values())[::-1] if reverse else list(own.values())
+    exchange, found = Exchange(order, bucket, last, small, sent_as), []
     for step in range(2):
         for parameter in own.values():
             parameter.grad = None
         backward(own, rank(), 0)
         assert calls == 0
-        exchange.active = True
+        exchange.expect()
         backward(own, rank(), 1)
         early = calls
         given = [torch.tensor(float(x), device=engine.device) for x in (1, rank() > 0, step)]
         flags = exchange.finish(given).tolist()
         gradients = {name: p.grad.clone().cpu() for name, p in own.items() if p.grad is not None}
-        found.append(Sent(gradients, early, calls, flags))
-        calls = 0
+        found.append(Sent(gradients, early, calls, at_once, flags))
+        calls = at_once = 0
     exchange.close()
-    exchange.active = True
+    exchange.expect()
     backward(own, rank(), 1)
     assert calls == 0  # nothing is sent any more
     engine.close()
@@ -93,10 +103,16 @@ def test_the_mean_over_three_ranks(
     bucket: int, last: int, small: int, calls: int, early: int, sent_as: torch.dtype
 ) -> None:
     for step in means(WORLD, bucket, last, small, sent_as):
-        assert (step.calls, step.early) == (calls, early)
+        assert (step.calls, step.at_once, step.early) == (calls, 1, early)
 
 
-def means(world: int, bucket: int, last: int, small: int, sent_as: torch.dtype) -> list[Sent]:
+def test_buckets_that_are_full_out_of_turn_follow_in_turn() -> None:
+    """The first bucket has what arrives last; the third one is not reached."""
+    for step in means(WORLD, 1, 48, 0, torch.float32, reverse=True):
+        assert (step.calls, step.at_once, step.early) == (5, 1, 2)
+
+
+def means(world: int, bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool = False) -> list[Sent]:
     """What each of some ranks has in two steps, after a look at it."""
     expected: dict[str, Tensor] = {}
     for of_rank in range(world):
@@ -106,7 +122,7 @@ def means(world: int, bucket: int, last: int, small: int, sent_as: torch.dtype) 
         for name, parameter in own.items():
             if parameter.grad is not None:
                 expected[name] = expected.get(name, 0) + parameter.grad / world
-    results = ranks.run(exchanged, world, bucket, last, small, sent_as)
+    results = ranks.run(exchanged, world, bucket, last, small, sent_as, reverse)
     for found in results:
         for step, sent in enumerate(found):
             assert sent.gradients.keys() == expected.keys() == SIZES.keys() - {"unused"}
@@ -132,7 +148,7 @@ def halved(small: int) -> list[float]:
         return lambda: None
 
     exchange.mean = mean  # type: ignore[method-assign]
-    exchange.active = True
+    exchange.expect()
     deep, one, other = own.values()
     ((2 * deep).view(-1) + one.view(-1) + other.view(-1)).sum().backward()  # type: ignore[no-untyped-call]
     exchange.finish([torch.tensor(1.0)])
@@ -143,3 +159,44 @@ def halved(small: int) -> list[float]:
 @pytest.mark.parametrize("small", [0, 10**6])
 def test_gradients_that_share_memory_are_each_sent_once(small: int) -> None:
     assert ranks.run(halved, 2, small) == [[1.0, 0.5, 0.5]] * 2
+
+
+def after_a_failure() -> list[float]:
+    """Gradients of a step that comes after one whose backward pass has failed."""
+    engine = Engine()
+    one, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    exchange = Exchange([one, other], 1, 0, 0)
+
+    def fail(gradient: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    exchange.expect()
+    hidden = one * 1
+    hidden.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        (100 * other + hidden).sum().backward()  # type: ignore[no-untyped-call]
+    one.grad = other.grad = None
+    exchange.expect()
+    (one + 2 * other).sum().backward()  # type: ignore[no-untyped-call]
+    exchange.finish([torch.tensor(1.0)])
+    engine.close()
+    return [float(p.grad.mean()) for p in (one, other) if p.grad is not None]
+
+
+def test_a_failed_backward_pass_leaves_nothing_behind() -> None:
+    assert ranks.run(after_a_failure, 2) == [[1.0, 2.0]] * 2
+
+
+def precision_sent(recipe_file: str, precision: str) -> str:
+    trainer = Trainer(config.load(Recipe, recipe_file, [f"train.precision={precision}", f"experiment={precision}"]))
+    strategy = trainer.engine._strategy
+    assert isinstance(strategy, DDP)
+    exchange = strategy.exchange([nn.Parameter(torch.zeros(3))])
+    trainer.engine.close()
+    return str(exchange._sent_as)
+
+
+def test_bf16_runs_send_bfloat16(tmp_path: Path) -> None:
+    recipe_file = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
+    assert ranks.run(precision_sent, 2, recipe_file, "bf16") == ["torch.bfloat16"] * 2
+    assert ranks.run(precision_sent, 2, recipe_file, "fp32") == ["torch.float32"] * 2
