@@ -44,6 +44,12 @@ class TrainingError(RuntimeError):
 class LostWorker(RuntimeError):
     """A process that decodes images for this rank has ended; the text says what to do."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"a process that decodes images has ended ({reason.strip()}): if the machine's or the job's memory was "
+            "full, ask for more or set data.workers lower"
+        )
+
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
@@ -57,6 +63,8 @@ def is_lost_rank(error: RuntimeError) -> bool:
 
 def in_one_sentence(error: RuntimeError) -> str | None:
     """What to tell of an error that ends a command; None where it takes a traceback."""
+    if str(error).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the program is
+        error = LostWorker(str(error))
     if isinstance(error, (TrainingError, LostWorker, torch.OutOfMemoryError)):
         return str(error)
     if is_lost_rank(error):

@@ -27,7 +27,7 @@ from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.shards import ShardError, split_member
 from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
-from igae.distributed import LostWorker
+from igae.distributed import in_one_sentence
 
 VIEWS = (12, 5, 1, 20, 9)
 BIG = f"a/{10**18}.png"
@@ -322,9 +322,11 @@ def test_only_their_own_process_ends_workers(packed):
     for worker in workers:
         os.kill(int(worker), signal.SIGTERM)
     deadline = time.monotonic() + 10
-    with pytest.raises(LostWorker, match="^a process that decodes images has ended .*set data.workers lower$"):
+    with pytest.raises(RuntimeError) as ended:
         while time.monotonic() < deadline:
             next(loader)
+    sentence = in_one_sentence(ended.value) or ""
+    assert sentence.startswith("a process that decodes images") and sentence.endswith("set data.workers lower")
 
 
 def test_workers_do_not_outlive_a_process_that_was_killed(packed):

@@ -280,16 +280,12 @@ class Loader(Generic[B]):
     def _next(self, iterator: Iterator[B | ShardError]) -> B | ShardError | None:
         try:
             return next(iterator, None)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (OSError, EOFError) as error:
             # Where one ends while it hands over a batch its connection breaks, in one of several ways. What a worker
             # raises itself comes with its traceback as text.
-            broken = not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker")
-            if self._loader.num_workers == 0 or not broken or str(error).startswith("Caught "):
+            if self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
-            raise LostWorker(
-                f"a process that decodes images has ended ({str(error).strip()}): if the machine's or the job's memory "
-                "was full, ask for more or set data.workers lower"
-            ) from error
+            raise LostWorker(str(error)) from error
 
     def _advance(self, number: int) -> None:
         epochs, position = divmod(self._state.position + number, self._plan.samples)
