@@ -9,7 +9,7 @@ from torch import Tensor
 
 from igae.data.decoding import to_device
 from igae.data.latents import LatentCache
-from igae.distributed import TrainingError, is_lost_rank
+from igae.distributed import TrainingError, in_one_sentence
 from igae.engine import Engine
 from igae.model import IGAE, LossWeights, Views
 from igae.scenes import RowAdam
@@ -104,7 +104,7 @@ class CapturedStep:
             with _fastest_convolutions(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._output = self._step()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
+            if in_one_sentence(error) is not None:  # it is something else: no memory, a lost rank or worker
                 raise
             raise TrainingError(
                 f"a step can't be captured in a CUDA graph ({str(error).splitlines()[0]}): something in it, in the "

@@ -53,8 +53,6 @@ class LostWorker(RuntimeError):
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
-    if isinstance(error, LostWorker):
-        return False
     connection = ("onnection closed by peer", "onnection reset", "onnection refused")
     signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
     said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)

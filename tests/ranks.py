@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from igae.exchange import Exchange
+from igae.strategies import DDP
+
 # With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(["igae.trainer", "diffusers.models.autoencoders.autoencoder_kl"])
@@ -28,6 +31,14 @@ STRATEGIES = [
     pytest.param(name, marks=needs_compiler if name.startswith("zero") else ())
     for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 ]
+
+
+def send_in_buckets() -> None:
+    """From now on this process sends gradients of small models in buckets, which else would all go at the end, in one
+    piece."""
+    DDP.exchange = lambda self, parameters: Exchange(  # type: ignore[method-assign]
+        parameters, bucket_bytes=2**13, last_bytes=2**11, small_bytes=2**9, sent_as=self._sent_as
+    )
 
 
 def launch_environment(strategy: str) -> dict[str, str]:

@@ -16,13 +16,11 @@ from igae.data.manifest import Manifest
 from igae.data.streams import ViewBatch, image_loader, view_loader
 from igae.distributed import Channel, rank, world_size
 from igae.engine import Engine
-from igae.exchange import Exchange
 from igae.model import IGAE
 from igae.recipe import Recipe
 from igae.scenes import BasePlanes, SceneBank
 from igae.shares import own_data
 from igae.stage import Stage
-from igae.strategies import DDP
 
 STEPS = 20
 POISONED = 7
@@ -84,8 +82,8 @@ def train(
     """
     os.environ.update(ranks.launch_environment(strategy))
     recipe = small_recipe(Path(folder), f"train.joint.accumulate={1 if merge else accumulate}", *overrides)
-    if not set(overrides) & set(FROZEN):  # else all gradients of so small a model go at the end, in one piece
-        DDP.exchange = lambda _, parameters: Exchange(parameters, 2**13, 2**11, 2**9)  # type: ignore[method-assign]
+    if not set(overrides) & set(FROZEN):
+        ranks.send_in_buckets()
     engine = Engine()
     data = own_data(recipe)
     if world_size() > 1:

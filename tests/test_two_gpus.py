@@ -16,10 +16,8 @@ from test_training_gpu import PLAIN, difference
 
 from igae import config
 from igae.distributed import is_lost_rank, rank
-from igae.exchange import Exchange
 from igae.recipe import Recipe
 from igae.stage import Stage
-from igae.strategies import DDP
 from igae.trainer import Trainer
 
 pytestmark = [
@@ -44,8 +42,7 @@ def test_the_mean_over_two_gpus(sent_as: torch.dtype) -> None:
 def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[bool, int]:
     """A whole run of this rank, whose weights and planes go into a file; whether the warm-up was captured, and how many
     steps were skipped."""
-    # Of so small a model gradients would all go at the end, in one piece.
-    DDP.exchange = lambda self, parameters: Exchange(parameters, 2**13, 2**11, 2**9, self._sent_as)  # type: ignore[method-assign]
+    ranks.send_in_buckets()
     trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, f"experiment={name}", *settings]))
     captured, step = [], Stage.step
 

@@ -285,7 +285,7 @@ class Loader(Generic[B]):
             # raises itself comes with its traceback as text.
             if self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
-            raise LostWorker(str(error)) from error
+            raise LostWorker(str(error) or type(error).__name__) from error
 
     def _advance(self, number: int) -> None:
         epochs, position = divmod(self._state.position + number, self._plan.samples)

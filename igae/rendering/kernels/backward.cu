@@ -185,8 +185,9 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   }
 }
 
-// One tile back: fills the rest of `tile`, which all warps add up, in the block's unit, and g_f with the gradients of the features. slope: of the
-// hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward. sums: see BIAS_FLOATS.
+// One tile back: fills the rest of `tile`, which all warps add up, in the block's unit, and g_f with the gradients of the
+// features. slope: of the hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward.
+// sums: see BIAS_FLOATS.
 DEV void tile_backward(const Mlp &mlp, const Four (&slope)[8], const float (&out)[COLOUR_TILES][4], const Kept &kept,
                        const float (&w)[2], const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4], float *sums) {
   constexpr int PAIRS = (COLOUR_TILES + 1) / 2;
