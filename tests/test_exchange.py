@@ -31,6 +31,8 @@ class Sent(NamedTuple):
     at_once: int
     """Of them those that nothing was to be computed beside."""
     flags: list[float]
+    arrived: tuple[str, ...]
+    """Parameters, in the order in which they had their gradients."""
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -40,15 +42,18 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     return made
 
 
-def backward(own: dict[str, nn.Parameter], of_rank: int, micro: int) -> None:
-    """Uses one parameter twice, one not at all, and one in the second backward pass alone."""
-    used = ["first", "kernel", "scalar", *(["last"] if micro else [])]
-    total = torch.stack([(i + 2 + of_rank) * own[name].sin().sum() for i, name in enumerate(used)]).sum()
+def backward(own: dict[str, nn.Parameter], of_rank: int, micro: int, mixed: bool = False) -> None:
+    """Uses one parameter twice, one not at all, and one in the second backward pass alone; `mixed`: gradients arrive in
+    another order on odd ranks."""
+    used = list(enumerate(["first", "kernel", "scalar", *(["last"] if micro else [])]))
+    if mixed and of_rank % 2:
+        used.reverse()
+    total = torch.stack([(i + 2 + of_rank) * own[name].sin().sum() for i, name in used]).sum()
     total = total + (own["twice"] * own["twice"].T).square().sum() * (1 + of_rank + micro)
     total.backward()  # type: ignore[no-untyped-call]
 
 
-def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool) -> list[Sent]:
+def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool, mixed: bool) -> list[Sent]:
     """What two steps of two backward passes give."""
     engine, calls, at_once = Engine(), 0, 0
     own = {name: nn.Parameter(parameter.detach().to(engine.device)) for name, parameter in parameters().items()}
@@ -62,19 +67,22 @@ def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse:
 
     Exchange.mean = counted  # type: ignore[method-assign]
     order = list(own.values())[::-1] if reverse else list(own.values())
-    exchange, found = Exchange(order, bucket, last, small, sent_as), []
+    exchange, found, arrived = Exchange(order, bucket, last, small, sent_as), [], list[str]()
+    for name, parameter in own.items():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
     for step in range(2):
         for parameter in own.values():
             parameter.grad = None
-        backward(own, rank(), 0)
+        backward(own, rank(), 0, mixed)
         assert calls == 0
         exchange.expect()
-        backward(own, rank(), 1)
+        arrived.clear()
+        backward(own, rank(), 1, mixed)
         early = calls
         given = [torch.tensor(float(x), device=engine.device) for x in (1, rank() > 0, step)]
         flags = exchange.finish(given).tolist()
         gradients = {name: p.grad.clone().cpu() for name, p in own.items() if p.grad is not None}
-        found.append(Sent(gradients, early, calls, at_once, flags))
+        found.append(Sent(gradients, early, calls, at_once, flags, tuple(arrived)))
         calls = at_once = 0
     exchange.close()
     exchange.expect()
@@ -112,7 +120,15 @@ def test_buckets_that_are_full_out_of_turn_follow_in_turn() -> None:
         assert (step.calls, step.at_once, step.early) == (5, 1, 2)
 
 
-def means(world: int, bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool = False) -> list[Sent]:
+def test_ranks_whose_gradients_arrive_in_different_orders() -> None:
+    steps = means(WORLD, 1, 48, 0, torch.float32, mixed=True)
+    assert {(step.calls, step.at_once) for step in steps} == {(6, 1)}
+    assert len({step.arrived for step in steps}) == 2
+
+
+def means(
+    world: int, bucket: int, last: int, small: int, sent_as: torch.dtype, reverse: bool = False, mixed: bool = False
+) -> list[Sent]:
     """What each of some ranks has in two steps, after a look at it."""
     expected: dict[str, Tensor] = {}
     for of_rank in range(world):
@@ -122,7 +138,7 @@ def means(world: int, bucket: int, last: int, small: int, sent_as: torch.dtype, 
         for name, parameter in own.items():
             if parameter.grad is not None:
                 expected[name] = expected.get(name, 0) + parameter.grad / world
-    results = ranks.run(exchanged, world, bucket, last, small, sent_as, reverse)
+    results = ranks.run(exchanged, world, bucket, last, small, sent_as, reverse, mixed)
     for found in results:
         for step, sent in enumerate(found):
             assert sent.gradients.keys() == expected.keys() == SIZES.keys() - {"unused"}
