@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 
-from igae.secrets import log_to_stderr, say
+from igae.errors import log_to_stderr, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,12 +31,13 @@ def main(argv: list[str] | None = None) -> int:
 
     _end_with_the_launcher()
     try:
-        from igae import config, distributed
-        from igae.fit import Fit
-        from igae.pretrained import take_settings
-        from igae.recipe import Recipe
-        from igae.report.page import try_to_write
-        from igae.trainer import Trainer
+        from igae import config
+        from igae import ranks as distributed
+        from igae.export.pretrained import take_settings
+        from igae.training.fit import Fit
+        from igae.training.recipe import Recipe
+        from igae.training.trainer import Trainer
+        from igae.viewer.report.page import try_to_write
 
         try:
             recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=take_settings)

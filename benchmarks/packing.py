@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igae.cameras import orbit
+from igae.data.cameras import orbit
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.streams import view_loader

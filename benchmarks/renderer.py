@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igae.kernels.launch import INSTALLED
 from igae.rendering import DecodingMLP, RenderOptions, render
-from igae.rendering.cuda import INSTALLED
 
 
 def orbit(views: int, distance: float, device: str) -> tuple[Tensor, Tensor]:

@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
-from igae.distributed import Channel, rank, world_size
-from igae.engine import Engine
-from igae.model import IGAE
-from igae.records import Outcome
-from igae.shares import own_data
-from igae.trainer import LAG
+from igae.models.igae import IGAE
+from igae.ranks import Channel, rank, world_size
+from igae.training.meter import Outcome
+from igae.training.parallel.engine import Engine
+from igae.training.shares import own_data
+from igae.training.trainer import LAG
 
 Figures = dict[str, float]
 

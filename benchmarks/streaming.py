@@ -33,10 +33,10 @@ import fsspec
 import torch
 
 from igae import config
-from igae.recipe import Recipe, StageName
-from igae.shares import own_data
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.training.recipe import Recipe, StageName
+from igae.training.shares import own_data
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES: tuple[StageName, ...] = ("warmup", "joint")

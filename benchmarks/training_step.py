@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-import igae.stage
+import igae.training.stage
 from igae import config
-from igae.assembly import build_model
-from igae.cameras import orbit
+from igae.data.cameras import orbit
 from igae.data.latents import LatentCache
 from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
 from igae.data.shards import ShardWriter
 from igae.data.streams import ViewBatch
-from igae.engine import Engine
-from igae.model import IGAE
-from igae.recipe import Recipe
+from igae.models.igae import IGAE
 from igae.scenes import SceneBank
-from igae.shares import Data, own_data
-from igae.stage import Stage
-from igae.strategies import Strategy
+from igae.training.assembly import build_model
+from igae.training.parallel.engine import Engine
+from igae.training.parallel.strategies import Strategy
+from igae.training.recipe import Recipe
+from igae.training.shares import Data, own_data
+from igae.training.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,7 +117,7 @@ def prepare(engine: Engine, model: IGAE, stage: str, recipe: Recipe) -> Stage:
     bank = SceneBank(small, [scene.id for scene in data.owned], 0, device)
     side, features = recipe.planes.resolution, recipe.planes.features
     bank.planes = torch.empty(len(bank), 3, side, side, features, device=device).normal_(0, 0.1)
-    igae.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
+    igae.training.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
     result = Stage("warmup" if stage == "warmup" else "joint", recipe, engine, model, bank, data, {})
     moments = result.plane_adam.state()
     count = len(bank)

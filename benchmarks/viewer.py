@@ -23,15 +23,16 @@ from typing import Any
 import torch
 import viser
 
-from igae.autoencoder import AutoencoderConfig, load_autoencoder
+from igae.export.pretrained import find_model
 from igae.export.reader import bare_model
-from igae.pretrained import find_model
+from igae.models.autoencoder import load_autoencoder
+from igae.models.config import AutoencoderConfig
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.view.cameras import Camera, lens_of, orbit_from
-from igae.view.drawing import ALL, RGB, VIEWS, arrange, draw, is_decoded, panels
-from igae.view.session import MOVING, RESTING, scale_for
-from igae.view.subject import Subject, open_subject
+from igae.viewer.cameras import Camera, lens_of, orbit_from
+from igae.viewer.drawing import ALL, RGB, VIEWS, arrange, draw, is_decoded, panels
+from igae.viewer.session import MOVING, RESTING, scale_for
+from igae.viewer.subject import Subject, open_subject
 
 KINDS = ["quickstart-64", "quickstart-128", "published-128"]
 WINDOW = (900, 1280)

@@ -15,12 +15,12 @@ import fsspec
 from PIL import Image
 
 try:
-    from igae.secrets import hide_credentials
+    from igae.errors import hide_credentials
 except ModuleNotFoundError as error:  # run from a source tree that is not installed
     if error.name != "igae":
         raise
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from igae.secrets import hide_credentials
+    from igae.errors import hide_credentials
 
 SUFFIXES = (".glb", ".gltf", ".obj")
 

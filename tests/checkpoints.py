@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from igae.checkpoint import Loaded, Progress, Writer, folder_of, list_complete, load
-from igae.distributed import Channel
+from igae.ranks import Channel
 
 FILES = {"shared.safetensors", "optimizer.safetensors", "scenes-00000.safetensors", "config.yaml", "state.json"}
 IDS = [4, 2, 9]

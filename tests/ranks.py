@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from igae.exchange import Exchange
-from igae.strategies import DDP
+from igae.training.parallel.exchange import Exchange
+from igae.training.parallel.strategies import DDP
 
 # With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-CONTEXT.set_forkserver_preload(["igae.trainer", "diffusers.models.autoencoders.autoencoder_kl"])
+CONTEXT.set_forkserver_preload(["igae.training.trainer", "diffusers.models.autoencoders.autoencoder_kl"])
 TIMEOUT = 300.0
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="DeepSpeed compiles its communication between CPU processes with g++"

@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 from scene_files import write_data
 
-from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.pack import pack
+from igae.models.autoencoder import Autoencoder, load_autoencoder
+from igae.models.config import AutoencoderConfig
 
 KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,

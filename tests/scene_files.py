@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from igae.cameras import opengl_to_opencv, orbit
+from igae.data.cameras import opengl_to_opencv, orbit
 
 
 def picture(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> bytes:

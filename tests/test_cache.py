@@ -17,13 +17,13 @@ from fsspec import AbstractFileSystem
 from scene_files import write_data
 
 from igae.data import cache as caches
-from igae.data import store
 from igae.data.cache import Cache
 from igae.data.manifest import Manifest, Shard
 from igae.data.pack import pack
 from igae.data.shards import ShardError, read_records
-from igae.data.store import StoreError
 from igae.data.streams import image_loader, view_loader
+from igae.storage import reading as store
+from igae.storage.reading import StoreError
 
 
 class Far(AbstractFileSystem):

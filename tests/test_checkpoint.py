@@ -16,9 +16,9 @@ from checkpoints import FILES, IDS, State, at, bits, complete, example, names, p
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from igae import tensorfile
 from igae.checkpoint import Progress, Writer, list_complete, load
-from igae.distributed import Channel
+from igae.ranks import Channel
+from igae.storage import tensors as tensorfile
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from checkpoints import FILES, at, complete, example, names, put, read_all, same, save, sentence
 
-from igae import tensorfile
 from igae.checkpoint import Progress, Writer, list_complete, load, writer
-from igae.distributed import Channel
+from igae.ranks import Channel
+from igae.storage import tensors as tensorfile
 
 
 class Killed(BaseException):

@@ -18,9 +18,10 @@ import torch
 from checkpoints import Bits, State, at, bits, complete, names
 from object_store import moto
 
-from igae import tensorfile
 from igae.checkpoint import Progress, Writer, folder_of, list_complete, load, writer
-from igae.distributed import Channel, LostRank, rank, world_size
+from igae.errors import LostRank
+from igae.ranks import Channel, rank, world_size
+from igae.storage import tensors as tensorfile
 
 SCENES = 20
 # By number of ranks, what each of them owns: uneven, unordered, one with nothing.

@@ -17,12 +17,13 @@ from object_store import Proxy
 from scene_files import write_data
 from test_fit import FIT
 
-from igae import evaluate, ownership
-from igae.data import store
+from igae.cli import evaluate
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.streams import image_loader, view_loader
-from igae.shares import Data
+from igae.scenes import ownership
+from igae.storage import reading as store
+from igae.training.shares import Data
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("cuda.core", reason="needs cuda-core")
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
+from igae.kernels import compile as compiling  # noqa: E402
 from igae.rendering import build, launch  # noqa: E402
 
 KERNELS: tuple[build.Kernel, ...] = ("forward", "backward")
@@ -127,12 +128,12 @@ def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert len(names) == 2 and all(name.endswith(".cubin") for name in names)  # and nothing half-written
     monkeypatch.setenv("IGAE_KERNEL_CACHE", environment["IGAE_KERNEL_CACHE"])
-    monkeypatch.setattr(build, "compile_source", lambda *a: pytest.fail("compiled again"))
+    monkeypatch.setattr(compiling, "compile_source", lambda *a: pytest.fail("compiled again"))
     variant = build.Variant(8, 1, 4, 0)
     code = build.cubin("forward", variant, 80)
     assert code[:4] == b"\x7fELF"
 
-    monkeypatch.setattr(build, "compile_source", lambda *a: (b"new", build.Usage(1, 0)))
+    monkeypatch.setattr(compiling, "compile_source", lambda *a: (b"new", compiling.Usage(1, 0)))
     assert build.cubin("forward", dataclasses.replace(variant, eg3d=True), 80) == b"new"
     assert build.cubin("forward", variant, 90) == b"new"
     monkeypatch.setenv("IGAE_KERNEL_CACHE", "/proc/nowhere")  # cannot be written
@@ -144,4 +145,4 @@ def test_the_cache_knows_the_sources(tmp_path: Path) -> None:
     shutil.copytree(build.SOURCES, copied)
     shutil.copytree(build.SOURCES, changed)
     (changed / "ray.cuh").write_text("//")
-    assert build._fingerprint(copied) == build._fingerprint(build.SOURCES) != build._fingerprint(changed)
+    assert compiling._fingerprint(copied) == compiling._fingerprint(build.SOURCES) != compiling._fingerprint(changed)

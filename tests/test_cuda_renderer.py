@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igae.kernels.launch import INSTALLED
 from igae.rendering import DecodingMLP, Rendered, RenderOptions, cuda, render
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() and cuda.INSTALLED), reason="needs a CUDA device and cuda-core"),
+    pytest.mark.skipif(not (torch.cuda.is_available() and INSTALLED), reason="needs a CUDA device and cuda-core"),
 ]
 
 DEVICE = "cuda:0"  # test_cuda_emulated.py runs tests of this file elsewhere

@@ -22,7 +22,7 @@ from doc_commands import NAMES, TABLE, CoveredBy, Executed
 from documents import DOCUMENTS, ROOT
 
 from igae import config
-from igae.recipe import Recipe
+from igae.training.recipe import Recipe
 
 
 def makefile() -> set[str]:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from igae import evaluate
-from igae.cameras import orbit_like
+from igae.cli import evaluate
+from igae.data.cameras import orbit_like
 from igae.data.pack import pack
 from igae.export import Export, read_run, write
-from igae.losses import LPIPS
+from igae.models.losses import LPIPS
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 

@@ -15,13 +15,14 @@ from runs import create_autoencoder as create
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
-from igae.distributed import Channel
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
-from igae.model import IGAE, Views
+from igae.models.autoencoder import Autoencoder, load_autoencoder
+from igae.models.config import AutoencoderConfig
+from igae.models.igae import IGAE, Views
+from igae.ranks import Channel
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig, SceneBank
 

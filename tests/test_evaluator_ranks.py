@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from igae.autoencoder import AutoencoderConfig, load_autoencoder
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
-from igae.distributed import Channel, rank
 from igae.evaluation import evaluator
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
-from igae.model import IGAE
+from igae.models.autoencoder import load_autoencoder
+from igae.models.config import AutoencoderConfig
+from igae.models.igae import IGAE
+from igae.ranks import Channel, rank
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig, SceneBank
 

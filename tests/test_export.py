@@ -24,11 +24,12 @@ from torch import Tensor
 
 import train
 from igae import checkpoint
-from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
-from igae.cameras import orbit
+from igae.cli.export import main
+from igae.data.cameras import orbit
 from igae.export import Content, Export, load_model, read_run, write, writer
-from igae.export.__main__ import main
-from igae.model import IGAE
+from igae.models.autoencoder import Autoencoder, load_autoencoder
+from igae.models.config import AutoencoderConfig
+from igae.models.igae import IGAE
 from igae.rendering import DecodingMLP, RenderOptions, render
 from igae.scenes import PlanesConfig, RowAdam
 

@@ -11,12 +11,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from runs import create_autoencoder
 
-from igae.data import store
+from igae.cli.export import main
 from igae.export import Content, Export, load_model, read_run, write
-from igae.export.__main__ import main
-from igae.model import IGAE
+from igae.models.igae import IGAE
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
+from igae.storage import reading as store
 
 PLANES = PlanesConfig(resolution=4, features=4)
 

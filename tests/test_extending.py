@@ -19,9 +19,9 @@ import yaml
 from documents import ROOT
 
 from igae import checkpoint
-from igae.cameras import orbit
+from igae.data.cameras import orbit
 from igae.data.manifest import Manifest
-from igae.tensorfile import TensorFile
+from igae.storage.tensors import TensorFile
 
 PAGE = ROOT / "docs" / "extending.md"
 SMALL = (
@@ -35,7 +35,7 @@ SMALL = (
 SERVER = """
 import json, os, runpy, sys
 import torch
-import igae.fit
+import igae.training.fit
 from diffusers import AutoencoderKL
 
 torch.set_num_threads(1)

@@ -19,18 +19,19 @@ import yaml
 from documents import ROOT
 
 from igae import config
-from igae.assembly import build_model
-from igae.autoencoder import AutoencoderConfig, load_autoencoder
 from igae.checkpoint import list_complete
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
-from igae.engine import Engine
-from igae.losses import LPIPS
-from igae.recipe import Recipe
+from igae.models.autoencoder import load_autoencoder
+from igae.models.config import AutoencoderConfig
+from igae.models.losses import LPIPS
 from igae.rendering import DecodingMLP, RenderOptions, render
-from igae.shares import own_data
-from igae.tracking import Tracker, TrackingConfig
-from igae.trainer import Trainer
+from igae.training.assembly import build_model
+from igae.training.parallel.engine import Engine
+from igae.training.recipe import Recipe, TrackingConfig
+from igae.training.shares import own_data
+from igae.training.trackers import Tracker
+from igae.training.trainer import Trainer
 
 PAGE = ROOT / "docs" / "faq.md"
 # What torch and fsspec say.
@@ -100,7 +101,7 @@ def twice(folder: Path, shards: str) -> None:
     trainer = Trainer(load(folder, shards))
     (folder / "outputs" / "run").mkdir(parents=True)
     if (child := os.fork()) == 0:  # a lock is a process's
-        from igae.guards import lock_run
+        from igae.training.preflight import lock_run
 
         held = lock_run(folder / "outputs" / "run")
         (folder / "locked").touch()

@@ -24,15 +24,15 @@ import train
 from igae import checkpoint, config
 from igae.checkpoint import Loaded, Parts
 from igae.data.manifest import Manifest, Scene, Shard
-from igae.fit import Fit
-from igae.model import Views
-from igae.pretrained import take_settings
-from igae.recipe import Recipe
-from igae.records import Outcome
+from igae.export.pretrained import take_settings
+from igae.models.igae import Views
 from igae.scenes import SceneBank
-from igae.shares import waves
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.training.fit import Fit
+from igae.training.meter import Outcome
+from igae.training.recipe import Recipe
+from igae.training.shares import waves
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 

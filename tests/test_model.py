@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from runs import create_autoencoder as create
 from torch import Tensor, nn
 
-from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
-from igae.cameras import orbit
-from igae.model import IGAE, LossWeights, Views, to_signed
+from igae.data.cameras import orbit
+from igae.models.autoencoder import Autoencoder, load_autoencoder
+from igae.models.config import AutoencoderConfig, LossWeights
+from igae.models.igae import IGAE, Views, to_signed
 from igae.rendering import Rendered, RenderOptions, render
 
 SIZE, SEED, SCALE = 16, 1234, 0.3

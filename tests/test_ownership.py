@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from igae.ownership import assign, part, share, table
+from igae.scenes.ownership import assign, part, share, table
 
 ROOT = Path(__file__).resolve().parent.parent
 Shards = list[dict[int, int]]
@@ -235,7 +235,7 @@ def test_too_few_scenes(shards: Shards, world: int) -> None:
 
 HARD = """
 import hashlib, json
-from igae.ownership import assign
+from igae.scenes.ownership import assign
 state, views = 1, []
 for _ in range(64):
     state = (1103515245 * state + 12345) % 2**31

@@ -98,9 +98,9 @@ def wrong_imports(name: str, source: str, package: str) -> list[str]:
 
 def test_the_check_of_layers_finds_wrong_imports() -> None:
     for source, wrong in [
-        ("import igae.trainer", ["igae.trainer"]),
-        ("def f():\n    from igae import trainer, config", ["igae.trainer"]),
-        ("from ..trainer import Trainer", ["igae.trainer.Trainer"]),
+        ("import igae.training.trainer", ["igae.training.trainer"]),
+        ("def f():\n    from igae import trainer, config", ["igae.training.trainer"]),
+        ("from ..trainer import Trainer", ["igae.training.trainer.Trainer"]),
         ("from .. import scenes", ["igae.scenes"]),  # of the same layer
         ("from igae.unheard import x", ["igae.unheard.x"]),
         ("from igae.data import pack\nfrom . import pack\nfrom igae import __version__, cameras\nimport torch", []),

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from igae import checkpoint, config
 from igae.config import ConfigError
-from igae.losses import orthogonality
-from igae.recipe import Recipe
+from igae.models.losses import orthogonality
 from igae.scenes import BasePlanes, PlanesConfig, SceneBank
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.training.recipe import Recipe
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 

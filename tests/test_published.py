@@ -16,10 +16,10 @@ import yaml
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from igae.cameras import orbit
+from igae.data.cameras import orbit
 from igae.export import Export
-from igae.model import Views
-from igae.published import architecture, main, read_published
+from igae.export.published import architecture, main, read_published
+from igae.models.igae import Views
 
 Array = NDArray[np.float64]
 KL = {

@@ -14,13 +14,13 @@ from torch import Tensor
 from igae import config
 from igae.data.manifest import Manifest
 from igae.data.streams import ViewBatch, image_loader, view_loader
-from igae.distributed import Channel, rank, world_size
-from igae.engine import Engine
-from igae.model import IGAE
-from igae.recipe import Recipe
+from igae.models.igae import IGAE
+from igae.ranks import Channel, rank, world_size
 from igae.scenes import BasePlanes, SceneBank
-from igae.shares import own_data
-from igae.stage import Stage
+from igae.training.parallel.engine import Engine
+from igae.training.recipe import Recipe
+from igae.training.shares import own_data
+from igae.training.stage import Stage
 
 STEPS = 20
 POISONED = 7
@@ -152,7 +152,7 @@ def train(
 
 
 def build(recipe: Recipe, manifest: Manifest) -> IGAE:
-    from igae.autoencoder import load_autoencoder
+    from igae.models.autoencoder import load_autoencoder
 
     model = IGAE(
         load_autoencoder(recipe.autoencoder, 1),
@@ -174,7 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def owned(folder: Path, world: int) -> list[list[int]]:
-    from igae import ownership
+    from igae.scenes import ownership
 
     manifest = Manifest.load(str(folder / "shards"))
     ids = {scene.name: scene.id for scene in manifest.scenes}

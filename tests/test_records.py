@@ -13,13 +13,16 @@ import ranks
 import runs
 import torch
 
-from igae import captured, config, records
-from igae.distributed import TrainingError, rank
-from igae.recipe import Recipe
-from igae.records import Meter, Outcome
+from igae import config
+from igae.errors import TrainingError
+from igae.ranks import rank
 from igae.scenes import RowAdam
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.training import captured
+from igae.training import meter as records
+from igae.training.meter import Meter, Outcome
+from igae.training.recipe import Recipe
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 PREFIXES = {
     "encoder": ("autoencoder.net.encoder.", "autoencoder.net.quant_conv."),

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from igae import reference
-from igae.recipe import Recipe
+from igae.cli import reference
+from igae.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

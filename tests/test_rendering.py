@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from igae.rendering import DecodingMLP, RenderOptions, render, rng
 from igae.rendering.rays import box_range, pixel_rays
-from igae.rendering.reference import (
-    composite,
-    interval_weights,
-    plane_features,
-)
+from igae.rendering.reference import composite, interval_weights, plane_features
 
 F64 = torch.float64
 

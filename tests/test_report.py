@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from igae.cli.report import main
 from igae.evaluation.pictures import save_png, write_video
-from igae.report import media
-from igae.report.__main__ import main
-from igae.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
-from igae.report.page import scene_table, try_to_write, write_report
-from igae.report.run import Record, read_run
-from igae.tracking import Tracker, TrackingConfig
+from igae.training.recipe import TrackingConfig
+from igae.training.trackers import Tracker
+from igae.viewer.report import media
+from igae.viewer.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
+from igae.viewer.report.page import scene_table, try_to_write, write_report
+from igae.viewer.report.run import Record, read_run
 
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
 PSNR = {"chair": 21.5, "duck": 9.75, "mug": 30.25, HOSTILE: 25.0}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from igae import config
-from igae.recipe import Recipe
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.training.recipe import Recipe
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 EPOCHS = 40
 

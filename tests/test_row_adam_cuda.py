@@ -8,8 +8,8 @@ import torch
 from test_row_adam import ROWS, SHAPE, dense, history, run, start
 from torch import Tensor
 
+from igae.kernels.launch import INSTALLED
 from igae.rendering import build
-from igae.rendering.cuda import INSTALLED
 from igae.scenes import CudaRowAdam, RowAdam, make_row_adam
 from igae.scenes.row_adam import horizon_of
 from igae.scenes.row_adam_cuda import SOURCE, most_parts
@@ -35,7 +35,7 @@ def has_nvrtc() -> bool:
 @pytest.mark.skipif(not has_nvrtc(), reason="needs cuda-core and NVRTC")
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
 def test_it_compiles_without_spills(arch: int) -> None:
-    code, usage = build.compile_source(SOURCE, {}, arch)
+    code, usage = compile_source(SOURCE, {}, arch)
     assert code[:4] == b"\x7fELF"
     assert usage.spilled == 0 and 0 < usage.registers <= 128
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from igae.data.latents import LatentCache, LatentLoader
 from igae.data.streams import StreamState, ViewBatch
-from igae.distributed import derive_seed, rank, world_size
+from igae.ranks import derive_seed, rank, world_size
 from igae.scenes import PlanesConfig, SceneBank
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from igae.secrets import MASK, hide_credentials
+from igae.errors import MASK, hide_credentials
 
 # Secrets that are no part of the words around them.
 SECRET = st.text(string.ascii_letters + string.digits + "+/=_-.~%!$@:#?&;,", min_size=3, max_size=40).map(
@@ -114,7 +114,7 @@ def test_a_second_time_changes_nothing(text: str) -> None:
 
 def test_commands_log_without_credentials() -> None:
     script = (
-        "import logging; from igae.secrets import log_to_stderr, say; log_to_stderr(); "
+        "import logging; from igae.errors import log_to_stderr, say; log_to_stderr(); "
         "logging.getLogger('s3fs').warning('retry of %s', 's3://me:hush@bucket/x'); say('s3://me:hush@bucket/y')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

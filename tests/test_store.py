@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scene_files import write_data
 
-from igae.data import store
-from igae.data.manifest import Manifest, join
+from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.shards import Record, ShardError, read_records
-from igae.data.store import File, Missing, StoreError, read_whole
+from igae.storage import reading as store
+from igae.storage.paths import join
+from igae.storage.reading import File, Missing, StoreError, read_whole
 
 DATA = bytes(range(256)) * 40
 SECRETS = "https://user:hunter2@host/x?X-Amz-Signature=hunter3"
@@ -187,7 +188,7 @@ def test_a_store_that_stays_down(fault, caplog):
     text = str(error.value)
     assert text.startswith(f"shard x in flaky:// cannot be read, it was tried {store.ATTEMPTS} times: ")
     assert "\n" not in text and Flaky.calls == ["info", *["cat_file"] * store.ATTEMPTS]
-    warnings = [record.getMessage() for record in caplog.records if record.name == "igae.data.store"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "igae.storage.reading"]
     assert len(warnings) == store.ATTEMPTS - 1  # each further try is announced once
     for number, warning in enumerate(warnings, start=1):
         assert warning.startswith(f"shard x in flaky://: try {number} of {store.ATTEMPTS} failed (")

@@ -15,11 +15,11 @@ import torch
 from object_store import Proxy
 from scene_files import write_data
 
-from igae.data import store
 from igae.data.manifest import Manifest
 from igae.data.pack import pack, verify
 from igae.data.shards import ShardError
 from igae.data.streams import image_loader, view_loader
+from igae.storage import reading as store
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -132,7 +132,7 @@ def test_a_store_that_stays_down(kind, fault, roots, proxy, local, monkeypatch, 
     assert time.monotonic() - start < 5
     text = str(error.value)
     assert ".tar in " + root in text and " cannot be read, it was tried 3 times: " in text and "\n" not in text
-    warnings = [record.getMessage() for record in caplog.records if record.name == "igae.data.store"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "igae.storage.reading"]
     assert len(warnings) == 2 and all(".tar in " + root in warning for warning in warnings)
     with pytest.raises(ValueError, match="manifest.json.* cannot be read, it was tried 3 times"):
         Manifest.load(root)

@@ -27,7 +27,7 @@ from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.shards import ShardError, split_member
 from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
-from igae.distributed import in_one_sentence
+from igae.errors import in_one_sentence
 
 VIEWS = (12, 5, 1, 20, 9)
 BIG = f"a/{10**18}.png"

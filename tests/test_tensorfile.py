@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igae import tensorfile
-from igae.tensorfile import DTYPES, Stamp, TensorFile, write
+from igae.storage import tensors as tensorfile
+from igae.storage.tensors import DTYPES, Stamp, TensorFile, write
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from test_ranks_equal import build, small_recipe
 
 from benchmarks.training_step import write_data
-from igae.distributed import Channel
-from igae.engine import Engine
+from igae.ranks import Channel
 from igae.scenes import SceneBank
-from igae.shares import own_data
-from igae.stage import Stage
+from igae.training.parallel.engine import Engine
+from igae.training.shares import own_data
+from igae.training.stage import Stage
 
 FEW, MANY = 10, 1000
 STEPS = 5

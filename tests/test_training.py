@@ -17,12 +17,13 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 import train
-from igae import captured, checkpoint, config
-from igae.distributed import LostRank, TrainingError
-from igae.engine import Engine
-from igae.recipe import Recipe
-from igae.stage import Stage
-from igae.trainer import LAG, Trainer
+from igae import checkpoint, config
+from igae.errors import LostRank, TrainingError
+from igae.training import captured
+from igae.training.parallel.engine import Engine
+from igae.training.recipe import Recipe
+from igae.training.stage import Stage
+from igae.training.trainer import LAG, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 

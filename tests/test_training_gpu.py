@@ -11,8 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from igae import config
-from igae.recipe import Recipe
-from igae.trainer import Trainer
+from igae.training.recipe import Recipe
+from igae.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_run_a_process"),

@@ -15,10 +15,11 @@ import torch
 from test_training_gpu import PLAIN, difference
 
 from igae import config
-from igae.distributed import is_lost_rank, rank
-from igae.recipe import Recipe
-from igae.stage import Stage
-from igae.trainer import Trainer
+from igae.errors import is_lost_rank
+from igae.ranks import rank
+from igae.training.recipe import Recipe
+from igae.training.stage import Stage
+from igae.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from view_models import CPU, NAMES, Made, make, open_as_run
 
-from igae.cameras import orbit
+from igae.cli.view import main
+from igae.data.cameras import orbit
 from igae.evaluation.pictures import latent_to_rgb
 from igae.export import Export
-from igae.view.__main__ import main
-from igae.view.cameras import (
+from igae.viewer.cameras import (
     Camera,
     angle_of,
     between,
@@ -38,8 +38,8 @@ from igae.view.cameras import (
     quaternion_of,
     rotation_of,
 )
-from igae.view.drawing import ALL, CHANNELS, DEPTH, LATENTS, RGB, VIEWS, Sheet, arrange, draw, panels, side_by_side
-from igae.view.subject import Followed, open_subject
+from igae.viewer.drawing import ALL, CHANNELS, DEPTH, LATENTS, RGB, VIEWS, Sheet, arrange, draw, panels, side_by_side
+from igae.viewer.subject import Followed, open_subject
 
 ROOT = Path(__file__).resolve().parent.parent
 LENS = lens_of(50, (16, 16))
@@ -276,8 +276,8 @@ def test_a_run_is_followed(made: Made, tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_few_planes_stay_in_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("igae.view.subject.KEPT", 2)
-    monkeypatch.setattr("igae.view.subject.KEPT_THUMBNAILS", 3)
+    monkeypatch.setattr("igae.viewer.subject.KEPT", 2)
+    monkeypatch.setattr("igae.viewer.subject.KEPT_THUMBNAILS", 3)
     subject = open_subject(str(made.export), [], CPU)
     first = subject.scene("scene_0")
     assert subject.scene("scene_0") is first

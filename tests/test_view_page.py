@@ -22,10 +22,10 @@ from view_models import CPU, Made, make, open_as_run, write_many
 
 from igae.export import load_run, open_run
 from igae.export.reader import Scene
-from igae.view.drawing import arrange
-from igae.view.server import Viewer
-from igae.view.session import Session
-from igae.view.subject import Followed
+from igae.viewer.drawing import arrange
+from igae.viewer.server import Viewer
+from igae.viewer.session import Session
+from igae.viewer.subject import Followed
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 

@@ -10,9 +10,9 @@ import torch
 
 import train
 from igae import checkpoint
-from igae.autoencoder import Autoencoder
 from igae.export import Content, read_run, write
-from igae.model import IGAE
+from igae.models.autoencoder import Autoencoder
+from igae.models.igae import IGAE
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 import fsspec
 from pydantic import TypeAdapter, ValidationError
 
-from igae.data.manifest import join
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
+from igae.storage.paths import join
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"

@@ -11,12 +11,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter, ValidationError
 
-from igae import tensorfile
 from igae.checkpoint.layout import OPTIMIZER, SHARED, STATE, File, Progress, reason, scenes_name
 from igae.checkpoint.reader import head
 from igae.checkpoint.writer import Tensors, publish, put, sync_folder
-from igae.data.manifest import join
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
+from igae.storage import tensors as tensorfile
+from igae.storage.paths import join
 
 BEGUN = "begun.json"
 _FILE = TypeAdapter(File)

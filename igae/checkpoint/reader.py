@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, File, Progress, parse_state, reason, scenes_name
-from igae.data.manifest import join
-from igae.secrets import hide_credentials
-from igae.tensorfile import Stamp, TensorFile
+from igae.errors import hide_credentials
+from igae.storage.paths import join
+from igae.storage.tensors import Stamp, TensorFile
 
 
 @dataclass

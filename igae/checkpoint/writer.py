@@ -14,7 +14,6 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from igae import tensorfile
 from igae.checkpoint.layout import (
     CONFIG,
     OPTIMIZER,
@@ -30,9 +29,10 @@ from igae.checkpoint.layout import (
     reason,
     scenes_name,
 )
-from igae.data.manifest import join
-from igae.distributed import Channel, LostRank, rank
-from igae.secrets import hide_credentials
+from igae.errors import LostRank, hide_credentials
+from igae.ranks import Channel, rank
+from igae.storage import tensors as tensorfile
+from igae.storage.paths import join
 
 # Seconds after which a file that another node wrote must be seen: network file systems remember for a while what was
 # not there.

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from igae.data.manifest import Shard, join
-from igae.data.store import File, StoreError
+from igae.data.manifest import Shard
+from igae.storage.paths import join
+from igae.storage.reading import File, StoreError
 
 BLOCK = 8 << 20
 STALE = 3600.0

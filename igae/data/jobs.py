@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import fsspec
 from pydantic import TypeAdapter, ValidationError
 
-from igae.data.manifest import Shard, ShardKind, join
+from igae.data.manifest import Shard, ShardKind
 from igae.data.sources import SceneRef
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
+from igae.storage.paths import join
 
 NOTE = ".done"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igae.data.streams import StreamState, ViewBatch
-from igae.distributed import derive_seed
+from igae.ranks import derive_seed
 
 
 @dataclass

@@ -23,7 +23,7 @@ from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
 from igae.data.shards import Opening, Record, ShardError, Verify, read_records
-from igae.distributed import LostWorker
+from igae.errors import LostWorker
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""

@@ -9,8 +9,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.data.store import Missing, StoreError, read_whole
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
+from igae.storage.paths import join
+from igae.storage.reading import Missing, StoreError, read_whole
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -188,12 +189,6 @@ class _Inconsistent(Exception):
 
 _MANIFEST = TypeAdapter(Manifest)
 _VERSION = TypeAdapter(dict[str, object])
-
-
-def join(root: str, *parts: str) -> str:
-    """Joins a path or URL and names below it; the query of an HTTP URL stays at the end."""
-    path, mark, query = root.partition("?") if root.startswith(("http://", "https://")) else (root, "", "")
-    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def name_problem(name: str) -> str | None:

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from igae.data import sources
 from igae.data.jobs import NOTE, Job, Options, Written, finish, finished
-from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene, ShardKind, join
+from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene, ShardKind
 from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
-from igae.data.store import file_system
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
+from igae.storage.paths import join
+from igae.storage.reading import file_system
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 
 from igae.data.cache import Cache
-from igae.data.manifest import Shard, ShardKind, join
-from igae.data.store import File, StoreError
-from igae.secrets import hide_credentials
+from igae.data.manifest import Shard, ShardKind
+from igae.errors import hide_credentials
+from igae.storage.paths import join
+from igae.storage.reading import File, StoreError
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 BLOCK = 1 << 20

@@ -18,10 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from torch import Tensor
 
-from igae.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
-from igae.data.manifest import join, name_problem, unknown_category
-from igae.data.store import file_system
-from igae.secrets import hide_credentials
+from igae.data.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
+from igae.data.manifest import name_problem, unknown_category
+from igae.errors import hide_credentials
+from igae.storage.paths import join
+from igae.storage.reading import file_system
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -17,7 +17,7 @@ from igae.data.decoding import Decoder, ViewBatch, decode_image
 from igae.data.loader import Loader, Plan, StreamState
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.data.shards import Verify
-from igae.secrets import hide_credentials
+from igae.errors import hide_credentials
 
 __all__ = [
     "ImageLoader",

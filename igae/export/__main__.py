@@ -1,33 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a run: ``python -m igae.export RUN TARGET [key=value ...]``."""
+"""`python -m igae.export`."""
 
-import argparse
 import sys
 
-from igae.export import check_target, read_run, write
-from igae.secrets import hide_credentials, log_to_stderr, say
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.export", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="folder or URL of a run, or of one of its checkpoints")
-    parser.add_argument(
-        "target", metavar="TARGET", help="empty or new folder, fsspec URL, or hf://user/name[@revision][/folder]"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS, where they moved")
-    arguments = parser.parse_args(argv)
-    log_to_stderr()
-    try:
-        check_target(arguments.target)
-        description = write(read_run(arguments.run, arguments.overrides), arguments.target)
-    except (ValueError, OSError, ImportError) as error:
-        say(f"error: {error}")
-        return 2
-    size = sum(file.bytes for file in description.files.values()) / 1e6
-    print(hide_credentials(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
-    return 0
-
+from igae.cli.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

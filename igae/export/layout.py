@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.tensorfile import Stamp
+from igae.storage.tensors import Stamp
 
 FORMAT = 1
 INDEX, SCENES, SHARED = "igae.json", "scenes.json", "igae.safetensors"
@@ -26,7 +26,7 @@ _SHARD = re.compile(r"scenes-\d{5,}\.safetensors")
 
 @dataclass(frozen=True)
 class File:
-    """A file: its size and its CRC-32 (that of :class:`igae.tensorfile.Stamp` for tensors)."""
+    """A file: its size and its CRC-32 (that of :class:`igae.storage.tensors.Stamp` for tensors)."""
 
     bytes: int
     crc32: int

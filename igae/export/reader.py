@@ -16,9 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from igae.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
-from igae.data.manifest import join
-from igae.data.store import Missing, StoreError, read_whole
+from igae.errors import hide_credentials
 from igae.export.layout import (
     CONFIG,
     INDEX,
@@ -30,11 +28,14 @@ from igae.export.layout import (
     parse_description,
     parse_scenes,
 )
-from igae.model import IGAE, Views
+from igae.models.autoencoder import Autoencoder, load_autoencoder
+from igae.models.config import AutoencoderConfig
+from igae.models.igae import IGAE, Views
 from igae.rendering import RenderOptions
 from igae.scenes import BasePlanes, PlanesConfig
-from igae.secrets import hide_credentials
-from igae.tensorfile import TensorFile
+from igae.storage.paths import join
+from igae.storage.reading import Missing, StoreError, read_whole
+from igae.storage.tensors import TensorFile
 
 PLANES = "planes"
 HIDDEN = 64

@@ -13,18 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from igae import checkpoint, config
-from igae.autoencoder import load_autoencoder
 from igae.checkpoint import Loaded
 from igae.checkpoint.layout import CONFIG, RATES
-from igae.data.manifest import Manifest, Scene, join
-from igae.data.store import Missing, StoreError, read_whole
+from igae.data.manifest import Manifest, Scene
+from igae.errors import hide_credentials
 from igae.export.layout import MAX_JSON
 from igae.export.reader import bare_model
 from igae.export.writer import Content
-from igae.model import IGAE
-from igae.recipe import Recipe
+from igae.models.autoencoder import load_autoencoder
+from igae.models.igae import IGAE
 from igae.scenes import make_row_adam
-from igae.secrets import hide_credentials
+from igae.storage.paths import join
+from igae.storage.reading import Missing, StoreError, read_whole
+from igae.training.recipe import Recipe
 
 log = logging.getLogger("igae")
 

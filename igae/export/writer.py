@@ -16,9 +16,8 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from igae import tensorfile
 from igae.checkpoint.layout import reason
-from igae.data.manifest import join
+from igae.errors import hide_credentials
 from igae.export.card import model_card
 from igae.export.layout import (
     CARD,
@@ -35,9 +34,10 @@ from igae.export.layout import (
     dump_scenes,
 )
 from igae.export.reader import PLANES, shared_tensors
-from igae.model import IGAE
+from igae.models.igae import IGAE
 from igae.scenes import PlanesConfig
-from igae.secrets import hide_credentials
+from igae.storage import tensors as tensorfile
+from igae.storage.paths import join
 
 SHARD_BYTES = 256 << 20
 """Planes in a file of scenes: at least one scene, and at most these bytes."""

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from igae.rendering.config import RenderOptions
 from igae.rendering.cuda import render_cuda, unsupported
 from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered, RenderOptions
+from igae.rendering.options import Rendered
 from igae.rendering.reference import render_torch
 
 BACKENDS = {"torch": render_torch, "cuda": render_cuda}

@@ -9,17 +9,13 @@ results, by default `~/.cache/igae/kernels`.
 """
 
 import argparse
-import functools
-import hashlib
-import io
 import itertools
-import os
-import re
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from igae.kernels.compile import Usage, compile_source, source_cubin
 
 Kernel = Literal["forward", "backward"]
 
@@ -57,14 +53,6 @@ class Shape(NamedTuple):
     """On a multiprocessor, at least: it bounds the registers."""
     shared: int
     """Bytes of dynamic shared memory of a block."""
-
-
-class Usage(NamedTuple):
-    """What the assembler reports of a kernel."""
-
-    registers: int
-    spilled: int
-    """Bytes of spill stores and loads."""
 
 
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
@@ -132,74 +120,9 @@ def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, 
     return compile_source(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
 
 
-def compile_source(path: Path, defines: dict[str, int], arch: int) -> tuple[bytes, Usage]:
-    """A cubin of a source that includes files of its folder, and the most that one of its kernels uses.
-
-    Raises:
-        ModuleNotFoundError: cuda-core is not installed.
-        RuntimeError: NVRTC refused the source; its log is in the message.
-    """
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
-        std="c++17",
-        arch=f"sm_{arch}",
-        include_path=str(path.parent),
-        define_macro=[(name, str(int(value))) for name, value in defines.items()] or None,
-        ptxas_options=["-v"],
-    )
-    log = io.StringIO()
-    try:
-        code = Program(path.read_text(), code_type="c++", options=options).compile("cubin", logs=log).code
-    except Exception as error:
-        raise RuntimeError(f"NVRTC did not compile {path.stem} for sm_{arch}: {error}\n{log.getvalue()}") from error
-    report = log.getvalue()
-    registers = re.findall(r"Used (\d+) registers", report)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
-    return bytes(code), Usage(max(map(int, registers), default=-1), sum(map(int, spilled)))
-
-
-@functools.cache
-def _fingerprint(folder: Path) -> bytes:
-    """Of everything but the variant that decides a cubin: the sources and the compiler."""
-    from cuda.bindings import nvrtc
-
-    digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()[1:]).encode())
-    for path in sorted(folder.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.digest()
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
-
-
 def cubin(kernel: Kernel, variant: Variant, arch: int) -> bytes:
     """The compiled kernel, from disk if it is there. Raises what `compile_kernel` does."""
     return source_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
-
-
-def source_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
-    """What `compile_source` makes, from disk if it is there.
-
-    Any number of processes may ask at once: each that finds nothing compiles, and moves its whole result into place. A
-    folder that cannot be written costs a compilation in each process and is otherwise fine.
-    """
-    key = hashlib.sha256(_fingerprint(source.parent) + repr(sorted(defines.items())).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{source.stem}-sm{arch}-{key}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        code, _ = compile_source(source, defines, arch)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(name, path)
-    except OSError:
-        pass
-    return code
 
 
 def main() -> None:

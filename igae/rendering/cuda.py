@@ -6,42 +6,22 @@ captured in a CUDA graph (after one call outside it, which compiles and loads th
 torch.compile.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from igae.kernels.launch import pointer, unavailable
 from igae.rendering import build
-from igae.rendering.launch import Params, load, pointer
+from igae.rendering.config import RenderOptions
+from igae.rendering.launch import Params, load
 from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered, RenderOptions
+from igae.rendering.options import Rendered
 
 PARTIALS = 32
 """Places to which a backward pass's blocks add gradients of the MLP: at one they would wait for each other."""
 
 _HALF, _VALUE, _TENSOR, _NOISE = range(4)  # where the jitter comes from: the enumeration in common.cuh
-
-
-def _installed() -> bool:
-    try:
-        return importlib.util.find_spec("cuda.core") is not None
-    except ModuleNotFoundError:
-        return False
-
-
-INSTALLED = _installed()
-
-
-def unavailable(what: str, tensor: Tensor) -> str | None:
-    """Why no kernel can run where a tensor, which `what` stands for, is; None: they can."""
-    if tensor.device.type != "cuda":
-        return f"{what} are on {tensor.device}, not on a CUDA device"
-    if not INSTALLED:
-        return "cuda-core is not installed (pip install igae[cuda])"
-    if torch.cuda.get_device_properties(tensor.device).major < 8:
-        return "the GPU has a compute capability below 8.0"
-    return None
 
 
 def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], options: RenderOptions) -> str | None:

@@ -3,11 +3,10 @@
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from igae.kernels.launch import Library, architecture
 from igae.rendering import build
 
 _POINTERS = (
@@ -26,43 +25,6 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in _INTEGERS.split()),
         *((name, ctypes.c_float) for name in ("near", "far", "box")),
     ]
-
-
-def architecture(device: int) -> int:
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor
-
-
-class Library:
-    """A cubin on one device."""
-
-    def __init__(self, code: bytes, device: int) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
-        # Autograd's threads have no current context until the CUDA runtime has been used in them.
-        self._context = self._check(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))
-        self._check(driver.cuCtxSetCurrent(self._context))
-        self._library = self._check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-
-    def _check(self, result: tuple[Any, ...]) -> Any:
-        if int(result[0]) != 0:
-            raise RuntimeError(f"a CUDA driver call failed: {result[0]}")
-        return result[1] if len(result) > 1 else None
-
-    def _kernel(self, name: str) -> Any:
-        return self._check(self._driver.cuLibraryGetKernel(self._library, name.encode()))
-
-    def function(self, name: str) -> Any:
-        """What `launch` takes, for an `extern "C"` kernel with one argument."""
-        return self._check(self._driver.cuKernelGetFunction(self._kernel(name)))
-
-    def launch(self, function: Any, blocks: int, threads: int, params: ctypes.Structure, shared: int = 0) -> None:
-        self._check(self._driver.cuCtxSetCurrent(self._context))
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream().cuda_stream
-        launch = (function, blocks, 1, 1, threads, 1, 1, shared)
-        self._check(self._driver.cuLaunchKernel(*launch, stream, ctypes.addressof(pointer), 0))
 
 
 class Loaded(Library):
@@ -93,10 +55,3 @@ class Loaded(Library):
 def load(kernel: build.Kernel, variant: build.Variant, device: int) -> Loaded:
     """The kernel, compiled if need be. The device must be the current one."""
     return Loaded(kernel, variant, device)
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()

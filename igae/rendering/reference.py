@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igae.rendering.config import RenderOptions
 from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered, RenderOptions
+from igae.rendering.options import Rendered
 from igae.rendering.rays import box_range, pixel_rays
 from igae.rendering.rng import COARSE, FINE, uniform
 

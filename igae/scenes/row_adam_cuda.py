@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from igae.rendering import build
-from igae.rendering.cuda import unavailable
-from igae.rendering.launch import Library, architecture, pointer
+from igae.kernels.compile import source_cubin
+from igae.kernels.launch import Library, architecture, pointer, unavailable
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
 SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"
@@ -40,7 +39,7 @@ class Params(ctypes.Structure):
 @functools.cache
 def _library(device: int) -> tuple[Library, dict[str, Any]]:
     """The kernels, compiled if need be, by name. The device must be the current one."""
-    library = Library(build.source_cubin(SOURCE, {}, architecture(device)), device)
+    library = Library(source_cubin(SOURCE, {}, architecture(device)), device)
     names = ("plan", "begin", "move1", "move4", "update1", "update4")
     return library, {name: library.function(name) for name in names}
 

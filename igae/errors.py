@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user is told: errors that end a command, in one sentence, and text without credentials."""
+
+import logging
+import re
+import sys
+
+import torch
+
+from igae.ranks import rank, world_size
+
+MASK = "***"
+
+# What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs.
+_URL = re.compile(r"(?<=://)(?:(?!::[A-Za-z][A-Za-z0-9+.\-]*://)\S)+")
+_NAME = (
+    r"[\w.\-]*(?:secret|token|passw(?:or)?d|passphrase|signature|credential|authorization|(?:api|access|account)[\-_]?key)"
+    r"[\w.\-]*|\bsig"
+)
+_VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'&,;)}\]]+)"""
+# name=value, 'name': 'value'. Not name: value, which is how sentences about such things look.
+_NAMED = re.compile(rf"""((?<![\w.\-])(?:{_NAME})(?:\s*=\s*|["']\s*[:=]\s*))({_VALUE})""", re.IGNORECASE)
+_HEADER = re.compile(r"(Authorization\s*:\s*(?:[\w\-]+\s+)?)[^\s\"']+", re.IGNORECASE)
+# user:password@host without a scheme, as clients quote what they take for the name of a bucket.
+_USER = re.compile(r"""(?<![\w/.:@])[\w.+%\-]+:[^\s/@"']+@(?=[\w\[])""")
+_ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
+
+
+def hide_credentials(text: str) -> str:
+    """Masks what may be a credential in a URL or in a text with URLs.
+
+    Masked are user and password (`s3://***@bucket`, `***@bucket`), all values of a query (`?X-Amz-Signature=***`),
+    values with a name such as secret, token or password (`token=***`), authorization headers and access key ids of AWS.
+    In doubt more is masked than needed. A text without any of these, and one that was masked before, comes back as it
+    is. A credential with blanks or `://` in it, which no URL can have, or one that begins with the mask, is not
+    recognised.
+    """
+    text = _URL.sub(lambda match: _hide_in_url(match[0]), text)
+    text = _USER.sub(MASK + "@", text)
+    text = _HEADER.sub(lambda match: match[1] + MASK, text)
+    text = _NAMED.sub(lambda match: match[0] if match[2].startswith(MASK) else match[1] + MASK, text)
+    return _ACCESS_KEY.sub(MASK, text)
+
+
+def _hide_in_url(rest: str) -> str:
+    """`rest` is what follows `scheme://`."""
+    head, at, tail = rest.rpartition("@")
+    if at and ":" in head:  # a password may have any character in it, "/" and "@" too
+        rest = f"{MASK}@{tail}"
+    elif at and (at_host := re.match(r"[^/?#]*@", rest)):
+        rest = f"{MASK}@{rest[at_host.end() :]}"
+    start = re.search(r"\?|#(?=.*=)", rest)
+    if start is None:
+        return rest
+    query = rest[start.end() :]
+    closing = re.search(r"""["'),:]*$""", query)  # of the sentence around the URL
+    assert closing is not None
+    parts = [part.partition("=") for part in query[: closing.start()].split("&")]
+    hidden = [name + "=" + MASK if equals else name and MASK for name, equals, _ in parts]
+    return rest[: start.end()] + "&".join(hidden) + closing[0]
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_credentials(super().format(record))
+
+
+def log_to_stderr() -> None:
+    """What commands log, warnings of all libraries among it, goes there without credentials."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Masked("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def say(text: str) -> None:
+    """Print to stderr, without credentials."""
+    print(hide_credentials(text), file=sys.stderr)
+
+
+class LostRank(RuntimeError):
+    """Another rank does not answer any more."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on, on all ranks alike; the text says why and what to do."""
+
+
+class LostWorker(RuntimeError):
+    """A process that decodes images for this rank has ended; the text says what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"a process that decodes images has ended ({reason.strip()}): if the machine's or the job's memory was "
+            "full, ask for more or set data.workers lower"
+        )
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another rank does not answer any more."""
+    connection = ("onnection closed by peer", "onnection reset", "onnection refused")
+    signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
+    said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
+    return world_size() > 1 and said
+
+
+def in_one_sentence(error: RuntimeError) -> str | None:
+    """What to tell of an error that ends a command; None where it takes a traceback."""
+    if str(error).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the program is
+        error = LostWorker(str(error))
+    if isinstance(error, (TrainingError, LostWorker, torch.OutOfMemoryError)):
+        return str(error)
+    if is_lost_rank(error):
+        said = str(error).splitlines()[0]
+        return (
+            f"rank {rank()} has lost another rank ({said}): its own error says why; training that is started again "
+            "goes on from the newest checkpoint"
+        )
+    return None

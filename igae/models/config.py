@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the autoencoder and of the losses."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from igae.config import Section
+
+
+class AutoencoderConfig(Section):
+    path: str | None = None
+    """Hub id or folder of a diffusers autoencoder; `demo` is the small one that igae ships; `identity` makes RGB scenes
+    (images are their own latents)."""
+    subfolder: str | None = None
+    """Folder of the autoencoder inside `path` (`vae` for whole pipelines)."""
+    create: dict[str, Any] | None = None
+    """Instead of `path`: the configuration of a diffusers autoencoder to train from scratch (`_class_name` names its
+    class, AutoencoderKL by default)."""
+    latents: Literal["sample", "mean"] = "sample"
+    """What training uses of the posterior; evaluation always uses its mean."""
+    scale: float | Literal["auto"] = 0.02
+    """s of the normalised latents tanh(s z). `auto` fits it once to the latents of the training views."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AutoencoderConfig":
+        if (self.path is None) == (self.create is None):
+            raise ValueError("give either path or create, not both and not none")
+        if isinstance(self.scale, float) and not 0 < self.scale < math.inf:
+            raise ValueError("scale must be positive and finite, or auto")
+        return self
+
+
+class LossWeights(Section):
+    """Weights of the loss terms; a term of weight 0 is not computed."""
+
+    latent: float = Field(default=1.0, ge=0)
+    """mse of rendered and encoded normalised latents."""
+    rgb: float = Field(default=0.0, ge=0)
+    """mse of decoded renders and views."""
+    ae: float = Field(default=0.0, ge=0)
+    """mse of autoencoded views and views."""
+    photo_ae: float = Field(default=0.0, ge=0)
+    """mse of autoencoded photographs and photographs."""
+    photo_lpips: float = Field(default=0.0, ge=0)
+    """LPIPS of autoencoded photographs and photographs."""
+    photo_kl: float = Field(default=0.0, ge=0)
+    """KL divergence of the photographs' posterior to N(0, 1)."""
+    photo_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the photographs' latents."""
+    planes_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the planes in the batch, as they are rendered, each counted as often as it has views there."""
+    base_orthogonality: float = Field(default=0.0, ge=0)
+    """Mean squared cosine between different base planes."""
+    depth_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the rendered depth."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether scene views are needed as images: latents alone don't do."""
+        return self.rgb > 0 or self.ae > 0

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts about the ranks of a run, the seeds that every rank derives alike, and exchanges of small things."""
+
+import hashlib
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Rank of this process, as the launcher set it (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, as the launcher set it (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that depends on every part and on nothing else.
+
+    All random numbers of a run come from seeds like ``derive_seed(seed, "joint", step, rank)``: no generator state
+    has to be saved for a resumed run to be equal to an uninterrupted one.
+    """
+    text = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class Channel:
+    """Exchanges small things between all ranks, over the CPU, apart from training's collectives.
+
+    All methods are collective: every rank calls them, in the same order. A thread needs a channel of its own. Channels
+    are made on all ranks, in the same order. With one rank everything returns at once.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up.
+    """
+
+    def __init__(self, timeout: float = 600.0) -> None:
+        self._group: Any = None
+        if world_size() > 1:  # gloo would wait for half an hour, whatever the main group does
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank (pickled: only what the ranks of this run themselves made)."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the ranks of a CPU tensor."""
+        total = values.clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def barrier(self) -> None:
+        if self._group is not None:
+            dist.all_reduce(torch.zeros(1), group=self._group)

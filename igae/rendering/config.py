@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the renderer."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How rays are sampled and planes are read. Lengths are in the units of the cameras' positions.
+
+    Raises ValueError when a value, or a combination of them, is impossible.
+    """
+
+    near: float | Literal["auto"] = "auto"
+    """Distance from the camera to the first sample; "auto" (then far too): where the ray enters the box."""
+    far: float | Literal["auto"] = "auto"
+    """Distance from the camera to the end of the samples; "auto": where the ray leaves the box."""
+    box: float = 1.0
+    """Side of the cube around the origin that the planes cover."""
+    coarse_samples: int = 48
+    """Stratified samples on each ray, at least 2."""
+    fine_samples: int = 48
+    """Further samples on each ray, placed by importance; may be 0."""
+    spacing: Literal["depth", "disparity"] = "depth"
+    """Coarse samples are uniform in distance, or in its inverse."""
+    axes: Literal["orthogonal", "eg3d"] = "orthogonal"
+    """Axes of the three planes: (x,y) (x,z) (y,z), or (x,y) (x,z) (z,x) as in the published weights."""
+    reduce: Literal["sum", "product"] = "sum"
+    """How the features of the three planes become one."""
+
+    precision: Literal["fp32", "fp16"] = "fp16"
+    """Of the CUDA kernels' matrix products; fp16 rounds their operands to 11 bits, and those above 65504 to that. Sums
+    are fp32 in both, and so is all of it where planes are multiplied. The torch backend ignores it."""
+    deterministic: bool = False
+    """Whether the CUDA kernels' gradients are the same bits each time, which is slower.
+    `torch.use_deterministic_algorithms` asks for the same."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("spacing", self.spacing, ("depth", "disparity")),
+            ("axes", self.axes, ("orthogonal", "eg3d")),
+            ("reduce", self.reduce, ("sum", "product")),
+            ("precision", self.precision, ("fp32", "fp16")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if not (math.isfinite(self.box) and self.box > 0):
+            raise ValueError(f"box is {self.box}; the side of the cube must be a positive number")
+        if self.coarse_samples < 2:
+            raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray needs at least 2 samples")
+        if self.fine_samples < 0:
+            raise ValueError(f"fine_samples is {self.fine_samples}; it must be 0 or more")
+        if isinstance(self.near, str) or isinstance(self.far, str):
+            if self.near != "auto" or self.far != "auto":
+                raise ValueError(f"near is {self.near!r} and far is {self.far!r}; give two numbers or 'auto' twice")
+        elif not (math.isfinite(self.far) and 0 <= self.near < self.far):
+            raise ValueError(f"near is {self.near} and far is {self.far}; 0 <= near < far must hold")
+        elif self.spacing == "disparity" and self.near == 0:
+            raise ValueError("near is 0; spacing in disparity needs a positive near")

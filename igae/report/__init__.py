@@ -1,6 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""A run as one HTML file that needs nothing else: no network, no other file."""
-
-from igae.report.page import write_report
-
-__all__ = ["write_report"]

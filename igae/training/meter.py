@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step gives, and what is recorded of some steps: their losses, gradients, time and memory."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igae.errors import LostRank
+from igae.ranks import Channel
+
+GIB = 2.0**30
+
+
+class Outcome:
+    """What a step gave, without waiting for the device.
+
+    Args:
+        losses: of this rank, on the device.
+        applied: 1 where all losses and gradients of all ranks were finite; nothing has been changed where it is 0.
+        stop: 0 where no rank was asked to stop, else more.
+        norms: of the gradients that this rank holds, by part of the model, on the device.
+    """
+
+    def __init__(self, losses: dict[str, Tensor], applied: Tensor, stop: Tensor, norms: dict[str, Tensor]) -> None:
+        self.losses, self.norms = losses, norms
+        flags = torch.stack([applied, stop])
+        self._ready: torch.cuda.Event | None = None
+        if flags.is_cuda:
+            self._flags = torch.empty(2, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._flags = flags
+
+    def read(self, timeout: float | None = None) -> tuple[bool, bool]:
+        """Whether the step was applied, and whether to stop; waits until the device has made it.
+
+        Args:
+            timeout: seconds after which the device is taken to wait for a rank that does not answer. (A collective in
+                a CUDA graph waits forever: NCCL's watchdog does not see it.)
+
+        Raises:
+            LostRank: the time is over.
+        """
+        if self._ready is not None and timeout is not None:
+            start = time.perf_counter()
+            while not self._ready.query():
+                if time.perf_counter() - start > timeout:
+                    raise LostRank(f"a step did not end in {timeout:g} s")
+                time.sleep(1e-4)
+        elif self._ready is not None:
+            self._ready.synchronize()
+        applied, stop = self._flags.tolist()
+        return applied > 0, stop > 0
+
+
+class Meter:
+    """Measures the steps of a stage between two records, and waits for no device and no rank until :meth:`read`.
+
+    Args:
+        ranks: those that train together; 1 where each trains alone.
+        replicated: each rank holds all of the shared gradients, not a part of them.
+    """
+
+    def __init__(self, device: torch.device, ranks: int, replicated: bool) -> None:
+        self._device, self._ranks, self._replicated = device, ranks, replicated
+        self._losses: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+        self.restart(0)
+
+    def restart(self, taken: int) -> None:
+        """Forget the time so far. ``taken``: views that this rank has taken until now."""
+        self._taken, self.data_wait = taken, 0.0
+        self._spans: list[tuple[Any, Any]] = []
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.data_wait += time.perf_counter() - start
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self._ranks > 1:
+            self._begun = self._now()
+
+    def end(self) -> None:
+        """From here on the step may wait for other ranks."""
+        if self._ranks > 1:
+            self._spans.append((self._begun, self._now()))
+
+    def _now(self) -> Any:
+        """A time on the device's clock; it is read later."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def note(self, outcome: Outcome) -> Outcome:
+        """Keep the newest of each loss and norm: with alternating batches a step has not all of them."""
+        self._losses |= outcome.losses
+        self._norms |= outcome.norms
+        return outcome
+
+    def read(self, taken: int, channel: Channel) -> dict[str, float]:
+        """Figures of the steps since the last call, the same on all ranks. Collective; waits for the device.
+
+        Of the last step: ``loss/...``, means over the ranks, and ``grad_norm/...``, L2 norms of the gradient of their
+        mean by part of the model. Of all these steps: ``views_per_second`` of all ranks together; ``data_wait``, the
+        share of the time in which a rank waited for data, mean over the ranks, and ``data_wait_max`` of the worst one;
+        ``imbalance`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits for other
+        ranks (take data, compute the forward pass), and ``slowest_rank``. The last three only where ranks train
+        together, the last two not where steps are captured in a CUDA graph. On GPUs ``gpu_memory/allocated`` and
+        ``reserved``, in GiB, the largest of all ranks since they began.
+
+        Args:
+            taken: views that this rank has taken until now.
+        """
+        names = list(self._losses)
+        losses = torch.stack([self._losses[name].detach() for name in names]).tolist() if names else []
+        squares = {part: float(norms.double().square().sum()) for part, norms in self._norms.items()}
+        seconds = time.perf_counter() - self._start
+        memory = {}
+        if self._device.type == "cuda":
+            memory = {
+                "gpu_memory/allocated": torch.cuda.max_memory_allocated(self._device) / GIB,
+                "gpu_memory/reserved": torch.cuda.max_memory_reserved(self._device) / GIB,
+            }
+        own = (losses, squares, taken - self._taken, self.data_wait / seconds, self._busy(), memory)
+        self.restart(taken)
+        everyone = channel.gather(own)
+        of_losses, of_squares, of_taken, waits, busy, of_memory = zip(*everyone, strict=True)
+        count = len(everyone)
+        figures = {f"loss/{name}": sum(row[i] for row in of_losses) / count for i, name in enumerate(names)}
+        for part in sorted(set().union(*of_squares)):  # a rank may hold nothing of a part
+            # A rank's plane gradients are of its own loss, of scenes that no other rank has.
+            share = self._ranks**2 if part == "planes" else self._ranks if self._replicated else 1
+            figures[f"grad_norm/{part}"] = (sum(of_rank.get(part, 0.0) for of_rank in of_squares) / share) ** 0.5
+        figures |= {"views_per_second": sum(of_taken) / seconds, "data_wait": sum(waits) / count}
+        if self._ranks > 1:
+            figures["data_wait_max"] = max(waits)
+            if mean := sum(busy) / count:
+                slowest = max(range(count), key=lambda i: busy[i])
+                figures |= {"slowest_rank": slowest, "imbalance": busy[slowest] / mean}
+        return figures | {name: max(of_rank[name] for of_rank in of_memory) for name in memory}
+
+    def _busy(self) -> float:
+        """Seconds of the spans so far."""
+        if not self._spans or self._device.type != "cuda":
+            return float(sum(end - begin for begin, end in self._spans))
+        self._spans[-1][1].synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in self._spans)) / 1e3

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only file that knows Accelerate and DeepSpeed: processes, devices, and the shared modules with their optimizer.
+
+What is shared between ranks (autoencoder and decoding MLP) is trained under the strategy that the launch names:
+
+* one process, or ``MULTI_GPU``: the whole module on each rank, its gradients exchanged (DDP);
+* ``FSDP`` (version 2): torch's ``fully_shard``, called here and not through Accelerate, which shards nothing on CPUs;
+* ``DEEPSPEED``: ZeRO stage 1, 2 or 3.
+
+Plane rows are an input of the wrapped module: no strategy ever sees a plane.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from igae import ranks as distributed
+from igae.training.parallel.strategies import DDP, FSDP, Groups, Rates, Sharded, Strategy, adam
+
+LAUNCH = "launch with one of the files in launch/accelerate, e.g. `accelerate launch --config_file "
+
+
+class Engine:
+    """One training engine a process; making it joins the process group.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up.
+        run_ahead: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
+        bf16: modules compute in bfloat16, so DDP sends large gradients in it.
+        alone: each rank makes steps of its own; nothing that they share is trained.
+
+    Raises:
+        ValueError: the launch is one that training can't work under.
+    """
+
+    def __init__(
+        self, timeout: float = 600.0, run_ahead: bool = False, bf16: bool = False, alone: bool = False
+    ) -> None:
+        world, on_gpu = distributed.world_size(), torch.cuda.is_available()
+        ahead = on_gpu and run_ahead
+        if ahead:
+            # Captured steps follow each other, and other collectives wait until they have ended (strategies.py): NCCL
+            # need not keep them apart, with fences that cost more than a small collective.
+            os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
+        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
+        _check_launch(deepspeed)
+        # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
+        # DeepSpeed refuses it, and needs to be told gloo instead.
+        backend = {"backend": "gloo"} if deepspeed and not on_gpu else {}
+        self._accelerator = Accelerator(
+            cpu=not on_gpu and not deepspeed,
+            mixed_precision="no",  # the model has its own autocast, alike under every strategy
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout), **backend)],
+        )
+        seen = self._accelerator.num_processes
+        if seen != world or (world > 1 and not dist.is_initialized()):
+            raise ValueError(
+                f"the launcher started {world} processes but Accelerate sees {seen}: {LAUNCH}"
+                f"launch/accelerate/ddp.yaml --num_processes {world}`"
+            )
+        self.device: torch.device = self._accelerator.device
+        self._strategy: Strategy = Strategy(self.device, ahead)
+        if alone:
+            pass
+        elif deepspeed:
+            self._strategy = _DeepSpeed(self.device, self._accelerator)
+        elif world > 1:
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead, bf16)
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+
+    @property
+    def strategy(self) -> str:
+        return self._strategy.name
+
+    @property
+    def replicated(self) -> bool:
+        """Each rank has all of the module."""
+        return not isinstance(self._strategy, Sharded)
+
+    @property
+    def forward_waits(self) -> bool:
+        """A forward pass waits for other ranks: it takes as long as theirs."""
+        return self._strategy.forward_waits
+
+    @property
+    def asynchronous(self) -> bool:
+        """Forward, backward and step ask the host for nothing: it need not know whether steps were left out, and they
+        can be captured in a CUDA graph."""
+        return self._strategy.run_ahead
+
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
+        """Take the shared module and make its Adam, with one named group of parameters for each learning rate.
+
+        Parameters that are in no group are frozen. An earlier optimizer and its moments are dropped. Collective.
+        """
+        trained = {id(p) for _, parameters in groups for p in parameters}
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        self._strategy.prepare(module, groups)
+
+    def forward(self, *arguments: Any, last: bool = True) -> Any:
+        """Call the wrapped module; ``last``: no other backward pass comes before the step."""
+        return self._strategy.forward(arguments, last)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of a loss; after the ``last`` one comes :meth:`agree`."""
+        if loss.requires_grad:
+            self._strategy.backward(loss, last)
+
+    def agree(self, watched: Tensor, stop: bool | Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Make shared gradients the mean over the ranks, and agree on the step. Collective.
+
+        Args:
+            watched: a number on the device that is finite where this rank's own losses and gradients are: their sum.
+            stop: this rank was asked to stop; as a tensor 1 or 0, float32.
+
+        Returns:
+            1 where they and all shared gradients are finite on all ranks, else 0; 0 where no rank is to stop, else
+            more; and, of the shared gradients that this rank holds, by group the norms [n] of their tensors. On the
+            device.
+        """
+        if not isinstance(stop, Tensor):
+            stop = torch.full((), float(stop), device=self.device)
+        if self.replicated:  # the same gradients on all ranks, afterwards
+            watched, stop = self._strategy.agree(watched, stop)
+        norms = self._norms()
+        watched = sum((norm.sum() for norm in norms.values()), watched)
+        if not self.replicated:
+            watched, stop = self._strategy.agree(watched, stop)
+        return (watched - watched == 0).float(), stop, norms  # infinite less infinite is not a number
+
+    def _norms(self) -> dict[str, Tensor]:
+        groups = {name: grads for name, grads in self._strategy.gradients().items() if grads}
+        if not groups:
+            return {}
+        norms = torch.stack(torch._foreach_norm([grad for grads in groups.values() for grad in grads]))
+        return dict(zip(groups, norms.split([len(grads) for grads in groups.values()]), strict=True))
+
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
+        """Adam's step with a learning rate for each group (or nothing, where ``apply`` is 0), and gradients cleared.
+
+        Returns:
+            1 or 0 on the device, whether it was applied: DeepSpeed leaves steps out whose gradients are not finite.
+        """
+        return self._strategy.step(learning_rates, apply)
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The module that was prepared has the trained weights, on the device. Collective."""
+        self._strategy.gather()
+        try:
+            yield
+        finally:
+            self._strategy.release()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts, whole, as ``<parameter name>/<moment>``. Collective."""
+        return self._strategy.optimizer_state()
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what :meth:`optimizer_state` gave, under any strategy and number of ranks. Collective."""
+        if state:
+            self._strategy.load_optimizer_state(state)
+
+    def finish(self) -> None:
+        """Training of the module is over: it has its weights, and the optimizer is gone. Collective."""
+        self._strategy.gather()
+        self._strategy.drop()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._strategy.drop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _switch(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _check_launch(deepspeed: bool) -> None:
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision in ("fp16", "fp8"):
+        raise ValueError(
+            f"mixed_precision {precision} of the launch is not supported: set it to no, and train.precision to bf16"
+        )
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local >= gpus:
+        raise ValueError(f"this machine has {gpus} GPUs, and more processes than that were launched on it")
+    if _switch("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(f"FSDP version 1 is not supported: set fsdp_version to 2, or {LAUNCH}fsdp2.yaml`")
+    if deepspeed:
+        missing = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"the launch asks for DeepSpeed and {missing[0]} is missing: pip install 'igae[deepspeed]'"
+            )
+
+
+class _DeepSpeed(Sharded):
+    def __init__(self, device: torch.device, accelerator: Accelerator) -> None:
+        super().__init__(device)
+        self._accelerator = accelerator
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config.get("zero_optimization", {})
+        self._stage = zero.get("stage", 0)
+        self.name = f"DeepSpeed ZeRO-{self._stage}"
+        self.forward_waits = self._stage == 3
+        problem = None
+        if self._stage not in (1, 2, 3):
+            problem = f"ZeRO stage {self._stage}: choose 1, 2 or 3"
+        elif config.get("fp16", {}).get("enabled") in (True, "true") or config.get("bf16", {}).get("enabled") is True:
+            problem = "fp16 or bf16: leave them out, train.precision says what the arithmetic is"
+        elif config.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
+            problem = "gradient_clipping: leave it out, gradients are not clipped"
+        elif any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")):
+            problem = "offloading: leave it out"
+        if problem is not None:
+            raise ValueError(f"the DeepSpeed configuration asks for {problem}")
+        # Batches and accumulation are the recipe's; DeepSpeed must not scale by them. Accelerate would clip at 1.0.
+        config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.0)
+        for key in [key for key, value in zero.items() if value == "auto"]:
+            del zero[key]  # DeepSpeed's own defaults: Accelerate can only derive these for language models
+
+    def shard(self) -> Any:
+        return self.trained  # together with the optimizer
+
+    def start(self, groups: Groups) -> None:
+        self.wrapped, _ = self._accelerator.prepare(self.trained, adam(groups, self.device))
+        self.optimizer = self.wrapped.optimizer
+        # What Adam makes in its first step, for all groups at once: DeepSpeed links them when the first has stepped.
+        on = self.device if self.device.type == "cuda" else torch.device("cpu")
+        for flat in self._flat():
+            self.optimizer.optimizer.state[flat] = {
+                "step": torch.zeros((), device=on),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self._stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def drop(self) -> None:
+        if self.optimizer is not None:
+            self.wrapped.destroy()
+        self._accelerator.free_memory()
+        super().drop()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self.optimizer is None:
+            loss.backward()
+            return
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(loss)
+
+    def gradients(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        if self.optimizer is None:
+            return found
+        for i, grads in self.optimizer.averaged_gradients.items():
+            number = self.optimizer.sub_group_to_group_id[i] if self._stage == 3 else i
+            found.setdefault(self.optimizer.param_groups[number]["name"], []).extend(grads or [])
+        return found
+
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
+        if self.optimizer is None:
+            return apply
+        from deepspeed.utils import safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rates[group["name"]]
+        if not apply:
+            # The way in which DeepSpeed discards a step on all ranks: a gradient that is not finite.
+            parameter = next(iter(self.parameters().values()))
+            if self._stage < 3:
+                safe_set_full_grad(parameter, torch.full(parameter.shape, torch.nan, device=self.device))
+            elif distributed.rank() == 0:  # the parts of others may be padding, which would keep it
+                gradient = safe_get_local_grad(parameter).clone()
+                gradient.view(-1)[0] = torch.nan
+                safe_set_local_grad(parameter, gradient)
+        self.wrapped.step()
+        return torch.full_like(apply, not self.optimizer.overflow)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self.parameters().values())):
+            yield
+
+    def _flat(self) -> list[Tensor]:
+        """What the inner Adam steps: this rank's parts of the groups, each in one tensor."""
+        if self._stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        if self.optimizer is None:
+            return {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state, step = {}, self.optimizer.optimizer.state[self._flat()[0]]["step"]
+        for name, parameter in self.parameters().items():
+            state[f"{name}/step"] = step.clone()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment).clone()
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        step = next(value for key, value in state.items() if key.endswith("/step"))
+        for flat in self._flat():
+            self.optimizer.optimizer.state[flat]["step"].copy_(step)
+        for name, parameter in self.parameters().items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = state[f"{name}/{moment}"].to(self.device)
+                if self._stage < 3:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                    continue
+                size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined] # the last rank's part is padded
+                padded = torch.zeros(size * distributed.world_size(), device=self.device)
+                padded[: value.numel()] = value.flatten()
+                own = padded[size * distributed.rank() : size * (distributed.rank() + 1)]
+                safe_set_local_optimizer_state(parameter, own, moment)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the module that ranks share is trained: alone, replicated on each rank, or in parts."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from igae.training.parallel.exchange import Exchange
+
+Groups = Sequence[tuple[str, list[nn.Parameter]]]
+"""Named groups of parameters, one for each learning rate."""
+Rates = Mapping[str, float | Tensor]
+"""Learning rates by the names of groups; as tensors only where steps are captured in a CUDA graph."""
+
+
+def adam(groups: Groups, device: torch.device, capturable: bool = False) -> torch.optim.Adam:
+    """With `capturable`, which a CUDA graph needs, learning rates are tensors on the device."""
+    settings = [
+        {"params": parameters, "name": name, "lr": torch.zeros((), device=device) if capturable else 0.0}
+        for name, parameters in groups
+    ]
+    return torch.optim.Adam(settings, fused=device.type == "cuda", capturable=capturable)
+
+
+class Strategy:
+    """One process: the module itself is trained. The base of the other strategies."""
+
+    name = "one process"
+    forward_waits = False
+    """A forward pass waits for other ranks."""
+
+    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
+        self.device, self.run_ahead = device, run_ahead
+        self.optimizer: Any = None
+        self.module: nn.Module = nn.Module()  # what was given to prepare
+        self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
+        self.wrapped: Any = None
+
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
+        self.drop()
+        self.module = self.trained = self.wrapped = module
+        self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
+
+    def drop(self) -> None:
+        """Let go of what was trained with; the module stays as it is."""
+        self.optimizer, self.wrapped, self.trained = None, None, self.module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
+
+    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
+        return self.wrapped(*arguments)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """A number that is finite where `watched` is on all ranks, and one that is 0 where `stop` is on all, else more.
+        The gradients of :meth:`gradients` are the mean over the ranks afterwards. Collective."""
+        return watched, stop
+
+    def gradients(self) -> dict[str, list[Tensor]]:
+        """By the names of groups: this rank's part of their gradients, those that there are."""
+        found = {}
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            found[group["name"]] = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        return found
+
+    def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
+        if self.optimizer is None:
+            return apply
+        if self.run_ahead:
+            self.optimizer.found_inf = 1.0 - apply  # a fused Adam looks at it there: gradient scalers do the same
+        if self.run_ahead or apply:
+            for group in self.optimizer.param_groups:
+                rate = learning_rates[group["name"]]
+                if not self.run_ahead:
+                    group["lr"] = rate
+                elif isinstance(rate, Tensor):
+                    group["lr"].copy_(rate)
+                else:
+                    group["lr"].fill_(rate)
+                for parameter in group["params"]:
+                    # All parameters step together, as in DeepSpeed's flat ones: one that a step does not reach still
+                    # moves by its momentum.
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return apply
+
+    def gather(self) -> None:
+        """Bring the trained weights into the module."""
+
+    def release(self) -> None:
+        """The weights in the module are not needed any more."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        state = {}
+        for name, parameter in self.parameters().items():
+            for key, value in (self.optimizer.state.get(parameter, {}) if self.optimizer else {}).items():
+                state[f"{name}/{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+        return state
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
+        on_device = self.device.type == "cuda"  # the fused Adam keeps its step counts there too
+        parameters = self.parameters()
+        for key, value in state.items():
+            name, moment = key.rsplit("/", 1)
+            stays = moment == "step" and not on_device
+            own = self.optimizer.state[parameters[name]]
+            own[moment] = value.clone() if stays else self.part(parameters[name], moment, value.to(self.device))
+
+    def part(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
+        """This rank's part of a moment."""
+        return value.clone()
+
+
+class DDP(Strategy):
+    """Each rank has all of the module, and gradients are exchanged in the backward pass."""
+
+    name = "DDP"
+
+    def __init__(self, device: torch.device, run_ahead: bool = False, bf16: bool = False) -> None:
+        super().__init__(device, run_ahead)
+        self._sent_as = torch.bfloat16 if bf16 else torch.float32
+        self._exchange: Exchange | None = None
+
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
+        super().prepare(module, groups)
+        if self.device.type == "cuda":  # no collective of a captured step must be under way at the next one
+            torch.cuda.synchronize()
+        if groups:
+            trained = list(self.parameters().values())
+            for parameter in trained:
+                dist.broadcast(parameter.detach(), 0)
+            self._exchange = self.exchange(trained)
+
+    def exchange(self, parameters: list[nn.Parameter]) -> Exchange:
+        return Exchange(parameters, sent_as=self._sent_as)
+
+    def drop(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = None
+        super().drop()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self._exchange is not None and last:
+            self._exchange.expect()
+        loss.backward()
+
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        if self._exchange is None:
+            return on_all_ranks(watched, stop)
+        watched, stop = self._exchange.finish([watched, stop])
+        return watched, stop
+
+
+def on_all_ranks(watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """See :meth:`Strategy.agree`; gradients are left alone."""
+    sums = torch.stack([watched.float(), stop])
+    dist.all_reduce(sums)
+    return sums[0], sums[1]
+
+
+class Sharded(Strategy):
+    """A copy of the module is trained, of which each rank keeps a part. The module itself waits on the CPU until its
+    weights are asked for."""
+
+    def prepare(self, module: nn.Module, groups: Groups) -> None:
+        self.drop()
+        self.module = self.trained = module
+        if not groups:
+            self.wrapped = module
+            return
+        names = {id(p): name for name, p in module.named_parameters()}
+        self.trained = copy.deepcopy(module)
+        self.wrapped = self.shard()
+        # By name: sharding may have replaced the parameters.
+        copies = dict(self.trained.named_parameters())
+        self.start([(group, [copies[names[id(p)]] for p in parameters]) for group, parameters in groups])
+        self.release()
+
+    @abstractmethod
+    def shard(self) -> Any:
+        """Shard the copy and return what is called."""
+
+    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        return on_all_ranks(watched, stop)
+
+    def start(self, groups: Groups) -> None:
+        """Make the optimizer of the copy."""
+        self.optimizer = adam(groups, self.device)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        if self.trained is self.module:
+            return
+        self.module.to(self.device)
+        own = dict(self.module.named_parameters())
+        with self.whole():
+            for name, parameter in self.parameters().items():
+                own[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+        for mine, theirs in zip(self.module.buffers(), self.trained.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The parameters of the trained copy are whole on this rank, or tensors that know how to become so."""
+        yield
+
+    def release(self) -> None:
+        if self.trained is not self.module:
+            self.module.cpu()
+
+
+class FSDP(Sharded):
+    name = "FSDP2"
+    forward_waits = True
+
+    def shard(self) -> Any:
+        net = getattr(getattr(self.trained, "autoencoder", None), "net", None)
+        for part in (net.encoder, net.decoder) if net is not None else ():
+            fully_shard(part)
+        return fully_shard(self.trained)
+
+    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+        return self.wrapped(*arguments)
+
+    def part(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
+        if moment == "step" or not isinstance(parameter, DTensor):
+            return value.clone()
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole configuration of a run."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from igae.config import Section
+from igae.data.config import DataConfig
+from igae.evaluation.config import EvaluationConfig
+from igae.models.config import AutoencoderConfig, LossWeights
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig
+
+StageName = Literal["warmup", "joint"]
+
+
+class LearningRates(Section):
+    """Adam's learning rates; a part with rate 0 is frozen."""
+
+    encoder: float = Field(default=0.0, ge=0)
+    decoder: float = Field(default=0.0, ge=0)
+    mlp: float = Field(default=0.0, ge=0)
+    base_planes: float = Field(default=0.0, ge=0)
+    planes: float = Field(default=0.0, ge=0)
+    """Of all that is a scene's own: planes, weights of base planes, bias."""
+
+
+class StageConfig(Section):
+    epochs: float = Field(ge=0)
+    """Passes over the scene views (over the photographs where batch_size is 0); 0 leaves the stage out."""
+    batch_size: int = Field(ge=0)
+    """Scene views a rank and step."""
+    photos: int = Field(default=0, ge=0)
+    """Natural images a rank and step."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches of batch_size and photos that each rank takes one after another in a step, to save memory."""
+    learning_rates: LearningRates
+    schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
+    """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
+    decay: float = Field(default=0.988032, gt=0, le=1)
+    milestones: list[int] = []
+    mlp_epochs: float | None = None
+    """The decoding MLP is frozen after so many epochs; never if left out."""
+    alternate: bool = False
+    """Scene views and photographs in turns, a step each, instead of together."""
+    weights: LossWeights
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        rates, weights = self.learning_rates, self.weights
+        if self.epochs > 0 and self.batch_size + self.photos == 0:
+            raise ValueError("batch_size and photos are both 0: there is nothing to train on")
+        if self.alternate and not (self.batch_size and self.photos):
+            raise ValueError("alternate needs batch_size and photos above 0")
+        if self.alternate and rates.encoder + rates.decoder == 0:
+            raise ValueError("alternate needs a learning rate for encoder or decoder: photographs train nothing else")
+        if self.milestones and self.schedule != "multistep":
+            raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
+        views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv
+        if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
+            raise ValueError(
+                "batch_size is 0, so only losses of photographs (photo_*) can have a weight, not even latent"
+            )
+        if self.batch_size and views == 0:
+            raise ValueError("views are loaded (batch_size) but no loss of views has a weight")
+        photo_losses = weights.photo_ae + weights.photo_lpips + weights.photo_kl + weights.photo_tv
+        if self.photos and photo_losses == 0:
+            raise ValueError("photos are loaded but no loss of photographs (photo_*) has a weight")
+        if self.photos == 0 and photo_losses > 0:
+            raise ValueError("a loss of photographs (photo_*) has a weight but photos is 0")
+        if self.epochs > 0 and not any(rates.model_dump().values()):
+            raise ValueError("all learning_rates are 0: nothing would be trained")
+        reached = {
+            "encoder": weights.latent + weights.ae + photo_losses,
+            "decoder": weights.rgb + weights.ae + weights.photo_ae + weights.photo_lpips,
+            "mlp": weights.latent + weights.rgb + weights.depth_tv,
+            "base_planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
+            "planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
+        }
+        for part, loss in reached.items():
+            if self.epochs > 0 and getattr(rates, part) > 0 and loss == 0:
+                raise ValueError(f"learning_rates.{part} is above 0 but no loss with a weight reaches the {part}")
+        return self
+
+    @property
+    def uses_cached_latents(self) -> bool:
+        """Whether latents of all views are constants of this stage, so that no image is needed in its steps."""
+        return self.batch_size > 0 and self.learning_rates.encoder == 0 and not self.weights.needs_images
+
+    def rate_factor(self, step: int, steps_per_epoch: int, steps: int) -> float:
+        """What the learning rates are multiplied with at a step (counted from 0) of ``steps``."""
+        epoch = step // steps_per_epoch
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        if self.schedule == "multistep":
+            epoch = sum(milestone <= epoch for milestone in self.milestones)
+        return float(self.decay**epoch)
+
+
+class TrainConfig(Section):
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
+    in TF32 on GPUs). The renderer has a precision of its own."""
+    kernels: Literal["auto", "cuda", "torch"] = "auto"
+    """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
+    kernels; `auto`: in kernels where they can."""
+    run_ahead: bool = True
+    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
+    cuda_graph: bool = True
+    """Steps are one CUDA graph where they can be: with run_ahead, not sharded, planes in kernels, without accumulate
+    and alternate."""
+    compile: bool = False
+    """Compile encoder and decoder with torch.compile, a minute or two at the start; not where sharded."""
+    channels_last: bool = False
+    """Weights and activations of the autoencoder with channels as the last dimension in memory; not where sharded.
+    Faster together with compile, slower without."""
+    warmup: StageConfig
+    joint: StageConfig
+    plane_optimizer: Literal["exact", "lazy"] = "exact"
+    """`exact`: planes move as under a dense Adam, also between visits; `lazy`: only when visited."""
+    scale_learning_rates: bool = False
+    """Multiply the learning rates of what the ranks share (autoencoder, MLP) by their number; those of planes never."""
+    timeout: int = Field(default=600, ge=10)
+    """Seconds after which ranks that wait for another one give up."""
+    max_skipped: int = Field(default=20, ge=1)
+    """The run stops after so many steps in a row whose loss or gradient was not finite."""
+    lpips_weights: str | None = None
+    """File with VGG16's weights for LPIPS; fetched into torch's hub cache if left out."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the end of a stage makes one as well."""
+    keep: int = Field(default=3, ge=2)
+    """How many are kept; at least 2, so that a broken newest one costs little."""
+    root: str | None = None
+    """Folder or fsspec URL of the checkpoints; `checkpoints` in the run's folder if left out."""
+    background: bool = False
+    """Write while training goes on; costs memory for a copy of the planes and their moments."""
+
+
+class FitConfig(Section):
+    wave: int = Field(default=256, ge=1)
+    """Scenes that a rank fits at a time: their rows, the rows' moments and the latents of their views are in memory."""
+
+
+class TrackingConfig(Section):
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where scalars, pictures and videos go besides metrics.jsonl; needs `pip install 'igae[tracking]'`."""
+    project: str = "igae"
+    """wandb's project."""
+    entity: str | None = None
+    """wandb's user or team; null is the default of the account."""
+    every: int = Field(default=50, ge=1)
+    """Steps between two records of the training scalars. A record waits for the GPU, which then waits for a step."""
+
+
+class Recipe(Section):
+    experiment: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; everything it writes is in `outputs`/NAME."""
+    outputs: str = "outputs"
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig
+    model: str | None = None
+    """Run, checkpoint or export (folder or URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
+    them, scenes are fitted to them in waves (`fit`), however many there are."""
+    autoencoder: AutoencoderConfig
+    planes: PlanesConfig = PlanesConfig()
+    render: RenderOptions = RenderOptions()
+    train: TrainConfig
+    fit: FitConfig = FitConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def fits_in_waves(self) -> bool:
+        """Whether scenes are all that is trained: what they share is the model's."""
+        rates = [s.learning_rates.model_dump() for s in (self.train.warmup, self.train.joint) if s.epochs]
+        return self.model is not None and not any(r for part in rates for name, r in part.items() if name != "planes")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
+            if self.autoencoder.path == "identity" and stage.epochs and (stage.weights.needs_images or stage.photos):
+                raise ValueError(
+                    f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
+                    "(set the weights rgb and ae, and photos, to 0)"
+                )
+            base, rate = self.planes.base_planes, stage.learning_rates.base_planes
+            if stage.epochs and base == 0 and rate > 0:
+                raise ValueError(
+                    f"train.{name}.learning_rates.base_planes is {rate} but planes.base_planes is 0: set one of them"
+                )
+            if stage.epochs and stage.weights.base_orthogonality > 0 and (base < 2 or rate == 0):
+                raise ValueError(
+                    f"train.{name}.weights.base_orthogonality is above 0 but there are no two base planes that are "
+                    "trained: set planes.base_planes to 2 or more and their learning rate above 0, or the weight to 0"
+                )
+        return self

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cameras of the page, and paths of cameras: their file, and what lies between them."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igae.data.cameras import is_rigid, normalised_intrinsics
+
+MAX_CAMERAS = 10_000
+
+
+@dataclass(frozen=True)
+class Camera:
+    """``cam2world`` [4, 4], OpenCV (x right, y down, z forward), and ``intrinsics`` [3, 3], divided by the image's
+    width and height; both float64."""
+
+    cam2world: Tensor
+    intrinsics: Tensor
+
+
+def rotation_of(wxyz: Tensor) -> Tensor:
+    """Rotations [..., 3, 3] of quaternions [..., 4] (w, x, y, z) of any length but zero."""
+    w, x, y, z = (wxyz / wxyz.norm(dim=-1, keepdim=True)).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def quaternion_of(rotation: Tensor) -> Tensor:
+    """Quaternions [..., 4] of rotations [..., 3, 3], of either sign: the eigenvector to the largest eigenvalue, 3, of
+    the matrix of I. Bar-Itzhack, "New method for extracting the quaternion from a rotation matrix", 2000."""
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
+    rows = [
+        [xx + yy + zz, zy - yz, xz - zx, yx - xy],
+        [zy - yz, xx - yy - zz, xy + yx, xz + zx],
+        [xz - zx, xy + yx, yy - xx - zz, yz + zy],
+        [yx - xy, xz + zx, yz + zy, zz - xx - yy],
+    ]
+    vectors: Tensor = torch.linalg.eigh(torch.stack([torch.stack(row, -1) for row in rows], -2)).eigenvectors
+    return vectors[..., -1]
+
+
+def pose_of(rotation: Tensor, position: Tensor) -> Tensor:
+    """cam2world [..., 4, 4] of rotations [..., 3, 3] and positions [..., 3]."""
+    pose = torch.eye(4, dtype=rotation.dtype).repeat(*rotation.shape[:-2], 1, 1)
+    pose[..., :3, :3], pose[..., :3, 3] = rotation, position
+    return pose
+
+
+def lens_of(angle: float, size: tuple[int, int]) -> Tensor:
+    """Intrinsics [3, 3] of images of ``size`` (height, width) with square pixels that see ``angle`` degrees from top to
+    bottom."""
+    focal = 0.5 / math.tan(math.radians(angle) / 2)
+    rows = [[focal * size[0] / size[1], 0.0, 0.5], [0.0, focal, 0.5], [0.0, 0.0, 1.0]]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def angle_of(focal: float, size: tuple[int, int]) -> float:
+    """Degrees from top to bottom that images of a focal length, divided by their width, see."""
+    return 2 * math.degrees(math.atan(0.5 * size[0] / size[1] / focal))
+
+
+def orbit_from(camera: Camera, frames: int, up: Tensor, centre: Tensor) -> list[Camera]:
+    """A camera turned once around the axis ``up`` [3] (of any length but zero) through ``centre`` [3], from where it
+    is, by equal angles; the last is one step before the first."""
+    angle = torch.arange(frames, dtype=torch.float64)[:, None] * (math.pi / frames)
+    turn = rotation_of(torch.cat([angle.cos(), angle.sin() * (up / up.norm())], 1))
+    rotation, position = camera.cam2world[:3, :3], camera.cam2world[:3, 3]
+    poses = pose_of(turn @ rotation, centre + turn @ (position - centre))
+    return [Camera(pose, camera.intrinsics) for pose in poses]
+
+
+def between(path: list[Camera], frames: int) -> list[Camera]:
+    """A smooth way through cameras, the same time from each to the next: Catmull-Rom splines of the positions'
+    directions and distances from the origin, where the object is (a straight way would go nearer to it), of the focal
+    lengths and of the quaternions. Directions and quaternions are made unit ones again.
+
+    Args:
+        path: one or more cameras. The first and last are the first and last of the result.
+        frames: how many there shall be, two or more.
+    """
+    turns = quaternion_of(torch.stack([camera.cam2world[:3, :3] for camera in path]))
+    for i in range(1, len(turns)):
+        if turns[i] @ turns[i - 1] < 0:  # the same rotation, the short way round
+            turns[i] = -turns[i]
+    positions = torch.stack([camera.cam2world[:3, 3] for camera in path])
+    lenses = torch.stack([camera.intrinsics for camera in path])
+    distances = positions.norm(dim=1, keepdim=True)
+    knots = torch.cat([turns, positions / distances.clamp_min(1e-12), distances, lenses.flatten(1)], 1)
+    if len(knots) == 1:
+        knots = knots.repeat(2, 1)
+    # Ends that go straight on.
+    knots = torch.cat([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    time = torch.linspace(0, len(knots) - 3, frames, dtype=torch.float64)
+    start = time.floor().long().clamp(max=len(knots) - 4)
+    t = (time - start)[:, None]
+    a, b, c, d = (knots[start + i] for i in range(4))
+    found = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    places = found[:, 4:7] / found[:, 4:7].norm(dim=1, keepdim=True).clamp_min(1e-12) * found[:, 7:8]
+    poses = pose_of(rotation_of(found[:, :4]), places)
+    return [Camera(pose, lens.view(3, 3)) for pose, lens in zip(poses, found[:, 8:], strict=True)]
+
+
+def dump_path(path: list[Camera], size: tuple[int, int]) -> bytes:
+    """A path as JSON, in the layout of the data's ``transforms_opencv.json``: ``w`` and ``h`` of the images, and for
+    each of the ``frames`` ``transform_matrix`` (cam2world, OpenCV) and ``fl_x``, ``fl_y``, ``cx``, ``cy`` in pixels."""
+    height, width = size
+    frames = []
+    for camera in path:
+        (fx, _, cx), (_, fy, cy), _ = camera.intrinsics.tolist()
+        lens = {"fl_x": fx * width, "fl_y": fy * height, "cx": cx * width, "cy": cy * height}
+        frames.append({**lens, "transform_matrix": camera.cam2world.tolist()})
+    return (json.dumps({"w": width, "h": height, "frames": frames}, indent=1) + "\n").encode()
+
+
+def parse_path(data: bytes, size: tuple[int, int]) -> list[Camera]:
+    """Read back :func:`dump_path`; what all frames share may also stand beside ``frames``, as in the data.
+
+    Raises:
+        ValueError: it is no such file; the sentence says what is wrong.
+    """
+    try:
+        tree = json.loads(data)
+        frames = tree["frames"]
+        if not isinstance(frames, list) or not 0 < len(frames) <= MAX_CAMERAS:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError("this is no camera path: give a JSON file as this page saves it") from None
+    path = []
+    for number, frame in enumerate(frames, 1):
+        try:
+            intrinsics = normalised_intrinsics({**tree, **frame}, size)
+            pose = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
+            if pose.shape != (4, 4) or not is_rigid(pose):
+                raise ValueError("transform_matrix is no rigid motion [4, 4]")
+        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"camera {number} of the path can't be read: {error}") from None
+        path.append(Camera(pose, intrinsics))
+    return path

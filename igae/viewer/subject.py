@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is looked at: a model and its scenes, of a checkpoint or an export; and the newest checkpoint of a run."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from igae import export
+from igae.data.cameras import orbit
+from igae.errors import hide_credentials
+from igae.evaluation.pictures import Picture
+from igae.export.pretrained import find_model
+from igae.models.igae import IGAE
+from igae.viewer.cameras import angle_of, lens_of
+from igae.viewer.drawing import Scene, choose_threads, draw
+
+KEPT, KEPT_THUMBNAILS = 32, 1000
+"""Scenes whose planes, and whose thumbnails, stay in memory."""
+CAMERA = (1.3, 1.1)
+"""Distance and focal length of the first camera where nothing says what those of the data are."""
+ELEVATION = 0.4
+log = logging.getLogger("igae")
+
+
+@dataclass
+class Subject:
+    """A model on its device, and its scenes, which are read when they are first asked for.
+
+    ``thumbnails`` are those that were made, by the scenes' names. ``title`` says what it is; ``distance`` (from the
+    origin) and ``angle`` (of view, from top to bottom, in degrees) are those of a camera like the data's.
+    """
+
+    title: str
+    model: IGAE
+    names: list[str]
+    distance: float
+    angle: float
+    _rows: Callable[[str], Tensor]
+
+    def __post_init__(self) -> None:
+        self.thumbnails: dict[str, Picture] = {}
+        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of decoded images."""
+        return self.model.plain.shape[2], self.model.plain.shape[3]
+
+    @property
+    def front(self) -> Tensor:
+        """cam2world [4, 4] of the camera that a scene is first seen from."""
+        return orbit(1, self.distance, ELEVATION)[0].double()
+
+    def make_thumbnail(self, name: str) -> None:
+        """Draw a scene as it is first seen. Raises as :meth:`scene`."""
+        lens = lens_of(self.angle, self.image_size)
+        image = draw(self.model, self.scene(name), self.front, lens).image
+        assert image is not None
+        if len(self.thumbnails) >= KEPT_THUMBNAILS:
+            del self.thumbnails[next(iter(self.thumbnails))]
+        self.thumbnails[name] = image
+
+    def choose_threads(self, most: int) -> int:
+        """See :func:`igae.viewer.drawing.choose_threads`."""
+        lens = lens_of(self.angle, self.image_size)
+        return choose_threads(self.model, self.scene(self.names[0]), self.front, lens, most)
+
+    @torch.no_grad()
+    def scene(self, name: str) -> Scene:
+        """Raises ValueError or OSError where its file can't be read."""
+        with self._lock:
+            if name not in self._scenes:
+                row = self._rows(name).to(self.model.background.device)
+                scene = Scene(self.model.planes_of(row[None])[0])
+                lens = lens_of(self.angle, self.image_size)
+                latents = draw(self.model, scene, self.front, lens, decode=False).latents
+                scene.mean, scene.std = latents.mean((1, 2)), latents.std((1, 2), correction=0)
+                self._scenes[name] = scene
+                if len(self._scenes) > KEPT:
+                    self._scenes.popitem(last=False)
+            self._scenes.move_to_end(name)
+            return self._scenes[name]
+
+
+def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> Subject:
+    """Read the model of a checkpoint or an export.
+
+    Args:
+        overrides: ``key=value``, of what is elsewhere now than the checkpoint's configuration says (``data.root``).
+
+    Raises:
+        ValueError: it is missing or damaged, or its data or autoencoder can't be found.
+    """
+    if export.is_export(where):
+        if overrides:
+            raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
+        found = export.Export(where, device, "auto")
+        size = found.description.image_size
+        box, title = found.description.render.box, hide_credentials(where)
+        rows = lambda name: found.rows([name])[0]  # noqa: E731
+        return Subject(title, found.model, found.names, CAMERA[0] * box, angle_of(CAMERA[1], size), rows)
+    run = export.open_run(where, overrides)
+    model = export.load_run(run).to(device).eval()
+    model.renderer = "auto"  # this machine is not the one that trains
+    ids = {scene.name: scene.id for scene in run.scenes}
+    cameras, size = run.manifest.cameras, run.manifest.image_size
+    distance, focal = (cameras.mean_distance, cameras.mean_focal) if cameras else CAMERA
+    title = f"{run.recipe.experiment}, step {run.loaded.progress.total}"
+    read = run.rows
+    return Subject(title, model, list(ids), distance, angle_of(focal, size), lambda name: read([ids[name]])[0])
+
+
+class Followed:
+    """What a path or URL stands for, which is another checkpoint from time to time if it is that of a run.
+
+    Attributes:
+        subject: of the newest checkpoint that could be read.
+
+    Raises ValueError as :func:`open_subject` where there is none at the start.
+    """
+
+    def __init__(self, where: str, overrides: Sequence[str], device: torch.device) -> None:
+        self._where, self._overrides, self._device = where, overrides, device
+        self._shown, self._broken, self._said = find_model(where), "", ""
+        self.is_run = self._shown != where.rstrip("/")
+        self.subject = open_subject(self._shown, overrides, device)
+
+    def check(self) -> Subject | None:
+        """The subject of a checkpoint that has come since the last call, or None. One that can't be read is left alone,
+        with a line in the log."""
+        found = ""
+        try:
+            found = find_model(self._where)
+            if found == self._shown:
+                self._broken = ""
+            if found in (self._shown, self._broken):
+                return None
+            self.subject = open_subject(found, self._overrides, self._device)
+            self._shown, self._broken, self._said = found, "", ""
+            return self.subject
+        except (ValueError, OSError, RuntimeError) as error:
+            self._broken = found
+            if str(error) != self._said:
+                self._said = str(error)
+                log.warning("a new checkpoint can't be shown, %s stays: %s", self.subject.title, error)
+            return None
