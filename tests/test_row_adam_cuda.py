@@ -8,6 +8,7 @@ import torch
 from test_row_adam import ROWS, SHAPE, dense, history, run, start
 from torch import Tensor
 
+from igae.kernels import compile_source
 from igae.kernels.launch import INSTALLED
 from igae.rendering import build
 from igae.scenes import CudaRowAdam, RowAdam, make_row_adam

@@ -12,20 +12,6 @@ URL, of
   with it is complete, and no file that it does not list counts.
 """
 
-from igae.checkpoint.layout import FORMAT, Progress, folder_of, is_complete, list_complete
-from igae.checkpoint.parts import Parts
-from igae.checkpoint.reader import Loaded, load, settings
-from igae.checkpoint.writer import Writer
+import lazy_loader
 
-__all__ = [
-    "FORMAT",
-    "Loaded",
-    "Parts",
-    "Progress",
-    "Writer",
-    "folder_of",
-    "is_complete",
-    "list_complete",
-    "load",
-    "settings",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

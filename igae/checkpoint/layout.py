@@ -11,7 +11,7 @@ import fsspec
 from pydantic import TypeAdapter, ValidationError
 
 from igae.errors import hide_credentials
-from igae.storage.paths import join
+from igae.storage import join
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"

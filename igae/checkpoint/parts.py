@@ -15,8 +15,8 @@ from igae.checkpoint.layout import OPTIMIZER, SHARED, STATE, File, Progress, rea
 from igae.checkpoint.reader import head
 from igae.checkpoint.writer import Tensors, publish, put, sync_folder
 from igae.errors import hide_credentials
+from igae.storage import join
 from igae.storage import tensors as tensorfile
-from igae.storage.paths import join
 
 BEGUN = "begun.json"
 _FILE = TypeAdapter(File)

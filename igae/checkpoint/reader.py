@@ -15,8 +15,7 @@ from torch import Tensor
 
 from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, File, Progress, parse_state, reason, scenes_name
 from igae.errors import hide_credentials
-from igae.storage.paths import join
-from igae.storage.tensors import Stamp, TensorFile
+from igae.storage import Stamp, TensorFile, join
 
 
 @dataclass

@@ -31,8 +31,8 @@ from igae.checkpoint.layout import (
 )
 from igae.errors import LostRank, hide_credentials
 from igae.ranks import Channel, rank
+from igae.storage import join
 from igae.storage import tensors as tensorfile
-from igae.storage.paths import join
 
 # Seconds after which a file that another node wrote must be seen: network file systems remember for a while what was
 # not there.

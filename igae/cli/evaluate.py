@@ -25,20 +25,14 @@ import torch
 from torch import Tensor
 
 from igae import checkpoint, config, export
-from igae.data.manifest import Manifest, Scene
+from igae.data import Manifest, Scene
 from igae.errors import hide_credentials, in_one_sentence, log_to_stderr, say
-from igae.evaluation.evaluator import FIGURES, Evaluator, spread
-from igae.export.pretrained import find_model, load_weights, take_settings
-from igae.export.reader import bare_model
-from igae.models.autoencoder import load_autoencoder
-from igae.models.igae import IGAE
-from igae.models.losses import LPIPS
+from igae.evaluation import FIGURES, Evaluator, spread
+from igae.export import bare_model, find_model, load_weights, take_settings
+from igae.models import IGAE, LPIPS, load_autoencoder
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
-from igae.training.parallel.engine import Engine
-from igae.training.preflight import check_memory
-from igae.training.recipe import Recipe
-from igae.training.shares import waves
+from igae.training import Engine, Recipe, check_memory, waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"
 # What a configuration must say beyond data and model, for exports that have none.

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from igae.config import Section
-from igae.training.recipe import Recipe
+from igae.training import Recipe
 
 HEAD = """# Configuration
 

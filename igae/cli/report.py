@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from igae.errors import hide_credentials
-from igae.viewer.report import write_report
+from igae.viewer import write_report
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,7 @@ import threading
 import torch
 
 from igae.errors import log_to_stderr, say
-from igae.viewer.server import Viewer
-from igae.viewer.subject import Followed
+from igae.viewer import Followed, Viewer
 
 log = logging.getLogger("igae")
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from igae.data.manifest import Shard
-from igae.storage.paths import join
-from igae.storage.reading import File, StoreError
+from igae.storage import File, StoreError, join
 
 BLOCK = 8 << 20
 STALE = 3600.0

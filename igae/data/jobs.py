@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from igae.data.manifest import Shard, ShardKind
 from igae.data.sources import SceneRef
 from igae.errors import hide_credentials
-from igae.storage.paths import join
+from igae.storage import join
 
 NOTE = ".done"
 

@@ -10,8 +10,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from igae.errors import hide_credentials
-from igae.storage.paths import join
-from igae.storage.reading import Missing, StoreError, read_whole
+from igae.storage import Missing, StoreError, join, read_whole
 
 FORMAT = 1
 NAME = "manifest.json"

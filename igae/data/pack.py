@@ -26,8 +26,7 @@ from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
 from igae.errors import hide_credentials
-from igae.storage.paths import join
-from igae.storage.reading import file_system
+from igae.storage import file_system, join
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560

@@ -19,8 +19,7 @@ import fsspec
 from igae.data.cache import Cache
 from igae.data.manifest import Shard, ShardKind
 from igae.errors import hide_credentials
-from igae.storage.paths import join
-from igae.storage.reading import File, StoreError
+from igae.storage import File, StoreError, join
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 BLOCK = 1 << 20

@@ -21,8 +21,7 @@ from torch import Tensor
 from igae.data.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
 from igae.data.manifest import name_problem, unknown_category
 from igae.errors import hide_credentials
-from igae.storage.paths import join
-from igae.storage.reading import file_system
+from igae.storage import file_system, join
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

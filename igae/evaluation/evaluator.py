@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from igae.data.cameras import orbit_like
-from igae.data.manifest import Manifest, Scene
-from igae.data.streams import ViewBatch, image_loader, view_loader
+from igae.data import Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
-from igae.models.igae import IGAE, Views, to_signed
-from igae.models.losses import LPIPS, psnr
+from igae.models import IGAE, LPIPS, Views, psnr, to_signed
 from igae.ranks import Channel, rank, world_size
-from igae.scenes import SceneBank
-from igae.scenes.ownership import part
+from igae.scenes import SceneBank, part
 
 CHUNK = 32
 SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")

@@ -17,23 +17,6 @@ An export is a folder, at a local path, a fsspec URL or in a hub repository, of
     image = export.scene("chair-0017").image(cam2world, intrinsics)[0]  # uint8 [H, W, 3]
 """
 
-from igae.export.reader import Export, Scene, is_export, load_config, load_model, load_settings
-from igae.export.run import Run, find_checkpoint, load_run, open_run, read_run
-from igae.export.writer import Content, check_target, write
+import lazy_loader
 
-__all__ = [
-    "Content",
-    "Export",
-    "Run",
-    "Scene",
-    "check_target",
-    "find_checkpoint",
-    "is_export",
-    "load_config",
-    "load_model",
-    "load_run",
-    "load_settings",
-    "open_run",
-    "read_run",
-    "write",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

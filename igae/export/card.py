@@ -91,7 +91,7 @@ def _scene(where: str, content: "Content") -> str:
     shape = ", ".join(map(str, content.model.plain.shape[2:]))
     return f"""```python
 import torch
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.export import Export
 
 export = Export("{where}")

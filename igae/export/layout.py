@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.storage.tensors import Stamp
+from igae.storage import Stamp
 
 FORMAT = 1
 INDEX, SCENES, SHARED = "igae.json", "scenes.json", "igae.safetensors"

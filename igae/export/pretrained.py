@@ -9,7 +9,7 @@ import yaml
 
 from igae import checkpoint, export
 from igae.errors import hide_credentials
-from igae.models.igae import IGAE
+from igae.models import IGAE
 
 SECTIONS = ("autoencoder", "planes", "render")
 FREE = ("autoencoder.latents", "planes.init_std", "render.coarse_samples", "render.fine_samples")

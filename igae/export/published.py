@@ -39,8 +39,7 @@ from torch import Tensor
 from igae.errors import hide_credentials
 from igae.export import Content, check_target, write
 from igae.export.reader import bare_model
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
+from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 

@@ -28,14 +28,10 @@ from igae.export.layout import (
     parse_description,
     parse_scenes,
 )
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE, Views
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import BasePlanes, PlanesConfig
-from igae.storage.paths import join
-from igae.storage.reading import Missing, StoreError, read_whole
-from igae.storage.tensors import TensorFile
+from igae.storage import Missing, StoreError, TensorFile, join, read_whole
 
 PLANES = "planes"
 HIDDEN = 64

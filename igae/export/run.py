@@ -13,19 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from igae import checkpoint, config
-from igae.checkpoint import Loaded
-from igae.checkpoint.layout import CONFIG, RATES
-from igae.data.manifest import Manifest, Scene
+from igae.checkpoint import CONFIG, RATES, Loaded
+from igae.data import Manifest, Scene
 from igae.errors import hide_credentials
 from igae.export.layout import MAX_JSON
 from igae.export.reader import bare_model
 from igae.export.writer import Content
-from igae.models.autoencoder import load_autoencoder
-from igae.models.igae import IGAE
+from igae.models import IGAE, load_autoencoder
 from igae.scenes import make_row_adam
-from igae.storage.paths import join
-from igae.storage.reading import Missing, StoreError, read_whole
-from igae.training.recipe import Recipe
+from igae.storage import Missing, StoreError, join, read_whole
+from igae.training import Recipe
 
 log = logging.getLogger("igae")
 

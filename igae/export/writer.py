@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from igae.checkpoint.layout import reason
+from igae.checkpoint import reason
 from igae.errors import hide_credentials
 from igae.export.card import model_card
 from igae.export.layout import (
@@ -34,10 +34,10 @@ from igae.export.layout import (
     dump_scenes,
 )
 from igae.export.reader import PLANES, shared_tensors
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.scenes import PlanesConfig
+from igae.storage import join
 from igae.storage import tensors as tensorfile
-from igae.storage.paths import join
 
 SHARD_BYTES = 256 << 20
 """Planes in a file of scenes: at least one scene, and at most these bytes."""

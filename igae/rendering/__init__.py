@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volume rendering of tri-planes. This package imports nothing else of igae."""
 
-from igae.rendering.api import render
-from igae.rendering.config import RenderOptions
-from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered
+import lazy_loader
 
-__all__ = ["DecodingMLP", "RenderOptions", "Rendered", "render"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from igae.kernels.compile import Usage, compile_source, source_cubin
+from igae.kernels import Usage, compile_source, source_cubin
 
 Kernel = Literal["forward", "backward"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.kernels.launch import pointer, unavailable
+from igae.kernels import pointer, unavailable
 from igae.rendering import build
 from igae.rendering.config import RenderOptions
 from igae.rendering.launch import Params, load

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from igae.kernels.launch import Library, architecture
+from igae.kernels import Library, architecture
 from igae.rendering import build
 
 _POINTERS = (

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent scenes: their tri-planes, owned by one rank each, and the optimizer of their rows."""
 
-from igae.scenes.config import PlanesConfig
-from igae.scenes.planes import BasePlanes
-from igae.scenes.row_adam import RowAdam
-from igae.scenes.row_adam_cuda import CudaRowAdam, make_row_adam
-from igae.scenes.store import SceneBank
+import lazy_loader
 
-__all__ = ["BasePlanes", "CudaRowAdam", "PlanesConfig", "RowAdam", "SceneBank", "make_row_adam"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from igae.kernels.compile import source_cubin
-from igae.kernels.launch import Library, architecture, pointer, unavailable
+from igae.kernels import Library, architecture, pointer, source_cubin, unavailable
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
 SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"

@@ -3,9 +3,7 @@
 
 import torch
 
-from igae.models.autoencoder import load_autoencoder
-from igae.models.igae import IGAE
-from igae.models.losses import LPIPS
+from igae.models import IGAE, LPIPS, load_autoencoder
 from igae.ranks import derive_seed
 from igae.scenes import BasePlanes
 from igae.training.recipe import Recipe

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from igae.data.decoding import to_device
-from igae.data.latents import LatentCache
+from igae.data import LatentCache, to_device
 from igae.errors import TrainingError, in_one_sentence
-from igae.models.config import LossWeights
-from igae.models.igae import IGAE, Views
+from igae.models import IGAE, LossWeights, Views
 from igae.scenes import RowAdam
 from igae.training.parallel.engine import Engine
 

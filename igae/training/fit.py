@@ -16,11 +16,10 @@ from pathlib import Path
 
 from igae import checkpoint
 from igae.checkpoint import Parts, Progress
-from igae.data.manifest import Scene
+from igae.data import Scene
 from igae.errors import TrainingError
-from igae.evaluation import pictures
-from igae.evaluation.evaluator import Evaluator, spread
-from igae.export.pretrained import load_weights
+from igae.evaluation import Evaluator, pictures, spread
+from igae.export import load_weights
 from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import SceneBank
 from igae.training.assembly import build_model

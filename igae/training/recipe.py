@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from igae.config import Section
-from igae.data.config import DataConfig
-from igae.evaluation.config import EvaluationConfig
-from igae.models.config import AutoencoderConfig, LossWeights
+from igae.data import DataConfig
+from igae.evaluation import EvaluationConfig
+from igae.models import AutoencoderConfig, LossWeights
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 

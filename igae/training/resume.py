@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from igae import checkpoint
+from igae.checkpoint import RATES as RATES
 from igae.checkpoint import Progress
-from igae.checkpoint.layout import RATES as RATES
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
 from igae.training.preflight import check_changes

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from igae.data.manifest import Manifest, Scene
+from igae.data import Manifest, Scene
 from igae.ranks import rank, world_size
 from igae.scenes import ownership
 from igae.training.recipe import Recipe

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.data.decoding import to_device
-from igae.data.latents import LatentBatch, LatentCache, LatentLoader
-from igae.data.streams import StreamState, ViewBatch, image_loader, view_loader
-from igae.models.igae import IGAE, Views, to_signed
+from igae.data import (
+    LatentBatch,
+    LatentCache,
+    LatentLoader,
+    StreamState,
+    ViewBatch,
+    image_loader,
+    to_device,
+    view_loader,
+)
+from igae.models import IGAE, Views, to_signed
 from igae.ranks import Channel, derive_seed
 from igae.scenes import CudaRowAdam, SceneBank, make_row_adam
 from igae.training.captured import CapturedStep

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from igae import checkpoint
 from igae.checkpoint import Progress
 from igae.errors import LostRank, TrainingError
-from igae.evaluation import pictures
-from igae.evaluation.evaluator import Evaluator
-from igae.export.pretrained import load_weights
+from igae.evaluation import Evaluator, pictures
+from igae.export import load_weights
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
 from igae.training.assembly import build_model

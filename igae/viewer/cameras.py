@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igae.data.cameras import is_rigid, normalised_intrinsics
+from igae.data import is_rigid, normalised_intrinsics
 
 MAX_CAMERAS = 10_000
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from igae.evaluation.pictures import Picture, depth_to_rgb, latent_to_rgb, to_uint8
-from igae.models.igae import IGAE
+from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, to_uint8
+from igae.models import IGAE
 from igae.rendering import render
 
 RGB, LATENTS, CHANNELS, DEPTH, ALL = "decoded RGB", "latents", "latent channels", "depth", "side by side"

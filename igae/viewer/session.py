@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.errors import hide_credentials
-from igae.evaluation.pictures import Picture, write_video
+from igae.evaluation import Picture, write_video
 from igae.viewer.cameras import Camera, between, dump_path, lens_of, orbit_from, parse_path, pose_of, rotation_of
 from igae.viewer.drawing import ALL, RGB, VIEWS, Sheet, arrange, draw, is_decoded, panels, side_by_side, views_of
 from igae.viewer.subject import ELEVATION, Subject

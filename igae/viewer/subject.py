@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from igae import export
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.errors import hide_credentials
-from igae.evaluation.pictures import Picture
-from igae.export.pretrained import find_model
-from igae.models.igae import IGAE
+from igae.evaluation import Picture
+from igae.export import find_model
+from igae.models import IGAE
 from igae.viewer.cameras import angle_of, lens_of
 from igae.viewer.drawing import Scene, choose_threads, draw
 

@@ -3,7 +3,7 @@
 
 import sys
 
-from igae.export.published import main
+from igae.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

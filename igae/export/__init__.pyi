@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+from .pretrained import find_model as find_model
+from .pretrained import load_weights as load_weights
+from .pretrained import take_settings as take_settings
+from .published import main as main
+from .reader import Export as Export
+from .reader import Scene as Scene
+from .reader import bare_model as bare_model
+from .reader import is_export as is_export
+from .reader import load_config as load_config
+from .reader import load_model as load_model
+from .reader import load_settings as load_settings
+from .run import Run as Run
+from .run import find_checkpoint as find_checkpoint
+from .run import load_run as load_run
+from .run import open_run as open_run
+from .run import read_run as read_run
+from .writer import Content as Content
+from .writer import check_target as check_target
+from .writer import write as write

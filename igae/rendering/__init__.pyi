@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+from .api import render as render
+from .config import RenderOptions as RenderOptions
+from .mlp import DecodingMLP as DecodingMLP
+from .options import Rendered as Rendered
