@@ -4,9 +4,9 @@
 
     python benchmarks/joint_step.py --json joint_step.json
 
-12 views and 3 photographs of 128 x 128, an autoencoder of Stable Diffusion's size (83.8 M parameters, random weights),
-no LPIPS. All variants are measured in turns in one process. A step is what lies between CUDA events of two of them,
-with the host running ahead as in training. FLOPs are those of matrix products and convolutions, counted once.
+12 views and 3 natural images of 128 x 128, an autoencoder of Stable Diffusion's size (83.8 M parameters, random
+weights), no LPIPS. All variants are measured in turns in one process. A step is what lies between CUDA events of two of
+them, launched asynchronously as in training. FLOPs are those of matrix products and convolutions, counted once.
 """
 
 import argparse
@@ -33,14 +33,14 @@ SLOW = {
     "train.kernels": "torch",
     "train.channels_last": "false",
     "train.compile": "false",
-    "train.run_ahead": "false",
+    "train.async_steps": "false",
     "train.cuda_graph": "false",
 }
 VARIANTS = {
     "plain (TF32)": {},
     "+ bf16": {"train.precision": "bf16"},
     "+ fused kernels": {"train.kernels": "cuda"},
-    "+ host runs ahead": {"train.run_ahead": "true"},
+    "+ host runs ahead": {"train.async_steps": "true"},
     "+ channels last": {"train.channels_last": "true"},
     "+ compiled": {"train.compile": "true"},
     "+ CUDA graph": {"train.cuda_graph": "true"},
@@ -65,7 +65,7 @@ def build(engine: Engine, stage: str, shards: str, settings: dict[str, str]) -> 
     recipe = recipe_of(stage, shards, [f"{key}={value}" for key, value in settings.items()])
     model = model_of(recipe, Manifest.load(shards).image_size, engine.device)
     model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
-    return prepare(alone(engine, recipe.train.run_ahead), model, stage, recipe)
+    return prepare(alone(engine, recipe.train.async_steps), model, stage, recipe)
 
 
 def times_of(stage: Stage, first: int, steps: int) -> list[float]:

@@ -52,7 +52,7 @@ STAGE1 = [
     *("train.joint.epochs=3", "train.joint.batch_size=12", "train.joint.schedule=cosine", "train.joint.milestones=[]"),
     "train.joint.learning_rates.mlp=1.0e-3",
 ]
-QUIET = ["evaluation.scenes=null", "evaluation.photos=0", "evaluation.orbits=0", "evaluation.pictures=0"]
+QUIET = ["evaluation.scenes=null", "evaluation.natural_images=0", "evaluation.orbits=0", "evaluation.pictures=0"]
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def row_of(variant: str, epochs: float, jobs: list[Job], job: Job, runner: Runne
         figures["heldout/rgb_psnr"],
         figures["heldout/latent_psnr"] if variant != "rgb" else None,
         figures.get("heldout/ae_psnr"),
-        figures.get("heldout/constant_psnr"),
+        figures.get("heldout/baseline_psnr"),
         4 * math.prod(planes.row_shape),
         4 * planes.base_planes * 3 * planes.resolution**2 * planes.macro_features,
         seen * sum(scene.views for scene in chosen) / len(chosen),
@@ -278,7 +278,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="packed shards, or a folder in the igae-data layout")
     parser.add_argument("--autoencoder", default="demo", help="hub id or folder of diffusers' format (default: demo)")
-    parser.add_argument("--scale", default="auto", help="of its normaliser (default: auto)")
+    parser.add_argument("--scale", default="auto", help="of its normalizer (default: auto)")
     parser.add_argument("--output", type=Path, required=True, help="folder of shards, runs and logs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--lengths", nargs="+", type=float, default=[40.0], help="epochs of fits on latents")

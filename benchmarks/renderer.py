@@ -87,13 +87,13 @@ def measure(
     scenes = min(views, args.scenes or views)
     planes = torch.randn(scenes, 3, args.resolution, args.resolution, args.features, generator=generator)
     planes = planes.to(device).requires_grad_()
-    mlp = DecodingMLP(args.features, args.colours, generator=generator).to(device)
+    mlp = DecodingMLP(args.features, args.colors, generator=generator).to(device)
     pose, intrinsics = orbit(views, 1.3, device)
-    background = torch.full((args.colours,), 0.5, device=device)
+    background = torch.full((args.colors,), 0.5, device=device)
     scene = torch.arange(views, device=device) % scenes
     options = RenderOptions(coarse_samples=coarse, fine_samples=fine, axes=args.axes, precision=precision)
     seed = torch.zeros((), dtype=torch.int64, device=device)
-    cotangent = torch.randn(views, size, size, args.colours, generator=generator).to(device)
+    cotangent = torch.randn(views, size, size, args.colors, generator=generator).to(device)
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
@@ -133,7 +133,7 @@ def measure(
             row["graph_forward_ms"] = median(replayed(forward))
         row["graph_both_ms"] = median(replayed(both))
         samples = views * size * size * (coarse + fine)
-        taps, flops = samples * 12 * args.features * 4, samples * 2 * mlp.hidden * (args.features + 1 + args.colours)
+        taps, flops = samples * 12 * args.features * 4, samples * 2 * mlp.hidden * (args.features + 1 + args.colors)
         row["tap_TBps"] = round(3 * taps / row["graph_both_ms"] / 1e9, 2)
         row["mlp_TFLOPs"] = round(4 * flops / row["graph_both_ms"] / 1e9, 1)
     return row
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[16], help="height and width in pixels")
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
     parser.add_argument("--features", type=int, default=32, help="features of a point in the planes")
-    parser.add_argument("--colours", type=int, default=16, help="channels of the image")
+    parser.add_argument("--colors", type=int, default=16, help="channels of the image")
     parser.add_argument("--resolution", type=int, default=64, help="side of a plane")
     parser.add_argument("--scenes", type=int, help="distinct scenes among the views; default: one a view")
     parser.add_argument("--axes", choices=["orthogonal", "eg3d"], default="orthogonal")

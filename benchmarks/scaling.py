@@ -71,7 +71,7 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
     first works and the others wait."""
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
-    engine = Engine(run_ahead=first.train.run_ahead, bf16=first.train.precision == "bf16")
+    engine = Engine(async_steps=first.train.async_steps, bf16=first.train.precision == "bf16")
     channel, world = Channel(), world_size()
     single = alone(engine, engine.asynchronous)
     model = model_of(first, own_data(first).manifest.image_size, engine.device)

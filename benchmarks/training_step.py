@@ -41,7 +41,7 @@ STEP = 20_000  # where in training the planes' optimizer is
 
 
 def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) -> str:
-    """Shards of `scenes` scenes and 1,000 photographs, with few different pictures in them."""
+    """Shards of `scenes` scenes and 1,000 natural images, with few different pictures in them."""
     root = folder / f"shards-{scenes}"
     root.mkdir()
     rng, poses = np.random.default_rng(0), orbit(16, 1.3, 0.4).tolist()
@@ -80,7 +80,7 @@ def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
         f"data.root={shards}",
         "data.categories=null",
         f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
-        "train.joint.weights.photo_lpips=0",  # its weights are a download
+        "train.joint.weights.natural_lpips=0",  # its weights are a download
         "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
         *overrides,
     ]
@@ -102,10 +102,10 @@ def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) 
     return model
 
 
-def alone(engine: Engine, run_ahead: bool = False) -> Engine:
+def alone(engine: Engine, async_steps: bool = False) -> Engine:
     """An engine of this process only, beside one that may have others."""
     single: Engine = object.__new__(Engine)
-    single.device, single._strategy = engine.device, Strategy(engine.device, run_ahead)
+    single.device, single._strategy = engine.device, Strategy(engine.device, async_steps)
     return single
 
 

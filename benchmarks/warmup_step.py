@@ -18,7 +18,7 @@ VARIANTS = {
     "plain": {},
     "+ fused kernels": {"train.kernels": "cuda"},
     "+ compiled losses": {"train.compile": "true"},
-    "+ host runs ahead": {"train.run_ahead": "true"},
+    "+ host runs ahead": {"train.async_steps": "true"},
     "+ CUDA graph": {"train.cuda_graph": "true"},
 }
 

@@ -44,15 +44,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Solid:
-    """Parts in coordinates of their own, shown moved by -centre and then multiplied by scale."""
+    """Parts in coordinates of their own, shown moved by -center and then multiplied by scale."""
 
     name: str
     parts: tuple[Part, ...]
-    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    center: tuple[float, float, float] = (0.0, 0.0, 0.0)
     scale: float = 1.0
 
     def _local(self, points: Array) -> Array:
-        return points / np.float32(self.scale) + column(self.centre)
+        return points / np.float32(self.scale) + column(self.center)
 
     def distance(self, points: Array) -> Array:
         """Signed distance [n] of points [3, n]; never much above the true distance."""
@@ -67,8 +67,8 @@ class Solid:
                 total = np.minimum(total, other)
         return total * np.float32(self.scale)
 
-    def colour(self, points: Array) -> Array:
-        """Colour [3, n] at surface points [3, n]: that of the nearest part."""
+    def color(self, points: Array) -> Array:
+        """Color [3, n] at surface points [3, n]: that of the nearest part."""
         local = self._local(points)
         nearest = np.argmin(np.stack([part.shape(local) for part in self.parts]), axis=0)
         result = np.empty_like(local)
@@ -84,7 +84,7 @@ CUBE, BALL = 0.45, 0.52
 
 
 def fitted(name: str, parts: Sequence[Part], extent: float = 1.6, cells: int = 72) -> Solid:
-    """The largest centred copy of a solid (given within [-extent, extent]^3) that fits the cube and the ball."""
+    """The largest centered copy of a solid (given within [-extent, extent]^3) that fits the cube and the ball."""
     axis = (np.arange(cells, dtype=np.float32) + 0.5) / cells * 2 * extent - extent
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij")).reshape(3, -1).astype(np.float32)
     solid = Solid(name, tuple(parts))
@@ -92,9 +92,9 @@ def fitted(name: str, parts: Sequence[Part], extent: float = 1.6, cells: int = 7
     # A distance changes by no more than half a cell's diagonal inside the cell: no cell with surface is left out.
     solid_cells = grid[:, solid.distance(grid) < cell * np.sqrt(3) / 2]
     low, high = solid_cells.min(axis=1), solid_cells.max(axis=1)
-    centre = (low + high) / 2
-    scale = min(CUBE / float((high - low).max() / 2), BALL / float(length(solid_cells - column(centre)).max()))
-    return Solid(name, solid.parts, (float(centre[0]), float(centre[1]), float(centre[2])), scale)
+    center = (low + high) / 2
+    scale = min(CUBE / float((high - low).max() / 2), BALL / float(length(solid_cells - column(center)).max()))
+    return Solid(name, solid.parts, (float(center[0]), float(center[1]), float(center[2])), scale)
 
 
 def mug() -> list[Part]:

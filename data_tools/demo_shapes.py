@@ -2,7 +2,7 @@
 """Signed-distance shapes and procedural paints.
 
 Points are float32 arrays [3, n] (x right, y away from a viewer who stands at -y, z up). A `Shape` maps them to signed
-distances [n], a `Paint` to colours [3, n] in [0, 1]. Nothing depends on the viewer, so that all views agree.
+distances [n], a `Paint` to colors [3, n] in [0, 1]. Nothing depends on the viewer, so that all views agree.
 The distance formulas are those of I. Quilez, https://iquilezles.org/articles/distfunctions (equations only).
 """
 
@@ -151,12 +151,12 @@ def around(shape: Shape, count: int) -> Shape:
 # Paints -------------------------------------------------------------------------------------------------------------
 
 
-def colour(code: str) -> Array:
+def color(code: str) -> Array:
     return column([int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)])
 
 
 def plain(code: str) -> Paint:
-    return lambda p: np.broadcast_to(colour(code), p.shape)
+    return lambda p: np.broadcast_to(color(code), p.shape)
 
 
 def pick(mask: Callable[[Array], NDArray[np.bool_]], yes: Paint, no: Paint) -> Paint:
@@ -177,9 +177,9 @@ def checkers(width: float, yes: Paint, no: Paint) -> Paint:
     return pick(lambda p: np.floor(p / width + np.float32(0.437)).sum(axis=0) % 2 == 0, yes, no)
 
 
-def wedges(count: int, yes: Paint, no: Paint, centre: Vector = (0, 0, 0)) -> Paint:
-    """Sectors around the vertical axis through `centre`."""
-    x, y = centre[0], centre[1]
+def wedges(count: int, yes: Paint, no: Paint, center: Vector = (0, 0, 0)) -> Paint:
+    """Sectors around the vertical axis through `center`."""
+    x, y = center[0], center[1]
     return pick(lambda p: np.floor(np.arctan2(p[1] - y, p[0] - x) * (count / np.pi)) % 2 == 0, yes, no)
 
 
@@ -201,11 +201,11 @@ def clouds(seed: int, size: float, yes: Paint, no: Paint) -> Paint:
     return blend
 
 
-def dots(centres: NDArray[np.float64], radius: float, yes: Paint, no: Paint) -> Paint:
+def dots(centers: NDArray[np.float64], radius: float, yes: Paint, no: Paint) -> Paint:
     def near(p: Array) -> NDArray[np.bool_]:
         mask = np.zeros(p.shape[1], dtype=bool)
-        for centre in centres:
-            mask |= ((p - column(centre)) ** 2).sum(axis=0) < radius**2
+        for center in centers:
+            mask |= ((p - column(center)) ** 2).sum(axis=0) < radius**2
         return mask
 
     return pick(near, yes, no)

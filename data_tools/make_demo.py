@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Demo data in the `igae-data` layout: procedural objects, ray-traced on the CPU, and crops of photographs.
+"""Demo data in the `igae-data` layout: procedural objects, ray-traced on the CPU, and crops of natural images.
 
     python data_tools/make_demo.py --output demo_data
 
     OUT/train/objaverse/dataset_map.json
     OUT/train/objaverse/square<N>/<scene>/transforms_opencv.json   and images/000.png ...
-    OUT/train/imagenet/square<N>/<photograph>/<photograph>_00000.jpg ...
+    OUT/train/imagenet/square<N>/<natural image>/<natural image>_00000.jpg ...
     OUT/demo.json                                                  the arguments it was made with
 
-The photographs are those that scikit-image ships. The same arguments give the same bytes, for any number of workers.
+The natural images are those that scikit-image ships. The same arguments give the same bytes, for any number of workers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbours, however it was loaded
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
 
 from demo_objects import BALL, COMPOSED, Array, Solid, column, length, make_solid, solid_name  # noqa: E402
 
@@ -39,7 +39,7 @@ HIT = 4e-4  # nearer than this to a surface, a ray has reached it
 RAYS_AT_ONCE = 2**17  # enough that the cost of a numpy call does not count, few enough for the processor's cache
 
 # Only files that lie in the scikit-image wheel itself: the package would download the others.
-PHOTOGRAPHS = (
+NATURAL_IMAGES = (
     "astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
     "retina.jpg", "rocket.jpg", "brick.png", "camera.png", "grass.png", "gravel.png",
 )  # fmt: skip
@@ -81,9 +81,9 @@ def sphere_cameras(views: int, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def pixel_rays(poses: NDArray[np.float64], size: int) -> tuple[Array, Array]:
-    """Origins and unit directions [3, views * size * size] (row by row) through the centres of the pixels."""
-    centres = ((np.arange(size) + 0.5) / size - 0.5) / FOCAL
-    v, u = np.meshgrid(centres, centres, indexing="ij")
+    """Origins and unit directions [3, views * size * size] (row by row) through the centers of the pixels."""
+    centers = ((np.arange(size) + 0.5) / size - 0.5) / FOCAL
+    v, u = np.meshgrid(centers, centers, indexing="ij")
     right, down, forward, position = (poses[:, :3, axis].T[:, :, None] for axis in range(4))
     rays = (right * u.ravel() + down * v.ravel() + forward).reshape(3, -1)
     origins = np.broadcast_to(position, (3, len(poses), size * size)).reshape(3, -1)
@@ -110,7 +110,7 @@ def march(solid: Solid, origins: Array, directions: Array, reach: Array, steps: 
 
 
 def shade(solid: Solid, points: Array) -> Array:
-    """Colours [3, n] of surface points [3, n], lit from fixed directions: nothing depends on the viewer."""
+    """Colors [3, n] of surface points [3, n], lit from fixed directions: nothing depends on the viewer."""
     offsets = [column(axis) for axis in 2e-3 * np.eye(3)]
     normals = np.stack([solid.distance(points + offset) - solid.distance(points - offset) for offset in offsets])
     normals /= np.maximum(length(normals), 1e-9)
@@ -130,7 +130,7 @@ def shade(solid: Solid, points: Array) -> Array:
     towards_key[lit[shadow]] *= np.float32(0.25)
 
     light = open_sky * (0.54 + 0.12 * normals[2] + FILL_STRENGTH * np.maximum((normals * fill).sum(axis=0), 0))
-    return np.clip(solid.colour(points) * (light + KEY_STRENGTH * towards_key).astype(np.float32), 0, 1)
+    return np.clip(solid.color(points) * (light + KEY_STRENGTH * towards_key).astype(np.float32), 0, 1)
 
 
 def render(solid: Solid, poses: NDArray[np.float64], size: int, supersample: int) -> NDArray[np.uint8]:
@@ -142,7 +142,7 @@ def render(solid: Solid, poses: NDArray[np.float64], size: int, supersample: int
         return np.concatenate(parts)
 
     origins, directions = pixel_rays(poses, fine)
-    middle = -(directions * origins).sum(axis=0)  # the way along each ray to where it is nearest to the centre
+    middle = -(directions * origins).sum(axis=0)  # the way along each ray to where it is nearest to the center
     half_chord = np.sqrt(np.maximum(BALL**2 - (origins**2).sum(axis=0) + middle**2, 0))
     index = np.flatnonzero(half_chord)
     directions = directions[:, index]
@@ -174,21 +174,23 @@ def write_scene(root: Path, index: int, views: int, size: int, supersample: int,
     return solid.name
 
 
-def photographs() -> list[Path]:
-    """The photographs in the installed scikit-image package; ValueError when there are none."""
+def natural_images() -> list[Path]:
+    """The natural images in the installed scikit-image package; ValueError when there are none."""
     package = importlib.util.find_spec("skimage")
     folders = [Path(p) / "data" for p in (package.submodule_search_locations or ())] if package else []
-    paths = [folder / name for name in PHOTOGRAPHS for folder in folders if (folder / name).is_file()]
+    paths = [folder / name for name in NATURAL_IMAGES for folder in folders if (folder / name).is_file()]
     if not paths:
-        raise ValueError("the photographs come from scikit-image: run pip install -e '.[demo]' or use --photos 0")
+        raise ValueError(
+            "the natural images come from scikit-image: run pip install -e '.[demo]' or use --natural-images 0"
+        )
     return paths
 
 
-def write_crops(root: Path, photograph: Path, numbers: Sequence[int], size: int, seed: int) -> str:
-    """Write seeded random crops of one photograph, scaled to size x size, below `root`; returns its name."""
-    with Image.open(photograph) as opened:
+def write_crops(root: Path, natural_image: Path, numbers: Sequence[int], size: int, seed: int) -> str:
+    """Write seeded random crops of one natural image, scaled to size x size, below `root`; returns its name."""
+    with Image.open(natural_image) as opened:
         image = opened.convert("RGB")
-    folder = root / photograph.stem
+    folder = root / natural_image.stem
     folder.mkdir(parents=True)
     shortest = min(image.size)
     smallest = min(shortest, max(size, shortest // 5))
@@ -202,8 +204,8 @@ def write_crops(root: Path, photograph: Path, numbers: Sequence[int], size: int,
                 break
         if rng.uniform() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        crop.save(folder / f"{photograph.stem}_{number:05d}.jpg", quality=95)
-    return photograph.stem
+        crop.save(folder / f"{natural_image.stem}_{number:05d}.jpg", quality=95)
+    return natural_image.stem
 
 
 def finished(jobs: Sequence[tuple[Callable[..., str], tuple[Any, ...]]], workers: int) -> Iterator[str]:
@@ -222,7 +224,7 @@ def finished(jobs: Sequence[tuple[Callable[..., str], tuple[Any, ...]]], workers
 def make(output: Path, arguments: dict[str, int], workers: int) -> None:
     """Make the set in a folder beside `output`, which gets its final name when all is written."""
     scenes, views, size, seed = (arguments[key] for key in ("scenes", "views", "size", "seed"))
-    sources = photographs() if arguments["photos"] else []
+    sources = natural_images() if arguments["natural_images"] else []
     staging = output.with_name(f".{output.name}.partial")
     if staging.exists():  # left by an interrupted run
         shutil.rmtree(staging)
@@ -234,8 +236,10 @@ def make(output: Path, arguments: dict[str, int], workers: int) -> None:
     jobs: list[tuple[Callable[..., str], tuple[Any, ...]]] = [
         (write_scene, (root, index, views, size, arguments["supersample"], seed)) for index in range(scenes)
     ]
-    for index, source in enumerate(sources[: arguments["photos"]]):
-        jobs.append((write_crops, (natural, source, range(index, arguments["photos"], len(sources)), size, seed)))
+    for index, source in enumerate(sources[: arguments["natural_images"]]):
+        jobs.append(
+            (write_crops, (natural, source, range(index, arguments["natural_images"], len(sources)), size, seed))
+        )
     for count, name in enumerate(finished(jobs, workers), start=1):
         print(f"[{count}/{len(jobs)}] {name}", flush=True)
 
@@ -259,13 +263,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make demo data: rendered objects and crops of photographs.")
+    parser = argparse.ArgumentParser(description="Make demo data: rendered objects and crops of natural images.")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     composed = f"objects: {len(COMPOSED)} composed by hand, then random ones"
     parser.add_argument("--scenes", type=at_least(1), default=6, help=composed)
     parser.add_argument("--views", type=at_least(1), default=48, help="pictures of each object")
     parser.add_argument("--size", type=at_least(8), default=64, help="width and height of all pictures in pixels")
-    parser.add_argument("--photos", type=at_least(0), default=200, help="crops of photographs")
+    parser.add_argument("--natural-images", "--photos", type=at_least(0), default=200, help="crops of natural images")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--supersample", type=at_least(1), default=2, help="rays along each side of a pixel")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes")
@@ -290,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; {output} was not made", file=sys.stderr)
         return 130
     seconds = time.perf_counter() - start
-    print(f"{output}: {options.scenes} scenes x {options.views} views, {options.photos} photographs, {seconds:.0f} s")
+    made = f"{options.scenes} scenes x {options.views} views, {options.natural_images} natural images"
+    print(f"{output}: {made}, {seconds:.0f} s")
     return 0
 
 

@@ -15,12 +15,12 @@ import fsspec
 from PIL import Image
 
 try:
-    from igae.errors import hide_credentials
+    from igae.errors import redact
 except ModuleNotFoundError as error:  # run from a source tree that is not installed
     if error.name != "igae":
         raise
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from igae.errors import hide_credentials
+    from igae.errors import redact
 
 SUFFIXES = (".glb", ".gltf", ".obj")
 
@@ -41,7 +41,7 @@ class Mesh:
     def source(self) -> str:
         """The file, without credentials: as it is shown and written down."""
         fs, _ = fsspec.core.url_to_fs(self.given)
-        return hide_credentials(fs.unstrip_protocol(self.path)).removeprefix("file://")
+        return redact(fs.unstrip_protocol(self.path)).removeprefix("file://")
 
 
 def find_meshes(arguments: Sequence[str]) -> list[Mesh]:
@@ -65,7 +65,7 @@ def find_meshes(arguments: Sequence[str]) -> list[Mesh]:
             files, root = fs.glob(path), posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
         files = sorted(file for file in files if file.lower().endswith(SUFFIXES))
         if not files:
-            raise ValueError(f"there is no .glb, .gltf or .obj file in {hide_credentials(given)}")
+            raise ValueError(f"there is no .glb, .gltf or .obj file in {redact(given)}")
         for file in files:
             inside = file.removeprefix(root).lstrip("/").rsplit(".", 1)[0]
             found.setdefault(fs.unstrip_protocol(file), (given, file, inside))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads meshes (glTF 2.0 and OBJ, by trimesh) into parts that can be drawn: triangles in the scene's world, with the
-colours that the file means.
+colors that the file means.
 
 glTF is rewritten a little before trimesh reads it, for what trimesh would drop without a word: a GLB becomes a glTF
 whose buffer is kept aside, materials get their index as name, so that it can be seen which texture got lost, and a
-primitive without material gets an empty one, which keeps its vertex colours as they are in the file.
+primitive without material gets an empty one, which keeps its vertex colors as they are in the file.
 """
 
 import io
@@ -39,24 +39,24 @@ UNDERSTOOD = {
     "KHR_materials_volume",
     "KHR_texture_transform",
 }
-"""glTF extensions that a file may require: its shape is right and its diffuse colours are too."""
+"""glTF extensions that a file may require: its shape is right and its diffuse colors are too."""
 FAN, INTEGERS = 6, (5121, 5123)
 BUFFER = "igae:buffer"
 PLAIN = 0.8
-"""Brightness, as displayed, of an OBJ surface for which the file has no colour."""
+"""Brightness, as displayed, of an OBJ surface for which the file has no color."""
 Y_UP_TO_Z_UP = np.array([[1.0, 0, 0, 0], [0, 0, -1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
 
 
 @dataclass(frozen=True)
 class Material:
-    """Colours are linear, images are encoded as sRGB.
+    """Colors are linear, images are encoded as sRGB.
 
     Attributes:
-        base: RGBA factor of the base colour.
+        base: RGBA factor of the base color.
         base_image, emission_image: textures, or None for white ones.
         emission: RGB light that the surface sends by itself.
         cutoff: smallest alpha that is drawn; 0 draws all of an opaque surface, None blends.
-        unlit: shown in its base colour, without light.
+        unlit: shown in its base color, without light.
     """
 
     base: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
@@ -76,28 +76,28 @@ class Part:
         triangles: [triangles, 3] vertices.
         normals: [vertices, 3] unit length; None: the triangles are flat.
         uv: [vertices, 2], (0, 0) is the lower left corner of a texture.
-        colours: [vertices, 4] linear RGBA.
+        colors: [vertices, 4] linear RGBA.
     """
 
     positions: NDArray[np.float64]
     triangles: NDArray[np.uint32]
     normals: Floats | None
     uv: Floats
-    colours: Floats
+    colors: Floats
     material: Material
 
 
-def to_linear(colour: Any) -> NDArray[np.float64]:
+def to_linear(color: Any) -> NDArray[np.float64]:
     """The inverse of sRGB's transfer function (IEC 61966-2-1), for values in [0, 1]."""
-    colour = np.asarray(colour, dtype=np.float64)
-    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    color = np.asarray(color, dtype=np.float64)
+    return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
 
 
 def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
     """Reads a mesh and moves it to where the cameras look.
 
     Returns:
-        (parts, [4, 4] that takes the file's coordinates to the world): y up becomes z up, the centre of the bounding
+        (parts, [4, 4] that takes the file's coordinates to the world): y up becomes z up, the center of the bounding
         box becomes the origin, and the object is as large as it can be in the cube of half the side CUBE and in the
         ball of radius BALL, which all cameras see whole.
 
@@ -119,13 +119,13 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
     used = np.concatenate([part.positions[np.unique(part.triangles)] for part in parts])
     if not np.isfinite(used).all():
         raise BadMesh("it has vertices with NaN or infinite coordinates")
-    centre = (used.max(axis=0) + used.min(axis=0)) / 2
-    half = np.abs(used - centre).max()
+    center = (used.max(axis=0) + used.min(axis=0)) / 2
+    half = np.abs(used - center).max()
     if not half > 0:
         raise BadMesh("all its vertices are one point")
-    scale = min(CUBE / half, BALL / np.linalg.norm(used - centre, axis=1).max())
+    scale = min(CUBE / half, BALL / np.linalg.norm(used - center, axis=1).max())
     to_world = Y_UP_TO_Z_UP @ np.diag([scale, scale, scale, 1.0])
-    to_world[:3, 3] = -to_world[:3, :3] @ centre
+    to_world[:3, 3] = -to_world[:3, :3] @ center
     return [_transformed(part, to_world) for part in parts], to_world
 
 
@@ -150,22 +150,22 @@ def _read_obj(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> list[Par
     for geometry in scene.geometry.values():
         if not isinstance(geometry, trimesh.Trimesh) or not len(geometry.faces):
             continue
-        # Colours of an OBJ are as displayed, those of a glTF are linear.
-        visual, colours = geometry.visual, None
+        # Colors of an OBJ are as displayed, those of a glTF are linear.
+        visual, colors = geometry.visual, None
         if visual.kind == "vertex":
-            colours = visual.vertex_colors / 255.0
+            colors = visual.vertex_colors / 255.0
         material = Material()
         if visual.kind == "texture" and visual.material.image is not None:
             image = visual.material.image  # as most programs do: without the factor Kd, which is often black
             material = Material(base_image=image, cutoff=None if image.has_transparency_data else 0.0)
         elif visual.kind == "texture" and "kd" in visual.material.kwargs:
             material = Material(base=(*to_linear(visual.material.diffuse[:3] / 255.0), 1.0))
-        elif colours is None:
+        elif colors is None:
             material = Material(base=(*to_linear([PLAIN] * 3), 1.0))
-        if colours is not None:
-            colours[:, :3] = to_linear(colours[:, :3])
+        if colors is not None:
+            colors[:, :3] = to_linear(colors[:, :3])
         uv = visual.uv if visual.kind == "texture" else None
-        parts.append(_part(geometry, uv, colours, material))
+        parts.append(_part(geometry, uv, colors, material))
     return parts
 
 
@@ -210,13 +210,13 @@ def _read_gltf(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> list[Pa
             # The file's v goes down, trimesh's goes up.
             down = np.stack([uv[:, 0], 1 - uv[:, 1], np.ones(len(uv))]).T @ uv_matrix.T
             uv = np.stack([down[:, 0], 1 - down[:, 1]], axis=1)
-        colours = geometry.visual.vertex_attributes.get("color")
-        if colours is not None:
-            if colours.dtype.kind == "u":
-                colours = colours / np.iinfo(colours.dtype).max
-            if colours.shape[1] == 3:
-                colours = np.concatenate([colours, np.ones((len(colours), 1))], axis=1)
-        parts.append(_transformed(_part(geometry, uv, colours, material), matrix))
+        colors = geometry.visual.vertex_attributes.get("color")
+        if colors is not None:
+            if colors.dtype.kind == "u":
+                colors = colors / np.iinfo(colors.dtype).max
+            if colors.shape[1] == 3:
+                colors = np.concatenate([colors, np.ones((len(colors), 1))], axis=1)
+        parts.append(_transformed(_part(geometry, uv, colors, material), matrix))
     return parts
 
 
@@ -283,13 +283,13 @@ def _material(read: Any, described: list[dict[str, Any]]) -> tuple[Material, NDA
     return material, np.array([[cosine * sx, sine * sy, x], [-sine * sx, cosine * sy, y], [0, 0, 1]])
 
 
-def _part(geometry: trimesh.Trimesh, uv: Any, colours: Any, material: Material) -> Part:
+def _part(geometry: trimesh.Trimesh, uv: Any, colors: Any, material: Material) -> Part:
     # Asked for, trimesh would make normals up that are smooth over the edges of a box: only those of the file count.
     normals = geometry.vertex_normals if "vertex_normals" in geometry._cache else None
     count, triangles = len(geometry.vertices), geometry.faces
     if triangles.min() < 0 or triangles.max() >= count:
         raise BadMesh(f"a triangle has vertex {int(triangles.max())}, but there are {count}")
-    for what, values in (("normals", normals), ("texture coordinates", uv), ("colours", colours)):
+    for what, values in (("normals", normals), ("texture coordinates", uv), ("colors", colors)):
         if values is not None and len(values) != count:
             raise BadMesh(f"it has {len(values)} {what} for {count} vertices")
     if uv is None:
@@ -299,6 +299,6 @@ def _part(geometry: trimesh.Trimesh, uv: Any, colours: Any, material: Material) 
         np.asarray(triangles, dtype=np.uint32),
         None if normals is None else np.asarray(normals, dtype=np.float32),
         np.zeros((count, 2), dtype=np.float32) if uv is None else np.asarray(uv, dtype=np.float32),
-        np.ones((count, 4), dtype=np.float32) if colours is None else np.asarray(colours, dtype=np.float32),
+        np.ones((count, 4), dtype=np.float32) if colors is None else np.asarray(colors, dtype=np.float32),
         material,
     )

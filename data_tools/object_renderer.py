@@ -2,7 +2,7 @@
 """Draws parts of meshes with OpenGL, without a screen (EGL), on a GPU or by Mesa on the CPU.
 
 Light is fixed in the world and surfaces scatter it evenly (Lambert), so all views of a point agree:
-base colour * (AMBIENT + sum of strength * max(0, normal . direction)) + emission, in linear values, encoded as sRGB.
+base color * (AMBIENT + sum of strength * max(0, normal . direction)) + emission, in linear values, encoded as sRGB.
 A surface is lit on the side that is seen. There are no shadows and no reflections.
 """
 
@@ -25,7 +25,7 @@ LIGHTS = (
     ((0.55, 0.80, -0.20), 0.16),
     ((-0.30, -0.45, -0.84), 0.12),
 )
-"""Directions towards the lights (z is up; they are normalised) and their strengths."""
+"""Directions towards the lights (z is up; they are normalized) and their strengths."""
 NEAR, FAR = RADIUS - 0.6, RADIUS + 0.6
 TEXTURE_SIDE = 4096
 """Larger textures are halved: at the size of training views nothing of them is lost."""
@@ -34,11 +34,11 @@ SRGB_ALPHA = 0x8C43  # GL_SRGB8_ALPHA8: texels are filtered as linear values
 VERTEX = """
 #version 330
 uniform mat4 world_to_clip;
-in vec3 position; in vec3 normal; in vec2 uv; in vec4 colour;
+in vec3 position; in vec3 normal; in vec2 uv; in vec4 color;
 out vec3 world; out vec3 smooth_normal; out vec2 place; out vec4 tint;
 void main() {
     gl_Position = world_to_clip * vec4(position, 1);
-    world = position; smooth_normal = normal; place = uv; tint = colour;
+    world = position; smooth_normal = normal; place = uv; tint = color;
 }
 """
 FRAGMENT = """
@@ -56,7 +56,7 @@ void main() {
     vec3 normal = flat_faces || dot(smooth_normal, smooth_normal) < 1e-12 ? face : normalize(smooth_normal);
     normal = dot(normal, face) < 0.0 ? -normal : normal;
 
-    vec4 colour = base * tint * texture(base_image, place);
+    vec4 color = base * tint * texture(base_image, place);
     vec3 glow = emission * texture(emission_image, place).rgb;
     float least = cutoff;
     if (blend) {
@@ -66,11 +66,11 @@ void main() {
         int order = at.x + at.y * supersample + 7 * part + (gl_FrontFacing ? 0 : samples / 4);
         least = (float(order % samples) + 0.5) / float(samples);
     }
-    if (colour.a < least) discard;
+    if (color.a < least) discard;
 
     float light = AMBIENT;
     for (int i = 0; i < LIGHTS; i++) light += strengths[i] * max(dot(normal, directions[i]), 0.0);
-    vec3 linear = clamp(colour.rgb * (unlit ? 1.0 : light) + glow, 0.0, 1.0);
+    vec3 linear = clamp(color.rgb * (unlit ? 1.0 : light) + glow, 0.0, 1.0);
     vec3 curved = 1.055 * pow(linear, vec3(1.0 / 2.4)) - 0.055;  // IEC 61966-2-1
     shown = vec4(mix(curved, linear * 12.92, lessThanEqual(linear, vec3(0.0031308))), 1);
 }
@@ -149,9 +149,9 @@ class Renderer:
 
     def _upload(self, part: Part, kept: list[Any]) -> tuple[Any, Any, Any]:
         normals = np.zeros_like(part.positions) if part.normals is None else part.normals
-        vertices = np.concatenate([part.positions, normals, part.uv, part.colours], axis=1).astype("f4")
+        vertices = np.concatenate([part.positions, normals, part.uv, part.colors], axis=1).astype("f4")
         kept += [self._gl.buffer(vertices.tobytes()), self._gl.buffer(part.triangles.tobytes())]
-        layout = [(kept[-2], "3f 3f 2f 4f", "position", "normal", "uv", "colour")]
+        layout = [(kept[-2], "3f 3f 2f 4f", "position", "normal", "uv", "color")]
         kept.append(self._gl.vertex_array(self._program, layout, kept[-1]))
         vertex_array = kept[-1]
         images = [self._texture(image, kept) for image in (part.material.base_image, part.material.emission_image)]

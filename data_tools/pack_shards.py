@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Packs scenes and photographs into tar shards, or checks packed shards. See docs/data-format.md."""
+"""Packs scenes and natural images into tar shards, or checks packed shards. See docs/data-format.md."""
 
 import argparse
 import os
@@ -71,13 +71,15 @@ def main() -> int:
         metavar="'NAME: [START, STOP]'",
         help="scenes of dataset_map.json to pack; may be repeated; default: all",
     )
-    parser.add_argument("--images", help="folder of photographs (searched recursively)")
+    parser.add_argument("--images", help="folder of natural images (searched recursively)")
     parser.add_argument("--output", help="folder or fsspec URL that the shards and manifest.json are written to")
     parser.add_argument("--resize", type=positive, metavar="N", help="bring images of other sizes to N x N pixels")
     parser.add_argument("--shard-size", type=parse_size, default="500MB", help="default 500MB; a scene is never split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order inside the shards")
     parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad scenes and photographs out, and list them")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave bad scenes and natural images out, and list them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace packed data in --output")
     parser.add_argument("--verify", metavar="DIR", help="read packed data again and compare it with its manifest")
     arguments = parser.parse_args()
@@ -115,7 +117,7 @@ def pack(arguments: argparse.Namespace) -> int:
     heldout = sum(scene.heldout for scene in manifest.scenes)
     print(
         f"{arguments.output}: {len(manifest.scenes)} scenes with {views} training and {heldout} held-out views, "
-        f"{manifest.images} photographs, {width}x{height} pixels, {len(manifest.shards)} shards, "
+        f"{manifest.images} natural images, {width}x{height} pixels, {len(manifest.shards)} shards, "
         f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if left_out:

@@ -3,7 +3,7 @@
 """Renders meshes into scenes that pack_shards.py packs. See docs/data-format.md.
 
     python data_tools/render_objects.py ~/.objaverse/hf-objaverse-v1/glbs --output data/objects
-    python data_tools/pack_shards.py --scenes data/objects --subset square128 --images PHOTOGRAPHS --output data/shards
+    python data_tools/pack_shards.py --scenes data/objects --subset square128 --images IMAGES --output data/shards
 
 The same command goes on where an earlier one ended.
 """
@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbours, however it was loaded
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
 
 from make_demo import FOCAL, at_least, sphere_cameras  # noqa: E402
-from object_files import SUFFIXES, BadMesh, Mesh, find_meshes, hide_credentials  # noqa: E402
+from object_files import SUFFIXES, BadMesh, Mesh, find_meshes, redact  # noqa: E402
 from object_workers import Failed, in_processes  # noqa: E402
 
 FORMAT = 1
@@ -139,7 +139,7 @@ def claim(output: str, job: Job) -> dict[str, Any]:
         fs.pipe_file(file, text.encode())
     elif (before := fs.cat_file(file).decode(errors="replace")) != text:
         raise ValueError(
-            f"{hide_credentials(job.root)} has renders with {before.strip()}, not {text.strip()}: "
+            f"{redact(job.root)} has renders with {before.strip()}, not {text.strip()}: "
             "choose another --output, or remove that folder"
         )
     path = f"{fsspec.core.url_to_fs(output)[1].rstrip('/')}/dataset_map.json"
@@ -150,7 +150,7 @@ def claim(output: str, job: Job) -> dict[str, Any]:
     except ValueError:
         lists = None
     if not isinstance(lists, dict):
-        raise ValueError(f"{hide_credentials(output)}/dataset_map.json is damaged: remove it")
+        raise ValueError(f"{redact(output)}/dataset_map.json is damaged: remove it")
     return lists
 
 
@@ -198,15 +198,15 @@ def render(arguments: argparse.Namespace) -> int:
     listed = write_map(output, job, arguments.dataset, lists)
     seconds = time.perf_counter() - begin
     print(
-        f"{hide_credentials(output)}: {listed} objects; now rendered: {rendered} with {views} views in {seconds:.0f} s "
+        f"{redact(output)}: {listed} objects; now rendered: {rendered} with {views} views in {seconds:.0f} s "
         f"({views / seconds:.1f} views/s), finished before: {there}, damaged: {len(damaged)}"
     )
     if damaged:
         print(f"damaged, and left out: {len(damaged)} of {len(meshes)}", file=sys.stderr)
     if not listed:
         raise ValueError("nothing was rendered")
-    scenes = f"--scenes {hide_credentials(output)} --subset square{job.size}"
-    print(f"next: python data_tools/pack_shards.py {scenes} --images PHOTOGRAPHS --output SHARDS")
+    scenes = f"--scenes {redact(output)} --subset square{job.size}"
+    print(f"next: python data_tools/pack_shards.py {scenes} --images IMAGES --output SHARDS")
     return 0
 
 
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return render(parser.parse_args(argv))
     except (ValueError, OSError, ImportError, Failed) as error:
-        print(f"{parser.prog}: error: {hide_credentials(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)

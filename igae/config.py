@@ -7,6 +7,7 @@ the key.
 """
 
 import difflib
+import logging
 import os
 import re
 import reprlib
@@ -14,12 +15,20 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 Key = tuple[str, ...]
+log = logging.getLogger("igae")
 SEARCH = (Path("configs"), Path(__file__).resolve().parent.parent / "configs")
 
 
@@ -40,6 +49,17 @@ class Section(BaseModel):
         validate_default=True,
         ser_json_inf_nan="constants",  # pydantic would dump an infinity among untyped values as null
     )
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        old = [key for key in cls.RENAMED if isinstance(data, dict) and key in data]
+        for key in old:
+            log.warning("the key %s is called %s now: rename it", key, cls.RENAMED[key])
+        return {cls.RENAMED.get(key, key): value for key, value in data.items()} if old else data
 
     @field_validator("*", mode="wrap")
     @classmethod

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user is told: errors that end a command, in one sentence, and text without credentials."""
 
+import difflib
+import functools
 import logging
+import os
 import re
 import sys
-
-import torch
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from igae.ranks import rank, world_size
 
@@ -26,14 +30,14 @@ _USER = re.compile(r"""(?<![\w/.:@])[\w.+%\-]+:[^\s/@"']+@(?=[\w\[])""")
 _ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 
 
-def hide_credentials(text: str) -> str:
+def redact(text: str) -> str:
     """Masks what may be a credential in a URL or in a text with URLs.
 
     Masked are user and password (`s3://***@bucket`, `***@bucket`), all values of a query (`?X-Amz-Signature=***`),
     values with a name such as secret, token or password (`token=***`), authorization headers and access key ids of AWS.
     In doubt more is masked than needed. A text without any of these, and one that was masked before, comes back as it
     is. A credential with blanks or `://` in it, which no URL can have, or one that begins with the mask, is not
-    recognised.
+    recognized.
     """
     text = _URL.sub(lambda match: _hide_in_url(match[0]), text)
     text = _USER.sub(MASK + "@", text)
@@ -62,7 +66,7 @@ def _hide_in_url(rest: str) -> str:
 
 class _Masked(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return hide_credentials(super().format(record))
+        return redact(super().format(record))
 
 
 def log_to_stderr() -> None:
@@ -74,7 +78,7 @@ def log_to_stderr() -> None:
 
 def say(text: str) -> None:
     """Print to stderr, without credentials."""
-    print(hide_credentials(text), file=sys.stderr)
+    print(redact(text), file=sys.stderr)
 
 
 class LostRank(RuntimeError):
@@ -107,7 +111,7 @@ def in_one_sentence(error: RuntimeError) -> str | None:
     """What to tell of an error that ends a command; None where it takes a traceback."""
     if str(error).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the program is
         error = LostWorker(str(error))
-    if isinstance(error, (TrainingError, LostWorker, torch.OutOfMemoryError)):
+    if isinstance(error, (TrainingError, LostWorker)) or type(error).__name__ == "OutOfMemoryError":
         return str(error)
     if is_lost_rank(error):
         said = str(error).splitlines()[0]
@@ -116,3 +120,48 @@ def in_one_sentence(error: RuntimeError) -> str | None:
             "goes on from the newest checkpoint"
         )
     return None
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean NAME?" with the known name nearest to a misspelled one, or "" where none is near.
+
+    Args:
+        cutoff: similarity in [0, 1] that the nearest must have; 0 always names one.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def command(body: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+    """Make a command's body a function of its arguments (None: those of the process) that returns its exit code.
+
+    0: done; 1: it failed, told in one sentence or with a traceback; 2: wrong input, one sentence; 130: Ctrl-C.
+    """
+
+    @functools.wraps(body)
+    def main(argv: list[str] | None = None) -> int:
+        try:
+            return body(argv) or 0
+        except (ValueError, OSError, ImportError) as error:
+            say(f"error: {error}")
+            return 2
+        except RuntimeError as error:
+            sentence = in_one_sentence(error)
+            say(f"error: {sentence}" if sentence is not None else traceback.format_exc())
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        except Exception:
+            say(traceback.format_exc())
+            return 1
+
+    return main
+
+
+def end(code: int) -> NoReturn:
+    """End the process with an exit code, also where other ranks do not answer any more."""
+    if code and world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # exit handlers would wait for the other ranks
+    sys.exit(code)

@@ -4,11 +4,10 @@
 import hashlib
 import os
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -45,7 +44,11 @@ class Channel:
 
     def __init__(self, timeout: float = 600.0) -> None:
         self._group: Any = None
-        if world_size() > 1:  # gloo would wait for half an hour, whatever the main group does
+        if world_size() > 1:
+            import torch.distributed as dist  # here: configurations are checked before torch is imported
+
+            self._dist = dist
+            # gloo would wait for half an hour, whatever the main group does
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def gather(self, value: T) -> list[T]:
@@ -53,16 +56,15 @@ class Channel:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * world_size()
-        dist.all_gather_object(values, value, group=self._group)
+        self._dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: "Tensor") -> "Tensor":
         """Element-wise sum over the ranks of a CPU tensor."""
         total = values.clone()
         if self._group is not None:
-            dist.all_reduce(total, group=self._group)
+            self._dist.all_reduce(total, group=self._group)
         return total
 
     def barrier(self) -> None:
-        if self._group is not None:
-            dist.all_reduce(torch.zeros(1), group=self._group)
+        self.gather(None)

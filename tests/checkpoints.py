@@ -46,7 +46,7 @@ def example(total: int) -> State:
         "updated": torch.randint(0, 100, (3,), generator=generator),
         "flags": torch.rand(3, 5, generator=generator) > 0.5,
     }
-    consumed = {"views": total * 4, "photos": 1}
+    consumed = {"views": total * 4, "natural_images": 1}
     progress = Progress("joint", total - 1, total, skipped=2, skipped_in_a_row=1, data="ab12", consumed=consumed)
     return State(progress, f"experiment: größe\nseed: {total}\n", shared, optimizer, scenes)
 

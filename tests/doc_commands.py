@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 # What makes a training small; nothing is fetched.
 SMALL = (
     "autoencoder.path=demo autoencoder.scale=0.5 planes.resolution=8 planes.features=8 "
-    "render.coarse_samples=4 render.fine_samples=4 train.joint.weights.photo_lpips=0"
+    "render.coarse_samples=4 render.fine_samples=4 train.joint.weights.natural_lpips=0"
 ).split()
 SHORT = (
     "train.warmup.epochs=1 train.warmup.batch_size=4 train.joint.epochs=1 train.joint.batch_size=4 data.workers=0 "
-    "evaluation.views=1 evaluation.photos=2 evaluation.pictures=1 evaluation.orbits=1 "
+    "evaluation.views=1 evaluation.natural_images=2 evaluation.pictures=1 evaluation.orbits=1 "
     "evaluation.orbit_frames=2"
 ).split()
 # What stands in the documents for something of the reader's.
@@ -61,7 +61,7 @@ TABLE: dict[str, How] = {
     "make quickstart": Left("makes an environment, and trains for minutes; what it starts is below"),
     "PIP_EXTRA_INDEX_URL=* make quickstart": Left("as make quickstart"),
     "python data_tools/make_demo.py --output data/demo": Executed(
-        "--scenes 2 --views 4 --size 16 --photos 4 --supersample 1 --workers 1".split()
+        "--scenes 2 --views 4 --size 16 --natural-images 4 --supersample 1 --workers 1".split()
     ),
     "python data_tools/make_demo.py --output data/demo --size 128": CoveredBy("test_demo.py::test_layout_and_counts"),
     "python data_tools/pack_shards.py --scenes data/demo/* --output data/demo-shards": Executed(["--workers=1"]),

@@ -14,9 +14,9 @@ from PIL import Image
 # The unit cube: for each face 4 corners, counter-clockwise from outside; uv (0, 0), (1, 0), (1, 1), (0, 1).
 NORMALS = np.array([[s * (a == i) for i in range(3)] for a in range(3) for s in (-1.0, 1.0)])
 UV = np.array([[0.0, 0.0], [1, 0], [1, 1], [0, 1]])
-FACE_COLOURS = np.array([[200, 30, 40], [20, 160, 60], [40, 60, 220], [220, 200, 30], [160, 40, 200], [240, 240, 240]])
+FACE_COLORS = np.array([[200, 30, 40], [20, 160, 60], [40, 60, 220], [220, 200, 30], [160, 40, 200], [240, 240, 240]])
 QUADRANTS = np.array([[[230, 40, 30], [30, 200, 60]], [[40, 50, 220], [240, 230, 50]]])  # [row from the top, column]
-MARGIN = 0.15  # of a quadrant, where its neighbour is blended in
+MARGIN = 0.15  # of a quadrant, where its neighbor is blended in
 
 
 def cube() -> np.ndarray:
@@ -35,22 +35,22 @@ def cube() -> np.ndarray:
 TRIANGLES = np.concatenate([[[4 * f, 4 * f + 1, 4 * f + 2], [4 * f, 4 * f + 2, 4 * f + 3]] for f in range(6)])
 
 
-def linear(colour: Any) -> np.ndarray:
-    c = np.asarray(colour, dtype=float)
+def linear(color: Any) -> np.ndarray:
+    c = np.asarray(color, dtype=float)
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
 
-def displayed(colour: np.ndarray) -> np.ndarray:
-    return np.where(colour <= 0.0031308, colour * 12.92, 1.055 * np.maximum(colour, 1e-9) ** (1 / 2.4) - 0.055)
+def displayed(color: np.ndarray) -> np.ndarray:
+    return np.where(color <= 0.0031308, color * 12.92, 1.055 * np.maximum(color, 1e-9) ** (1 / 2.4) - 0.055)
 
 
 @dataclass
 class Surface:
-    """A cube as it has to come out: [4, 4] of its corners to the file's coordinates, linear colours [6, 3] of its
+    """A cube as it has to come out: [4, 4] of its corners to the file's coordinates, linear colors [6, 3] of its
     faces (NaN: the texture's), and what they are multiplied with."""
 
     matrix: np.ndarray
-    colours: np.ndarray
+    colors: np.ndarray
     factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def corners(self) -> np.ndarray:
@@ -71,8 +71,8 @@ def gltf_header(arrays: dict[str, np.ndarray], **more: Any) -> tuple[dict[str, A
     for array in arrays.values():
         kind = {1: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4"}[1 if array.ndim == 1 else array.shape[1]]
         accessor = {"componentType": codes[array.dtype.name], "count": len(array), "type": kind}
-        colours = array.dtype.kind == "u" and array.ndim > 1
-        accessors.append({"bufferView": len(views), "normalized": colours, **accessor})
+        colors = array.dtype.kind == "u" and array.ndim > 1
+        accessors.append({"bufferView": len(views), "normalized": colors, **accessor})
         views.append({"buffer": 0, "byteOffset": len(buffer), "byteLength": array.nbytes})
         buffer += array.tobytes() + b"\0" * (-array.nbytes % 4)
     attributes = {name: index for index, name in enumerate(arrays) if name != "indices"}
@@ -99,12 +99,12 @@ def glb(header: dict[str, Any], buffer: bytes) -> bytes:
 
 
 def write_glb(path: Path) -> list[Surface]:
-    """Two cubes of one mesh below a turned and moved node: vertex colours of 16 bits, normals, no material."""
-    colours = np.repeat(FACE_COLOURS, 4, axis=0)
+    """Two cubes of one mesh below a turned and moved node: vertex colors of 16 bits, normals, no material."""
+    colors = np.repeat(FACE_COLORS, 4, axis=0)
     arrays = {
         "POSITION": cube().reshape(24, 3).astype("f4"),
         "NORMAL": np.repeat(NORMALS, 4, axis=0).astype("f4"),
-        "COLOR_0": np.concatenate([colours * 257, np.full((24, 1), 65535)], axis=1).astype("u2"),
+        "COLOR_0": np.concatenate([colors * 257, np.full((24, 1), 65535)], axis=1).astype("u2"),
         "indices": TRIANGLES.ravel().astype("u4"),
     }
     axis, angle = np.array([1.0, 2.0, 3.0]) / np.sqrt(14), 0.7
@@ -123,7 +123,7 @@ def write_glb(path: Path) -> list[Surface]:
     parent = np.eye(4)
     parent[:3, :3] = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
     parent[:3, 3] = 2, -1, 0.5
-    return [Surface(parent @ child, FACE_COLOURS / 255) for child in (np.diag([2, 1, 0.5, 1]), second)]
+    return [Surface(parent @ child, FACE_COLORS / 255) for child in (np.diag([2, 1, 0.5, 1]), second)]
 
 
 def write_gltf(path: Path) -> list[Surface]:
@@ -146,7 +146,7 @@ def write_gltf(path: Path) -> list[Surface]:
 
 
 def write_obj(path: Path) -> list[Surface]:
-    """A cube of quads, three faces textured and three of one colour; the picture is in the folder above."""
+    """A cube of quads, three faces textured and three of one color; the picture is in the folder above."""
     lines = ["mtllib sofa.mtl"]
     lines += ["v {} {} {}".format(*corner) for corner in (cube().reshape(24, 3) * [1, 2, 1] - 5)]
     lines += ["vt {} {}".format(*uv) for uv in UV]
@@ -176,11 +176,11 @@ def light(normals: np.ndarray, ambient: float, lights: Any) -> np.ndarray:
 def trace(
     surfaces: list[Surface], to_world: np.ndarray, frame: dict[str, Any], ambient: float, lights: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a view shows, ray by ray through the pixels' centres.
+    """What a view shows, ray by ray through the pixels' centers.
 
     Returns:
-        (displayed colours [h, w, 3] in [0, 1], hit [h, w], sure [h, w]: the ray passes no edge nearer than 1 % of a
-        face, and the texture is of one colour there).
+        (displayed colors [h, w, 3] in [0, 1], hit [h, w], sure [h, w]: the ray passes no edge nearer than 1 % of a
+        face, and the texture is of one color there).
     """
     pose, side = np.array(frame["transform_matrix"]), int(frame["w"])
     j, i = np.meshgrid(np.arange(side), np.arange(side))
@@ -188,10 +188,10 @@ def trace(
     rays = np.stack([x, y, np.ones_like(x)], axis=-1) @ pose[:3, :3].T
     eye = pose[:3, 3]
     nearest = np.full((side, side), np.inf)
-    colours = np.ones((side, side, 3))
+    colors = np.ones((side, side, 3))
     sure = np.ones((side, side), dtype=bool)
     for surface in surfaces:
-        for corners, colour in zip(surface.corners(), surface.colours, strict=True):
+        for corners, color in zip(surface.corners(), surface.colors, strict=True):
             corners = corners @ to_world[:3, :3].T + to_world[:3, 3]
             origin, a, b = corners[0], corners[1] - corners[0], corners[3] - corners[0]  # a parallelogram
             normal = np.cross(a, b)
@@ -207,14 +207,14 @@ def trace(
             nearest = np.where(inside & front, depth, nearest)
             seen = normal if (eye - origin) @ normal > 0 else -normal
             steep = np.abs(rays @ normal) < 0.35 * np.linalg.norm(rays, axis=-1)
-            if np.isnan(colour).any():
+            if np.isnan(color).any():
                 column, row = (u > 0.5).astype(int), (v < 0.5).astype(int)
                 base = linear(QUADRANTS[row, column] / 255) * surface.factor
                 inner = np.minimum.reduce([np.abs(u - 0.5), np.abs(v - 0.5), edge]) > MARGIN
                 plain = inner & ~steep
             else:
-                base, plain = np.broadcast_to(colour, colours.shape), np.ones_like(sure)
+                base, plain = np.broadcast_to(color, colors.shape), np.ones_like(sure)
             shown = displayed(np.clip(base * light(seen, ambient, lights), 0, 1))
-            colours = np.where((inside & front)[..., None], shown, colours)
+            colors = np.where((inside & front)[..., None], shown, colors)
             sure = np.where(inside & front, plain & (edge > 0.01), sure & ~(near & front & (edge < 0.01)))
-    return colours, np.isfinite(nearest), sure
+    return colors, np.isfinite(nearest), sure

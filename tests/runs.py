@@ -51,19 +51,21 @@ train:
   joint:
     epochs: 4
     batch_size: 4
-    photos: 2
+    natural_images: 2
     learning_rates: {encoder: 1.0e-4, decoder: 1.0e-4, planes: 1.0e-2, mlp: 1.0e-3}
-    weights: {latent: 1, rgb: 1, ae: 0.1, photo_ae: 0.1, photo_tv: 1.0e-5, photo_kl: 1.0e-6, planes_tv: 1.0e-4}
+    weights: {latent: 1, rgb: 1, ae: 0.1, natural_ae: 0.1, natural_tv: 1.0e-5, natural_kl: 1.0e-6, planes_tv: 1.0e-4}
 checkpoint: {every: 4}
-evaluation: {views: 1, pictures: 0, orbits: 0, photos: 4}
+evaluation: {views: 1, pictures: 0, orbits: 0, natural_images: 4}
 tracking: {every: 3}
 """
 
 
 def packed_data(folder: Path) -> str:
-    """Pack four scenes (35 training and 3 held-out views) and 11 photographs; returns the shards' folder."""
+    """Pack four scenes (35 training and 3 held-out views) and 11 natural images; returns the shards' folder."""
     source = write_data(folder / "source", images=11)
-    pack(str(folder / "shards"), scenes=str(source / "scenes"), subset="square16", images=str(source / "photos"))
+    pack(
+        str(folder / "shards"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")
+    )
     return str(folder / "shards")
 
 

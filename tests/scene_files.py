@@ -40,13 +40,13 @@ def write_scene(folder: Path, views: int = 12, seed: int = 0, size: int = 16, op
 
 
 def write_data(root: Path, views: tuple[int, ...] = (12, 5, 1, 20), images: int = 0) -> Path:
-    """Scenes `scene_0`, ... in `root/scenes/square16` with a dataset map, and photographs in `root/photos`."""
+    """Scenes `scene_0`, ... in `root/scenes/square16` with a dataset map, and images in `root/natural_images`."""
     names = [f"scene_{i}" for i in range(len(views))]
     for index, number in enumerate(views):
         write_scene(root / "scenes" / "square16" / names[index], number, seed=index)
     (root / "scenes" / "dataset_map.json").write_text(json.dumps({"toys": names, "cars": names[1:3]}))
     for index in range(images):
-        folder = root / "photos" / f"class_{index % 3}"
+        folder = root / "natural_images" / f"class_{index % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index}.jpg").write_bytes(picture(50000 + index, kind="JPEG"))
     return root

@@ -51,7 +51,7 @@ def bilinear(plane: Array, x: float, y: float) -> Array:
 def field(
     planes: Array, mlp: dict[str, Array], point: Array, box: float, axes: str, reduce: str
 ) -> tuple[float, Array]:
-    """Raw density and colour at a point, for planes [3, R, R, C]."""
+    """Raw density and color at a point, for planes [3, R, R, C]."""
     x, y, z = 2 * point / box
     third = (y, z) if axes == "orthogonal" else (z, x)
     reads = [bilinear(plane, *uv) for plane, uv in zip(planes, ((x, y), (x, z), third), strict=True)]
@@ -151,9 +151,9 @@ def render(
         t = [s[0] for s in samples]
         weights = interval_weights(t, [s[1] for s in samples])
         opacity = sum(weights)
-        colour = sum(w * (a[2] + c[2]) / 2 for w, a, c in zip(weights, samples, samples[1:], strict=False))
+        color = sum(w * (a[2] + c[2]) / 2 for w, a, c in zip(weights, samples, samples[1:], strict=False))
         behind = background if background.ndim == 1 else background[i, j]
-        features[b, i, j] = 2 * (colour + (1 - opacity) * behind) - 1
+        features[b, i, j] = 2 * (color + (1 - opacity) * behind) - 1
         opacities[b, i, j] = opacity
         # Between "nothing" (the end of the ray) and the weighted mean, as the opacity goes from 0 to 1e-6.
         beyond = sum(w * ((a + c) / 2 - t[-1]) for w, a, c in zip(weights, t, t[1:], strict=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Autoencoders: the same numbers as diffusers gives, parts, normaliser, and what users can get wrong."""
+"""Autoencoders: the same numbers as diffusers gives, parts, normalizer, and what users can get wrong."""
 
 import json
 import math
@@ -91,7 +91,7 @@ def test_created_weights_depend_on_the_seed_alone(name: str, cls: type) -> None:
 def test_identity() -> None:
     found = load_autoencoder(AutoencoderConfig(path="identity"))
     latents = found.posterior(IMAGES).mean
-    for same in (latents, found.decode(latents), found.normalise(latents), found.denormalise(latents)):
+    for same in (latents, found.decode(latents), found.normalize(latents), found.denormalize(latents)):
         assert torch.equal(same, IMAGES)
     assert found.is_identity and found.scale_is_fitted and list(found.parameters()) == []
     assert found.parts() == {"encoder": [], "decoder": []}
@@ -117,19 +117,19 @@ def test_parts_are_what_each_direction_uses(name: str) -> None:
 
 
 @given(st.floats(1e-3, 2.0), st.lists(st.floats(-1, 1), min_size=1, max_size=8))
-def test_normaliser_and_its_inverse(scale: float, shares: list[float]) -> None:
+def test_normalizer_and_its_inverse(scale: float, shares: list[float]) -> None:
     autoencoder = Autoencoder(torch.nn.Identity(), scale).double()
     latents = torch.tensor(shares, dtype=torch.float64) * 3.7 / scale  # tanh(3.7) is inside the margin
-    normalised = autoencoder.normalise(latents)
+    normalized = autoencoder.normalize(latents)
     s = float(torch.tensor(scale))
-    assert normalised.tolist() == pytest.approx([math.tanh(s * z) for z in latents.tolist()], abs=1e-15)
+    assert normalized.tolist() == pytest.approx([math.tanh(s * z) for z in latents.tolist()], abs=1e-15)
     # float64: measured 2.2e-14 / scale, at the ends, where tanh is flat
-    assert autoencoder.denormalise(normalised).tolist() == pytest.approx(latents.tolist(), abs=1e-12 / scale)
+    assert autoencoder.denormalize(normalized).tolist() == pytest.approx(latents.tolist(), abs=1e-12 / scale)
 
 
-def test_denormalise_of_extremes_is_finite() -> None:
+def test_denormalize_of_extremes_is_finite() -> None:
     autoencoder = Autoencoder(torch.nn.Identity(), 0.02)
-    found = autoencoder.denormalise(torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.002]))
+    found = autoencoder.denormalize(torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.002]))
     limit = math.atanh(1 - 1e-3) / 0.02
     assert found.tolist() == pytest.approx([-limit, -limit, 0, limit, limit], rel=1e-4)
 

@@ -64,7 +64,7 @@ def asked(log: Path) -> Counter[str]:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("packed")
     data = write_data(folder / "data", views=(9, 9, 9), images=20)
-    sources = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     return str(folder / "out"), pack(str(folder / "out"), **sources, subset="square16", shard_size=20_000)[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igae.data.cameras import is_rigid, normalised_intrinsics, opengl_to_opencv, orbit, orbit_like
+from igae.data.cameras import is_rigid, normalized_intrinsics, opengl_to_opencv, orbit, orbit_like
 
 VECTOR = st.tuples(*[st.floats(-2, 2)] * 3)
 
@@ -56,13 +56,13 @@ def test_rigid_accepts_rigid_and_refuses_the_rest(seed):
 
 
 def test_intrinsics_closed_forms():
-    got = normalised_intrinsics({"fl_x": 140, "fl_y": 70, "cx": 64, "cy": 16, "w": 128, "h": 64}, (64, 128))
+    got = normalized_intrinsics({"fl_x": 140, "fl_y": 70, "cx": 64, "cy": 16, "w": 128, "h": 64}, (64, 128))
     expected = [[140 / 128, 0, 0.5], [0, 70 / 64, 0.25], [0, 0, 1]]
     assert got.tolist() == expected and got.dtype == torch.float64
     # The image was resized, the file speaks of the original size.
-    assert normalised_intrinsics({"fl_x": 280, "w": 256, "h": 256}, (128, 128))[0, 0] == 280 / 256
+    assert normalized_intrinsics({"fl_x": 280, "w": 256, "h": 256}, (128, 128))[0, 0] == 280 / 256
     # A field of view of 90 degrees: half the width at distance 1/2 of the width.
-    blender = normalised_intrinsics({"camera_angle_x": math.pi / 2}, (50, 100))
+    blender = normalized_intrinsics({"camera_angle_x": math.pi / 2}, (50, 100))
     assert torch.allclose(blender.diagonal(), torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64), atol=1e-15)
     assert blender[:2, 2].tolist() == [0.5, 0.5]
 
@@ -82,18 +82,18 @@ def test_intrinsics_closed_forms():
 )
 def test_bad_intrinsics_are_named(camera, word):
     with pytest.raises(ValueError, match=word):
-        normalised_intrinsics(camera, (64, 64))
+        normalized_intrinsics(camera, (64, 64))
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.floats(0.1, 10), st.floats(-1.57, 1.57), VECTOR, VECTOR)
-def test_orbit_looks_at_its_centre(frames, radius, elevation, up, centre):
+def test_orbit_looks_at_its_center(frames, radius, elevation, up, center):
     axis = torch.tensor(up, dtype=torch.float64)
     if axis.norm() < 1e-3:
         return
     axis = axis / axis.norm()
-    pose = orbit(frames, radius, elevation, up, centre).double()
-    middle = torch.tensor(centre, dtype=torch.float64)
+    pose = orbit(frames, radius, elevation, up, center).double()
+    middle = torch.tensor(center, dtype=torch.float64)
     assert pose.shape == (frames, 4, 4) and bool(is_rigid(pose, 1e-5).all())
     offset = pose[:, :3, 3] - middle
     # float32 of numbers up to 12: measured errors up to 4e-7 of the size

@@ -119,7 +119,7 @@ def test_no_complete_checkpoint_is_written_over(tmp_path: Path) -> None:
     assert complete(tmp_path) == names(tmp_path) == ["step-00000005", "step-00000005-end"]
 
 
-def test_the_newest_is_never_removed_in_favour_of_an_abandoned_future(tmp_path: Path) -> None:
+def test_the_newest_is_never_removed_in_favor_of_an_abandoned_future(tmp_path: Path) -> None:
     """A run that was taken back to an older checkpoint writes lower steps than those that are there."""
     for total in (200, 300):
         save(tmp_path, example(total), keep=2)

@@ -30,14 +30,14 @@ pytest.importorskip("s3fs")
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
 ROOT = "s3://bucket/packed"
-SETTINGS = [f"data.root={ROOT}", "evaluation.photos=6", "train.warmup.epochs=1", "train.joint.epochs=2"]
+SETTINGS = [f"data.root={ROOT}", "evaluation.natural_images=6", "train.warmup.epochs=1", "train.joint.epochs=2"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    """With the shards of four scenes, one in each, and photographs in four shards, packed straight to it."""
+    """With the shards of four scenes, one in each, and natural images in four shards, packed straight to it."""
     data = write_data(tmp_path_factory.mktemp("data"), images=11)
-    sources = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     with object_store.moto() as port, Proxy(port).running() as proxy:
         with pytest.MonkeyPatch.context() as patch:
             object_store.use(patch, port)
@@ -87,7 +87,7 @@ def train_from(port: int, *arguments: Any) -> None:
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
-    """The first batches of views and photographs, of which only the beginning of a shard is fetched."""
+    """The first batches of views and natural images, of which only the beginning of a shard is fetched."""
     monkeypatch.setattr(store, "REMOTE_BLOCK", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
@@ -97,7 +97,7 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}
         for loader in (
             view_loader(ROOT, manifest, data.owned, **arguments),
-            image_loader(ROOT, manifest, part=data.photos, **arguments),
+            image_loader(ROOT, manifest, part=data.natural_images, **arguments),
         ):
             next(loader)
             loader.close()
@@ -109,11 +109,11 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
             if shard.kind == "images":
                 ends[shard.name] = range(first, first + shard.samples)
                 first += shard.samples
-        photos = {name for name, numbers in ends.items() if set(numbers) & set(data.photos)}
-        assert files(counts, "scenes") <= own and files(counts, "images") <= photos
+        natural_images = {name for name, numbers in ends.items() if set(numbers) & set(data.natural_images)}
+        assert files(counts, "scenes") <= own and files(counts, "images") <= natural_images
         assert not files(counts, "manifest") and not files(counts, "heldout")
         # A sample that is given out and two that may be read ahead, in two streams: 6 of about 2.4 kB, and the
-        # photographs before the rank's own in their shard.
+        # natural images before the rank's own in their shard.
         assert sent <= 30_000 < sum(shard.bytes for shard in manifest.shards)
 
 
@@ -141,7 +141,7 @@ def test_runs(manifest, proxy, tmp_path):
 
     # Evaluation of one scene, without copies.
     run = str(tmp_path / "outputs/run")
-    settings = ["data.cache=null", "evaluation.scenes=1", "evaluation.photos=2", "data.workers=0"]
+    settings = ["data.cache=null", "evaluation.scenes=1", "evaluation.natural_images=2", "data.workers=0"]
     assert evaluate.main(["--checkpoint", run, *settings]) == 0
     (counts,) = asked(proxy).values()
     (scenes,) = files(counts, "scenes")

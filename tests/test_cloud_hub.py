@@ -37,8 +37,8 @@ def epoch(root):
     manifest = Manifest.load(root)
     arguments = {"batch_size": 4, "shuffle": 6, "seed": 1, "workers": 0, "repeat": False}
     views = view_loader(root, manifest, manifest.scenes, **arguments)
-    photos = image_loader(root, manifest, **arguments)
-    return [batch.images for batch in views] + list(photos)
+    natural_images = image_loader(root, manifest, **arguments)
+    return [batch.images for batch in views] + list(natural_images)
 
 same = all(torch.equal(one, other) for one, other in zip(epoch(there), epoch(folder + "/out"), strict=True))
 try:
@@ -68,7 +68,7 @@ def follow_the_page(folder: Path, environment: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", views=(6, 3, 6), images=5)
-    local = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    local = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     (data / "scenes" / "square16").rename(data / "scenes" / "square128")
     pack(str(tmp_path / "out"), **local, subset="square128", shard_size=20_000)
     manifest = Manifest.load(str(tmp_path / "out"))
@@ -77,7 +77,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         return {f"{inside}/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
     with hub.running() as server:
-        raw = files(data / "scenes", "train/objaverse") | files(data / "photos", "train/imagenet/square128")
+        raw = files(data / "scenes", "train/objaverse") | files(data / "natural_images", "train/imagenet/square128")
         server.repos["datasets/user/raw"] = {"main": {**raw, "README.md": b"not wanted"}}
         server.repos["datasets/user/shards"] = {"main": files(tmp_path / "out", "packed")}
         environment = {

@@ -46,12 +46,12 @@ def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision
     [
         {},
         {"bf16": True},
-        {"colours": 3},
-        {"colours": 12, "disparity": True},
+        {"colors": 3},
+        {"colors": 12, "disparity": True},
         {"coarse": 96, "fine": 0},
         {"deterministic": True},
     ],
-    ids=["default", "bf16", "three colours", "twelve colours", "coarse only", "deterministic"],
+    ids=["default", "bf16", "three colors", "twelve colors", "coarse only", "deterministic"],
 )
 def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
     variant = build.Variant(**change)
@@ -65,9 +65,9 @@ def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"features": 8, "colours": 1, "coarse": 16, "fine": 0},
-        {"features": 24, "colours": 3, "coarse": 17, "fine": 33, "eg3d": True, "product": True, "disparity": True},
-        {"features": 64, "colours": 32, "coarse": 128, "fine": 128},
+        {"features": 8, "colors": 1, "coarse": 16, "fine": 0},
+        {"features": 24, "colors": 3, "coarse": 17, "fine": 33, "eg3d": True, "product": True, "disparity": True},
+        {"features": 64, "colors": 32, "coarse": 128, "fine": 128},
         {"bf16": True},
         {"deterministic": True},
     ],
@@ -84,10 +84,10 @@ def test_variants_compile(change: dict[str, Any], arch: int) -> None:
 def test_every_supported_size_fits_every_architecture() -> None:
     for arch in build.ARCHITECTURES:
         for features in range(8, 65, 8):
-            for colours in (1, 7, 8, 31, 32):
+            for colors in (1, 7, 8, 31, 32):
                 for samples in (2, 128):
                     for kernel in KERNELS:
-                        variant = build.Variant(features, colours, samples, samples)
+                        variant = build.Variant(features, colors, samples, samples)
                         limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * 1024
                         assert build.shape(kernel, variant, arch).shared <= limit
 
@@ -120,7 +120,7 @@ def test_the_argument_is_laid_out_as_in_the_source() -> None:
 
 
 def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    small = ["--arch", "80", "--features", "8", "--colours", "1", "--samples", "4", "0"]
+    small = ["--arch", "80", "--features", "8", "--colors", "1", "--samples", "4", "0"]
     command = [sys.executable, "-m", "igae.rendering.build", *small]
     environment = os.environ | {"IGAE_KERNEL_CACHE": str(tmp_path / "new" / "folder")}
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]

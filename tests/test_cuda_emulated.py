@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "coarse only": ("fp16", {}),
     "uneven": ("fp16 fp32", {}),
     "many": ("fp16", {"views": 2}),
-    "four colours": ("fp16", {}),
+    "four colors": ("fp16", {}),
     "dense": ("fp16", {"size": (7, 9)}),
 }
 

@@ -27,7 +27,7 @@ def setup(
     size: tuple[int, int] = (7, 9),
     resolution: int = 33,
     features: int = 32,
-    colours: int = 16,
+    colors: int = 16,
     density: float = 3.0,
     pixel_background: bool = False,
     device: str | None = None,
@@ -41,12 +41,12 @@ def setup(
     pose = torch.eye(4).repeat(views, 1, 1)
     pose[:, :3] = torch.stack((x, torch.linalg.cross(z, x), z, position), -1)
     intrinsics = torch.tensor([[1.1, 0.02, 0.5], [0, 1.2, 0.45], [0, 0, 1]]).repeat(views, 1, 1)
-    mlp = DecodingMLP(features, colours, generator=g)
+    mlp = DecodingMLP(features, colors, generator=g)
     with torch.no_grad():
         mlp.w2[0] *= density
         mlp.b1.normal_(generator=g)
         mlp.b2.normal_(generator=g)
-    background = torch.rand((*size, colours) if pixel_background else (colours,), generator=g)
+    background = torch.rand((*size, colors) if pixel_background else (colors,), generator=g)
     args = {
         "planes": torch.randn(scenes, 3, resolution, resolution, features, generator=g),
         "cam2world": pose,
@@ -99,17 +99,17 @@ CASES: dict[str, dict[str, Any]] = {
     "box of 64": {"resolution": 64, "size": (16, 16), "views": 4},
     "published": {"axes": "eg3d", "resolution": 40},
     "product": {"reduce": "product", "density": 10.0},
-    "product published": {"reduce": "product", "axes": "eg3d", "features": 48, "colours": 4},
+    "product published": {"reduce": "product", "axes": "eg3d", "features": 48, "colors": 4},
     "disparity": {"spacing": "disparity"},
     "numbers": {"near": 0.4, "far": 2.5},  # most samples outside the planes
     "numbers disparity": {"near": 0.4, "far": 2.5, "spacing": "disparity"},
     "coarse only": {"fine_samples": 0, "coarse_samples": 33},
-    "few": {"coarse_samples": 16, "fine_samples": 16, "features": 8, "colours": 1, "size": (1, 1)},
-    "uneven": {"coarse_samples": 19, "fine_samples": 37, "features": 24, "colours": 3, "resolution": 17},
-    "three colours": {"features": 16, "colours": 3},
-    "four colours": {"colours": 4},
-    "many": {"coarse_samples": 128, "fine_samples": 128, "features": 64, "colours": 32, "size": (3, 5)},
-    "wide": {"features": 56, "colours": 31, "size": (13, 2)},
+    "few": {"coarse_samples": 16, "fine_samples": 16, "features": 8, "colors": 1, "size": (1, 1)},
+    "uneven": {"coarse_samples": 19, "fine_samples": 37, "features": 24, "colors": 3, "resolution": 17},
+    "three colors": {"features": 16, "colors": 3},
+    "four colors": {"colors": 4},
+    "many": {"coarse_samples": 128, "fine_samples": 128, "features": 64, "colors": 32, "size": (3, 5)},
+    "wide": {"features": 56, "colors": 31, "size": (13, 2)},
     "background image": {"pixel_background": True},
     "one scene": {"scenes": 1, "views": 3},
     "dense": {"density": 100.0},
@@ -349,7 +349,7 @@ def test_auto_says_once_what_it_took(caplog: pytest.LogCaptureFixture, monkeypat
     [
         ({"features": 12}, "12 features; the kernels take multiples of 8 up to 64"),
         ({"features": 72}, "72 features"),
-        ({"colours": 33}, "33 output channels"),
+        ({"colors": 33}, "33 output channels"),
         ({"coarse_samples": 129}, r"129 \+ 48 samples"),
         ({"resolution": 1}, "1 texels a side"),
     ],

@@ -68,7 +68,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = tmp_path_factory.mktemp("faults")
     data = write_data(folder / "data", views=(9, 9, 9), images=4)
     root = folder / "out"
-    sources = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     manifest, _ = pack(str(root), **sources, subset="square16", shard_size=32_000)
     with tarfile.open(root / NAME) as tar:
         members = [(m.offset, m.offset_data, m.offset_data + m.size, m.name) for m in tar]
@@ -198,12 +198,12 @@ def test_content_that_cannot_be_decoded(packed: Packed, suffix, content, match, 
 def test_verification_changes_no_sample(packed: Packed, check) -> None:
     def batches(check: str) -> list[torch.Tensor]:
         views = view_loader(str(packed.root), packed.manifest, packed.manifest.scenes, batch_size=5, verify=check)
-        photos = image_loader(str(packed.root), packed.manifest, batch_size=3, workers=0, verify=check)
+        natural_images = image_loader(str(packed.root), packed.manifest, batch_size=3, workers=0, verify=check)
         try:
-            return [next(views).images for _ in range(9)] + [next(photos) for _ in range(3)]
+            return [next(views).images for _ in range(9)] + [next(natural_images) for _ in range(3)]
         finally:
             views.close()
-            photos.close()
+            natural_images.close()
 
     assert all(torch.equal(a, b) for a, b in zip(batches(check), batches("size"), strict=True))
 

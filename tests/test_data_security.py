@@ -34,7 +34,7 @@ WHITE = np.full(3, 255, np.uint8)
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("security")
     data = write_data(folder / "data", views=(4,), images=3)
-    sources = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     return str(folder / "out"), pack(str(folder / "out"), **sources, subset="square16")[0]
 
 
@@ -302,7 +302,7 @@ def test_a_manifest_has_a_limit(packed, monkeypatch):
         Manifest.load(packed[0])
 
 
-def test_photographs_have_no_cameras(packed):
+def test_natural_images_have_no_cameras(packed):
     root, manifest = packed
     name = "images-00000.tar"
     path = Path(root, name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("skimage", reason="the photographs come from scikit-image")
+pytest.importorskip("skimage", reason="the natural images come from scikit-image")
 
 TOOLS = Path(__file__).parent.parent / "data_tools"
 sys.path.insert(0, str(TOOLS))
@@ -20,7 +20,20 @@ import demo_shapes  # noqa: E402
 import make_demo  # noqa: E402
 
 FOCAL, RADIUS = 1.09375, 1.3
-ARGUMENTS = ("--scenes", "2", "--views", "5", "--size", "24", "--photos", "15", "--supersample", "1", "--seed", "3")
+ARGUMENTS = (
+    "--scenes",
+    "2",
+    "--views",
+    "5",
+    "--size",
+    "24",
+    "--natural-images",
+    "15",
+    "--supersample",
+    "1",
+    "--seed",
+    "3",
+)
 
 
 def look_from(direction: tuple[float, float, float]) -> np.ndarray:
@@ -39,13 +52,13 @@ def ball(radius: float, at: tuple[float, float, float]) -> demo_objects.Solid:
 
 
 def ball_mask(radius: float, at: tuple[float, float, float], pose: np.ndarray, size: int) -> np.ndarray:
-    """Closed form: the rays through the pixel centres whose distance from the ball's centre is below its radius."""
-    centre = np.linalg.inv(pose) @ np.array([*at, 1.0])
+    """Closed form: the rays through the pixel centers whose distance from the ball's center is below its radius."""
+    center = np.linalg.inv(pose) @ np.array([*at, 1.0])
     mask = np.zeros((size, size), dtype=bool)
     for i in range(size):
         for j in range(size):
             ray = np.array([((j + 0.5) / size - 0.5) / FOCAL, ((i + 0.5) / size - 0.5) / FOCAL, 1.0])
-            mask[i, j] = np.linalg.norm(np.cross(ray / np.linalg.norm(ray), centre[:3])) < radius
+            mask[i, j] = np.linalg.norm(np.cross(ray / np.linalg.norm(ray), center[:3])) < radius
     return mask
 
 
@@ -64,11 +77,11 @@ def test_silhouette_of_a_ball_is_its_closed_form_projection(direction, at):
     assert not (inner & ~rendered).any() and not (rendered & ~outer).any()
 
 
-def test_supersampling_blends_the_rim_of_a_centred_ball():
+def test_supersampling_blends_the_rim_of_a_centered_ball():
     picture = make_demo.render(ball(0.3, (0, 0, 0)), look_from((0, -1, 0))[None], 64, 4)[0]
     edge = FOCAL * 64 * 0.3 / np.sqrt(RADIUS**2 - 0.3**2)
     distance = np.hypot(*(np.indices((64, 64)) - 31.5))
-    # A pixel is touched when its centre is within half a diagonal of the disc, and full when that far inside.
+    # A pixel is touched when its center is within half a diagonal of the disc, and full when that far inside.
     assert covered(picture)[distance < edge - 0.71].all() and not covered(picture)[distance > edge + 0.71].any()
     rim = picture[np.abs(distance - edge) < 0.71][:, 2]
     full = picture[distance < edge - 0.71][:, 2]
@@ -78,14 +91,14 @@ def test_supersampling_blends_the_rim_of_a_centred_ball():
 def test_x_is_right_and_y_is_down():
     front = look_from((0, -1, 0))  # from -y: world x to the right, world z up
 
-    def centre_of(at: tuple[float, float, float], pose: np.ndarray) -> tuple[float, float]:
+    def center_of(at: tuple[float, float, float], pose: np.ndarray) -> tuple[float, float]:
         rows, columns = np.nonzero(covered(make_demo.render(ball(0.08, at), pose[None], 64, 1)[0]))
         return columns.mean() - 31.5, rows.mean() - 31.5
 
-    right, above = centre_of((0.3, 0, 0), front), centre_of((0, 0, 0.3), front)
-    # Projected centre: 64 * FOCAL * 0.3 / RADIUS = 16.15; the outline of a ball lies a little farther out.
+    right, above = center_of((0.3, 0, 0), front), center_of((0, 0, 0.3), front)
+    # Projected center: 64 * FOCAL * 0.3 / RADIUS = 16.15; the outline of a ball lies a little farther out.
     assert right == pytest.approx((16.2, 0), abs=0.6) and above == pytest.approx((0, -16.2), abs=0.6)
-    assert centre_of((0.3, 0, 0), look_from((0, 1, 0)))[0] == pytest.approx(-16.2, abs=0.6)  # from behind: left
+    assert center_of((0.3, 0, 0), look_from((0, 1, 0)))[0] == pytest.approx(-16.2, abs=0.6)  # from behind: left
 
 
 def test_shading_does_not_depend_on_the_viewer():
@@ -93,14 +106,14 @@ def test_shading_does_not_depend_on_the_viewer():
     point = np.array([[0.0], [-0.28], [0.0]], dtype=np.float32)
     depth = make_demo.march(solid, point - [[0], [0.7], [0]], np.float32([[0], [1], [0]]), np.float32([2]))
     surface = (point - [[0], [0.7], [0]] + np.float32([[0], [1], [0]]) * depth).astype(np.float32)
-    colour = make_demo.shade(solid, surface)[:, 0]
+    color = make_demo.shade(solid, surface)[:, 0]
     seen = []
     for direction in ((0, -1, 0.0), (0.25, -1, 0.1), (-0.3, -1, 0.2)):
         pose = look_from(direction)
         x, y, z, _ = np.linalg.inv(pose) @ [*surface[:, 0], 1]
         column, row = (int((FOCAL * value / z + 0.5) * 128) for value in (x, y))
         seen.append(make_demo.render(solid, pose[None], 128, 1)[0, row, column] / 255)
-    assert np.abs(np.array(seen) - colour).max() < 0.06  # half a pixel of texture away
+    assert np.abs(np.array(seen) - color).max() < 0.06  # half a pixel of texture away
 
 
 @pytest.mark.parametrize("views", [1, 2, 5, 48])
@@ -124,7 +137,7 @@ def test_all_views_and_the_first_tenth_are_spread_over_the_sphere(seed):
 
 
 @pytest.mark.parametrize("index", range(10))
-def test_solids_show_whole_colourful_and_different_from_all_sides(index):
+def test_solids_show_whole_colorful_and_different_from_all_sides(index):
     solid = demo_objects.make_solid(index, seed=0)
     poses = make_demo.sphere_cameras(12, np.random.default_rng(index))
     pictures = make_demo.render(solid, poses, 40, 1)
@@ -181,9 +194,9 @@ def test_layout_and_counts(made):
                 assert (np.asarray(image) == make_demo.render(solid, pose[None], 24, 1)[0]).mean() > 0.999
 
 
-def test_photographs(made):
+def test_natural_images(made):
     paths = sorted((made / "train" / "imagenet" / "square24").glob("*/*.jpg"))
-    assert len(paths) == 15 and len({path.parent for path in paths}) == len(make_demo.PHOTOGRAPHS)
+    assert len(paths) == 15 and len({path.parent for path in paths}) == len(make_demo.NATURAL_IMAGES)
     crops = []
     for path in paths:
         with Image.open(path) as image:
@@ -193,8 +206,8 @@ def test_photographs(made):
     assert len({crop.tobytes() for crop in crops}) == 15
 
 
-def test_all_photographs_are_in_the_wheel():
-    assert [path.name for path in make_demo.photographs()] == list(make_demo.PHOTOGRAPHS)
+def test_all_natural_images_are_in_the_wheel():
+    assert [path.name for path in make_demo.natural_images()] == list(make_demo.NATURAL_IMAGES)
 
 
 def test_bytes_do_not_depend_on_the_workers(made, tmp_path):
@@ -244,7 +257,9 @@ def test_missing_scikit_image_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", [("--scenes", "0"), ("--size", "4"), ("--photos", "-1"), ("--views", "many")])
+@pytest.mark.parametrize(
+    "option", [("--scenes", "0"), ("--size", "4"), ("--natural-images", "-1"), ("--views", "many")]
+)
 def test_impossible_arguments_are_refused(option, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         make_demo.main(["--output", str(tmp_path / "set"), *option])

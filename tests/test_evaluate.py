@@ -81,8 +81,8 @@ def test_ranks_together_find_what_one_finds(folder: Path, alone: dict[str, Any],
     for name, figures in found["scenes"].items():
         assert_equal(figures, alone["scenes"][name])
     if few:
-        photos = {name: found["means"][name] for name in ("photos/ae_psnr", "photos/ae_ssim")}
-        assert_equal(photos, {name: alone["means"][name] for name in photos})
+        natural_images = {name: found["means"][name] for name in ("natural/ae_psnr", "natural/ae_ssim")}
+        assert_equal(natural_images, {name: alone["means"][name] for name in natural_images})
     else:
         assert_equal(found["means"], alone["means"])
 
@@ -172,7 +172,7 @@ def test_consistency_is_that_of_an_orbit(folder: Path, alone: dict[str, Any]) ->
 def test_figures_are_those_of_the_end_of_training(folder: Path, alone: dict[str, Any]) -> None:
     trained = json.loads((folder / "outputs/run/metrics.json").read_text())["warmup"]
     names = alone["means"].keys() & trained.keys()
-    assert {"heldout/rgb_psnr", "train/rgb_ssim", "photos/ae_psnr"} <= names
+    assert {"heldout/rgb_psnr", "train/rgb_ssim", "natural/ae_psnr"} <= names
     for name in names:
         assert alone["means"][name] == pytest.approx(trained[name], abs=1e-6, rel=0), name
 
@@ -189,7 +189,7 @@ def test_the_table_has_a_row_a_scene(folder: Path, alone: dict[str, Any]) -> Non
     for row in rows:
         filled = {name: float(value) for name, value in row.items() if value and name not in ("scene", "category")}
         assert filled == alone["scenes"][row["scene"]]
-    assert rows[2]["heldout/rgb_psnr"] == "" and "photos/ae_psnr" not in rows[0]
+    assert rows[2]["heldout/rgb_psnr"] == "" and "natural/ae_psnr" not in rows[0]
     assert all(math.isfinite(value) for value in alone["means"].values())
 
 
@@ -199,7 +199,7 @@ def test_an_export_has_the_figures_of_its_run(folder: Path, alone: dict[str, Any
     bare = tmp_path / "bare"  # of no run: says nothing of data
     write(replace(read_run(str(folder / "outputs/run")), config=None), str(bare))
     AcceleratorState._reset_state(reset_partial_state=True)
-    settings = [f"data.root={folder / 'shards'}", "evaluation.photos=4", *SETTINGS]
+    settings = [f"data.root={folder / 'shards'}", "evaluation.natural_images=4", *SETTINGS]
     assert command(str(bare), "--output", str(tmp_path / "new"), *settings) == 0
     assert_all_equal(read(tmp_path / "new"), alone)
 
@@ -225,7 +225,7 @@ def test_lpips_where_its_weights_are(
     found = read(tmp_path)
     kinds = {f"{split}/{kind}_lpips" for split in ("heldout", "train") for kind in ("rgb", "ae", "rgb_ae")}
     assert {name for name in found["scenes"]["scene_1"] if name.endswith("lpips")} == kinds
-    assert {name for name in found["means"] if name.endswith("lpips")} == {*kinds, "photos/ae_lpips"}
+    assert {name for name in found["means"] if name.endswith("lpips")} == {*kinds, "natural/ae_lpips"}
     assert all(0.1 < found["means"][name] <= 2 for name in kinds)
     other = {name: value for name, value in found["scenes"]["scene_1"].items() if not name.endswith("lpips")}
     assert other == pytest.approx(alone["scenes"]["scene_1"], abs=1e-6, rel=0)
@@ -234,7 +234,7 @@ def test_lpips_where_its_weights_are(
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = str(folder / "outputs/run"), ["--output", str(tmp_path / "out")]
     source = folder / "source"
-    pack(str(tmp_path / "photos"), images=str(source / "photos"))
+    pack(str(tmp_path / "natural_images"), images=str(source / "natural_images"))
     (tmp_path / "file").touch()
 
     def sentence(*arguments: str) -> str:
@@ -247,9 +247,11 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     text = sentence(run, *out, "--scenes", "scene_9", "chair")
     assert "no scene scene_9, chair; did you mean scene_" in text and "scene_0, scene_1, scene_2, scene_3" in text
     assert "no manifest.json in" in sentence(run, *out, f"data.root={tmp_path / 'none'}")
-    assert "was trained on other scenes" in sentence(run, *out, f"data.root={tmp_path / 'photos'}")
-    text = sentence(str(folder / "export"), *out, f"data.root={tmp_path / 'photos'}", "evaluation.photos=0")
-    assert "has neither scenes nor photographs to evaluate on" in text
+    assert "was trained on other scenes" in sentence(run, *out, f"data.root={tmp_path / 'natural_images'}")
+    text = sentence(
+        str(folder / "export"), *out, f"data.root={tmp_path / 'natural_images'}", "evaluation.natural_images=0"
+    )
+    assert "has neither scenes nor natural images to evaluate on" in text
     assert "--output FOLDER" in sentence(str(folder / "export"))
     assert "autoencoder is that of" in sentence(str(folder / "export"), *out, "autoencoder.path=x")
     assert "can't be made" in sentence(run, "--output", str(tmp_path / "file/out"))

@@ -100,20 +100,20 @@ def test_held_out_views_are_exactly_those(data: Path, workers: int) -> None:
     assert chosen(again, "train") == train
 
 
-def test_number_of_scenes_views_and_photographs(data: Path) -> None:
-    found = evaluator(data, views=1, scenes=2, photos=5)
+def test_number_of_scenes_views_and_natural_images(data: Path) -> None:
+    found = evaluator(data, views=1, scenes=2, natural_images=5)
     assert [scene.id for scene in found.scenes] == [0, 2]  # spread evenly
     assert chosen(found, "heldout") == [(0, 0)] and len(chosen(found, "train")) == 2
-    assert found.photos is not None and found.photos.shape == (5, 3, 16, 16)
-    found = evaluator(data, scenes=100, photos=100)
-    assert len(found.scenes) == 4 and found.photos is not None and len(found.photos) == 11
-    assert evaluator(data, photos=0).photos is None
+    assert found.natural_images is not None and found.natural_images.shape == (5, 3, 16, 16)
+    found = evaluator(data, scenes=100, natural_images=100)
+    assert len(found.scenes) == 4 and found.natural_images is not None and len(found.natural_images) == 11
+    assert evaluator(data, natural_images=0).natural_images is None
 
 
 @torch.no_grad()
 def test_figures_are_those_of_other_implementations(data: Path) -> None:
     model, bank = build()
-    found = evaluator(data, views=3, photos=6)
+    found = evaluator(data, views=3, natural_images=6)
     figures = found.measure(model, bank)
     net = model.autoencoder.net
     expected: dict[str, list[float]] = {}
@@ -125,12 +125,12 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
         for i, (scene, view) in enumerate(chosen(found, split)):
             truth = raw(data, scene, view)
             image = torch.from_numpy(truth).permute(2, 0, 1)[None].float()
-            normalised = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
+            normalized = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
             shown = Views(torch.tensor([0]), views.cam2world[i : i + 1], views.intrinsics[i : i + 1])
             rendered = model.render(bank.planes[scene : scene + 1], shown, None)[0]
-            note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalised[0])))
+            note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalized[0])))
             decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2).sample
-            again = net.decode(torch.atanh(normalised) / 0.2).sample
+            again = net.decode(torch.atanh(normalized) / 0.2).sample
             for name, picture in (("rgb", decoded), ("ae", again)):
                 clamped = pixels(picture[0]).clip(-1, 1)
                 note(f"{split}/{name}_psnr", decibels(clamped, truth))
@@ -140,13 +140,13 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
             note(f"{split}/rgb_ae_ssim", similarity(*both))
             if split == "heldout":
                 others = [v for v in range((12, 5, 1, 20)[scene]) if (scene, v) not in HELDOUT]
-                note("heldout/constant_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
-    assert found.photos is not None
-    for photo in found.photos:
-        image = photo.float()[None] / 127.5 - 1
+                note("heldout/baseline_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
+    assert found.natural_images is not None
+    for natural in found.natural_images:
+        image = natural.float()[None] / 127.5 - 1
         clamped = pixels(net.decode(net.encode(image).latent_dist.mean).sample[0]).clip(-1, 1)
-        note("photos/ae_psnr", decibels(clamped, pixels(image[0])))
-        note("photos/ae_ssim", similarity(clamped, pixels(image[0])))
+        note("natural/ae_psnr", decibels(clamped, pixels(image[0])))
+        note("natural/ae_ssim", similarity(clamped, pixels(image[0])))
     assert figures.keys() == expected.keys()
     for name, values in expected.items():
         assert figures[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
@@ -154,7 +154,7 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
 
 
 @torch.no_grad()
-def test_autoencoded_views_do_not_pass_the_normaliser(data: Path) -> None:
+def test_autoencoded_views_do_not_pass_the_normalizer(data: Path) -> None:
     """Its clamp would change latents far out, which training decodes as they are."""
     model, bank = build(create("AutoencoderKL", scale=50.0))
     found = evaluator(data, views=1)
@@ -174,9 +174,9 @@ def test_identity_scenes_have_no_autoencoder_figures(data: Path) -> None:
     figures = evaluator(data, views=2).measure(model, bank)
     assert figures.keys() == {
         *(f"{split}/{name}" for split in ("heldout", "train") for name in ("latent_psnr", "rgb_psnr", "rgb_ssim")),
-        "heldout/constant_psnr",
+        "heldout/baseline_psnr",
     }
-    # Latents are the images; only decoded ones are clamped, and colours may overshoot by 0.002.
+    # Latents are the images; only decoded ones are clamped, and colors may overshoot by 0.002.
     assert figures["heldout/rgb_psnr"] == pytest.approx(figures["heldout/latent_psnr"], abs=0.05)
 
 
@@ -216,8 +216,8 @@ def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
 
 def test_a_single_image_has_figures(data: Path) -> None:
     model, bank = build()
-    figures = evaluator(data, views=1, scenes=1, photos=1).measure(model, bank)
-    assert {"heldout/rgb_ssim", "photos/ae_ssim"} <= figures.keys()
+    figures = evaluator(data, views=1, scenes=1, natural_images=1).measure(model, bank)
+    assert {"heldout/rgb_ssim", "natural/ae_ssim"} <= figures.keys()
 
 
 def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
     assert found.grids(model, bank).keys() == {"views", "latents"}
 
 
-def test_photographs_alone(data: Path, tmp_path: Path) -> None:
-    pack(str(tmp_path / "shards"), images=str(data / "source/photos"))
+def test_natural_images_alone(data: Path, tmp_path: Path) -> None:
+    pack(str(tmp_path / "shards"), images=str(data / "source/natural_images"))
     model, bank = build()
-    found = evaluator(tmp_path, photos=4)
-    assert found.measure(model, bank).keys() == {"photos/ae_psnr", "photos/ae_ssim"}
+    found = evaluator(tmp_path, natural_images=4)
+    assert found.measure(model, bank).keys() == {"natural/ae_psnr", "natural/ae_ssim"}
     assert found.grids(model, bank).keys() == {"views"} and found.orbits(model, bank, tmp_path) == {}

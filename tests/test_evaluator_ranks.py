@@ -49,7 +49,7 @@ class Result:
     grids: dict[str, NDArray[np.uint8]]
     videos: dict[str, Path]
     read: set[int]
-    photos: NDArray[np.uint8]
+    natural_images: NDArray[np.uint8]
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,7 +77,7 @@ def evaluate(case: Case, owned: list[int], folder: Path) -> Result:
         found.grids(model, bank),
         found.orbits(model, bank, folder / "new" / "orbits"),
         {int(scene) for views in found.splits.values() for scene in views.scene} | set(found.mean_views),
-        np.zeros((0, 3, 16, 16), np.uint8) if found.photos is None else found.photos.numpy(),
+        np.zeros((0, 3, 16, 16), np.uint8) if found.natural_images is None else found.natural_images.numpy(),
     )
 
 
@@ -95,18 +95,18 @@ def evaluate_rank(cases: list[Case], owners: list[list[int]], folders: list[Path
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder = tmp_path_factory.mktemp("data")
     shards = runs.packed_data(folder)
-    pack(str(folder / "photos"), images=str(folder / "source/photos"))
+    pack(str(folder / "natural_images"), images=str(folder / "source/natural_images"))
     source = folder / "one" / "scenes"
     shutil.copytree(folder / "source/scenes/square16/scene_2", source / "square16/scene_2")
-    pack(str(folder / "train"), scenes=str(source), subset="square16", images=str(folder / "source/photos"))
+    pack(str(folder / "train"), scenes=str(source), subset="square16", images=str(folder / "source/natural_images"))
     return {
-        "all": Case(shards, {"scenes": None, "photos": 7}),
-        "few": Case(shards, {"scenes": 2, "photos": 2}),  # scenes 0 and 2
-        "one": Case(shards, {"scenes": 1, "photos": 0, "views": 1}),
-        "identity": Case(shards, {"scenes": None, "photos": 4}, identity=True),
-        "train": Case(str(folder / "train"), {"photos": 1}, scenes=1),  # one scene, which has no held-out view
-        "photos": Case(str(folder / "photos"), {"photos": 8, "pictures": 5}, scenes=0),
-        "nothing": Case(str(folder / "photos"), {"photos": 0}, scenes=0),
+        "all": Case(shards, {"scenes": None, "natural_images": 7}),
+        "few": Case(shards, {"scenes": 2, "natural_images": 2}),  # scenes 0 and 2
+        "one": Case(shards, {"scenes": 1, "natural_images": 0, "views": 1}),
+        "identity": Case(shards, {"scenes": None, "natural_images": 4}, identity=True),
+        "train": Case(str(folder / "train"), {"natural_images": 1}, scenes=1),  # one scene, which has no held-out view
+        "natural_images": Case(str(folder / "natural_images"), {"natural_images": 8, "pictures": 5}, scenes=0),
+        "nothing": Case(str(folder / "natural_images"), {"natural_images": 0}, scenes=0),
     }
 
 
@@ -126,7 +126,7 @@ def alone(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> d
 
 OWNERS = {
     2: [[0, 3], [1, 2]],
-    # The first rank draws, and in the case `few` it owns nothing of what is shown and no photograph.
+    # The first rank draws, and in the case `few` it owns nothing of what is shown and no natural image.
     3: [[1], [0], [2, 3]],
 }
 
@@ -151,17 +151,21 @@ def test_ranks_together_see_what_one_rank_sees(
         assert digests(folders[index]) == expected.files and len(expected.files) == len(expected.videos), name
         # Nobody reads what is another's.
         assert [result.read for result in found] == [expected.read & set(owned) for owned in OWNERS[world]]
-        assert np.array_equal(np.concatenate([result.photos for result in found]), expected.photos)
-        sizes = [len(result.photos) for result in found]
+        assert np.array_equal(np.concatenate([result.natural_images for result in found]), expected.natural_images)
+        sizes = [len(result.natural_images) for result in found]
         assert max(sizes) - min(sizes) <= 1
     few = [results[list(cases).index("few")] for results in by_rank]
-    assert world == 2 or (few[0].read == set() and len(few[0].photos) == 0)
+    assert world == 2 or (few[0].read == set() and len(few[0].natural_images) == 0)
 
 
 def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> None:
     kinds = {name: {key.split("/")[0] for key in result.figures} for name, result in alone.items()}
-    assert kinds["all"] == kinds["few"] == {"heldout", "train", "photos"}
-    assert kinds["train"] == {"train", "photos"} and kinds["photos"] == {"photos"} and kinds["nothing"] == set()
+    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural_images"}
+    assert (
+        kinds["train"] == {"train", "natural_images"}
+        and kinds["natural_images"] == {"natural_images"}
+        and kinds["nothing"] == set()
+    )
     assert [len(result.videos) for result in alone.values()] == [3, 2, 1, 3, 1, 0, 0]
     for key, expected in (("views", [3, 1, 1, 3, 1, 5, 0]), ("latents", [3, 1, 1, 0, 1, 0, 0])):
         assert [len(r.grids[key]) // 132 if key in r.grids else 0 for r in alone.values()] == expected
@@ -186,6 +190,6 @@ def draw_slowly(case: Case, owners: list[list[int]], folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["few", "photos"])
+@pytest.mark.parametrize("name", ["few", "natural_images"])
 def test_nobody_waits_for_the_drawing(cases: dict[str, Case], name: str, tmp_path: Path) -> None:
     ranks.run(draw_slowly, 2, cases[name], OWNERS[2] if name == "few" else [[], []], tmp_path)

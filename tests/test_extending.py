@@ -27,8 +27,8 @@ PAGE = ROOT / "docs" / "extending.md"
 SMALL = (
     "data.categories=null data.workers=0 planes.resolution=8 planes.features=8 "
     "render.coarse_samples=4 render.fine_samples=4 train.warmup.epochs=1 train.warmup.batch_size=16 "
-    "train.joint.epochs=1 train.joint.batch_size=16 train.joint.photos=2 train.joint.weights.photo_lpips=0 "
-    "tracking.every=1 evaluation.views=1 evaluation.scenes=2 evaluation.photos=2 evaluation.pictures=0 "
+    "train.joint.epochs=1 train.joint.batch_size=16 train.joint.natural_images=2 train.joint.weights.natural_lpips=0 "
+    "tracking.every=1 evaluation.views=1 evaluation.scenes=2 evaluation.natural_images=2 evaluation.pictures=0 "
     "evaluation.orbits=0 evaluation.orbit_frames=2"
 ).split()
 # Starts each of the commands in processes of its own, which have the changed package behind them.
@@ -179,8 +179,8 @@ def test_the_kernels_leave_other_networks_alone(monkeypatch: pytest.MonkeyPatch)
 
     class Other(DecodingMLP):
         def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            density, colour = super().forward(features)
-            return density + 1, colour
+            density, color = super().forward(features)
+            return density + 1, color
 
     monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
     planes = torch.zeros(1, 3, 4, 4, 8)

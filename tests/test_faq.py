@@ -131,9 +131,9 @@ def scenes_alone(folder: Path, *_: object) -> None:
     Trainer(load(folder, str(folder / "alone"), "train.warmup.epochs=0")).run()
 
 
-def one_photograph(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_natural_image(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = runs.write_data(folder / "source", views=(3, 3), images=1)
-    pack(str(folder / "few"), scenes=str(source / "scenes"), subset="square16", images=str(source / "photos"))
+    pack(str(folder / "few"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images"))
     other_world(monkeypatch, 2)
     own_data(load(folder, str(folder / "few")))
 
@@ -182,8 +182,8 @@ PROVOKED: dict[str, Call] = {
     "nothing was packed because of ... bad input(s), first: ...": without_images,
     "the autoencoder makes images of ... from those of ...": odd_size,
     "unknown category ...": lambda f, s, m: own_data(load(f, s, "data.categories={objaverse: [0, 500]}")),
-    "train.....photos is ... but ... holds no photographs: pack them": scenes_alone,
-    "... photographs can't be shared by ... processes, each of which needs one": one_photograph,
+    "train.....natural_images is ... but ... holds no natural images: pack them": scenes_alone,
+    "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
     "autoencoder.path: ... is no folder, and no hub repository that can be reached and read, with a diffusers "
     "autoencoder": lambda f, s, m: load_autoencoder(AutoencoderConfig(path="/nowhere/vae")),

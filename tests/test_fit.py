@@ -144,7 +144,7 @@ def test_both_stages_lower_their_loss(folder: Path, monkeypatch: pytest.MonkeyPa
     fit._evaluate = dict  # type: ignore[method-assign]
     fit.run()
     tenth = len(losses) // 10
-    # Measured: 0.91 and 0.95 of it. The images are noise, of which a scene can learn the mean colour only.
+    # Measured: 0.91 and 0.95 of it. The images are noise, of which a scene can learn the mean color only.
     assert sum(losses[-tenth:]) < 0.98 * sum(losses[:tenth])
 
 
@@ -270,7 +270,10 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
         (["--resume", "outputs/x"], ["leave --resume out"]),
         (["--stage", "joint"], ["leave --stage out"]),
         (["train.warmup.epochs=0", "train.joint.epochs=0"], ["nothing to do"]),
-        (["train.joint.photos=1", "train.joint.weights.photo_ae=1"], ["train.joint.photos: nothing", "set it to 0"]),
+        (
+            ["train.joint.natural_images=1", "train.joint.weights.natural_ae=1"],
+            ["train.joint.natural_images: nothing", "set it to 0"],
+        ),
         (["model=nowhere/at/all"], ["nowhere/at/all is neither a checkpoint nor the folder of a run"]),
         (["planes.features=16"], ["planes.features is the model's", "leave it out"]),
         (["autoencoder.path=demo"], ["autoencoder.path is the model's"]),
@@ -322,7 +325,7 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
     assert moved == set(trained) - encoder
 
 
-def test_a_background_of_another_colour_is_taken_anew(folder: Path) -> None:
+def test_a_background_of_another_color_is_taken_anew(folder: Path) -> None:
     fit = Fit(load_fit(folder, "data.background=[0, 0.5, 1]"))
     model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     now = fit.model.background.clone()

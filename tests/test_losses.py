@@ -239,7 +239,7 @@ def test_an_unreachable_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError) as error:
         LPIPS()
     text = sentence_of(error)
-    assert "vgg16-397923af.pth" in text and "train.lpips_weights" in text and "photo_lpips" in text
+    assert "vgg16-397923af.pth" in text and "train.lpips_weights" in text and "natural_lpips" in text
 
 
 def test_downloaded_weights_are_used(vgg_file: Path, lpips: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:

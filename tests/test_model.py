@@ -22,10 +22,10 @@ ALL = {
     "latent": 1.0,
     "rgb": 0.7,
     "ae": 0.1,
-    "photo_ae": 0.3,
-    "photo_lpips": 0.01,
-    "photo_kl": 0.02,
-    "photo_tv": 0.05,
+    "natural_ae": 0.3,
+    "natural_lpips": 0.01,
+    "natural_kl": 0.02,
+    "natural_tv": 0.05,
     "planes_tv": 0.4,
     "depth_tv": 0.6,
 }
@@ -84,7 +84,7 @@ def views(**values: Any) -> Views:
     return Views(index, orbit(5, 1.3, 0.3), intrinsics, **values)
 
 
-PHOTOS = noise_images(2, 6)
+NATURAL_IMAGES = noise_images(2, 6)
 
 
 def rendered(model: IGAE, rows: Tensor, given: Views, seed: int | None) -> Rendered:
@@ -106,10 +106,10 @@ def rendered(model: IGAE, rows: Tensor, given: Views, seed: int | None) -> Rende
 def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
     rows, given = planes(), views()
     torch.manual_seed(77)
-    found = model(rows, given, PHOTOS, LossWeights(**ALL), sample, SEED)
+    found = model(rows, given, NATURAL_IMAGES, LossWeights(**ALL), sample, SEED)
 
     net = model.autoencoder.net
-    x, y = given.images.float() / 255 * 2 - 1, PHOTOS.float() / 255 * 2 - 1
+    x, y = given.images.float() / 255 * 2 - 1, NATURAL_IMAGES.float() / 255 * 2 - 1
     dist_x, dist_y = net.encode(x).latent_dist, net.encode(y).latent_dist
     z_x, z_y = dist_x.mean, dist_y.mean
     if sample:
@@ -131,10 +131,10 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         "latent": ((torch.tanh(SCALE * z_x) - r) ** 2).mean(),
         "rgb": ((net.decode(inverse).sample - x) ** 2).mean(),
         "ae": ((net.decode(z_x).sample - x) ** 2).mean(),
-        "photo_ae": ((d_y - y) ** 2).mean(),
-        "photo_lpips": Distance()(d_y, y),
-        "photo_kl": torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean(),
-        "photo_tv": tv(z_y, 2, 3),
+        "natural_ae": ((d_y - y) ** 2).mean(),
+        "natural_lpips": Distance()(d_y, y),
+        "natural_kl": torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean(),
+        "natural_tv": tv(z_y, 2, 3),
         "planes_tv": tv(rows[given.index], 2, 3),
         "depth_tv": tv(depth, 1, 2),
     }
@@ -150,8 +150,8 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_weight_of_zero_leaves_the_term_out(model: IGAE, name: str) -> None:
     rows, given = planes(), views()
-    every = model(rows, given, PHOTOS, LossWeights(**ALL), False, SEED)
-    found = model(rows, given, PHOTOS, LossWeights(**{**ALL, name: 0.0}), False, SEED)
+    every = model(rows, given, NATURAL_IMAGES, LossWeights(**ALL), False, SEED)
+    found = model(rows, given, NATURAL_IMAGES, LossWeights(**{**ALL, name: 0.0}), False, SEED)
     assert found.keys() == every.keys() - {name}
     # And the others stay as they are, up to other batch sizes in the decoder.
     for other in found.keys() - {"total"}:
@@ -163,7 +163,7 @@ def test_a_weight_of_zero_leaves_the_term_out(model: IGAE, name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weight_alone_makes_the_total(model: IGAE, name: str) -> None:
-    found = model(planes(), views(), PHOTOS, weights(**{name: 2.5}), False, SEED)
+    found = model(planes(), views(), NATURAL_IMAGES, weights(**{name: 2.5}), False, SEED)
     assert found["total"].item() == pytest.approx(2.5 * found[name].item(), rel=1e-6)
 
 
@@ -171,10 +171,10 @@ REACHES = {
     "latent": {"rows", "mlp", "encoder"},
     "rgb": {"rows", "mlp", "decoder"},
     "ae": {"encoder", "decoder"},
-    "photo_ae": {"encoder", "decoder"},
-    "photo_lpips": {"encoder", "decoder"},
-    "photo_kl": {"encoder"},
-    "photo_tv": {"encoder"},
+    "natural_ae": {"encoder", "decoder"},
+    "natural_lpips": {"encoder", "decoder"},
+    "natural_kl": {"encoder"},
+    "natural_tv": {"encoder"},
     "planes_tv": {"rows"},
     "depth_tv": {"rows", "mlp"},
 }
@@ -184,7 +184,7 @@ REACHES = {
 def test_gradients_reach_what_a_loss_teaches(model: IGAE, name: str) -> None:
     rows = planes()
     torch.manual_seed(0)
-    model(rows, views(), PHOTOS, weights(**{name: 1.0}), True, SEED)["total"].backward()
+    model(rows, views(), NATURAL_IMAGES, weights(**{name: 1.0}), True, SEED)["total"].backward()
     parts = model.autoencoder.parts()
     groups = {"rows": [rows], "mlp": list(model.mlp.parameters())}
     groups |= {part: [p for _, p in parts[part]] for part in ("encoder", "decoder")}  # type: ignore[index]
@@ -217,10 +217,10 @@ def test_latents_from_a_cache_replace_the_encoder(model: IGAE, monkeypatch: pyte
 
 
 @torch.no_grad()
-def test_views_and_photographs_apart_equal_both_together(model: IGAE) -> None:
+def test_views_and_natural_images_apart_equal_both_together(model: IGAE) -> None:
     rows, given, every = planes(), views(), LossWeights(**ALL)
-    both = model(rows, given, PHOTOS, every, False, SEED)
-    one, other = model(rows, given, None, every, False, SEED), model(None, None, PHOTOS, every, False, SEED)
+    both = model(rows, given, NATURAL_IMAGES, every, False, SEED)
+    one, other = model(rows, given, None, every, False, SEED), model(None, None, NATURAL_IMAGES, every, False, SEED)
     apart = {**one, **other}
     assert one.keys() & other.keys() == {"total"} and apart.keys() == both.keys()
     for name in apart.keys() - {"total"}:
@@ -230,8 +230,8 @@ def test_views_and_photographs_apart_equal_both_together(model: IGAE) -> None:
 
 @torch.no_grad()
 def test_terms_of_absent_inputs_are_absent(model: IGAE) -> None:
-    found = model(None, None, PHOTOS, LossWeights(**ALL), False, SEED)
-    assert found.keys() == {"photo_ae", "photo_lpips", "photo_kl", "photo_tv", "total"}
+    found = model(None, None, NATURAL_IMAGES, LossWeights(**ALL), False, SEED)
+    assert found.keys() == {"natural_ae", "natural_lpips", "natural_kl", "natural_tv", "total"}
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def test_the_background_is_the_encoded_plain_image(name: str) -> None:
     expected = torch.tanh(SCALE * latents)
     mapped = model.background.permute(2, 0, 1) * 2 - 1
     assert (mapped - expected[0]).abs().max() < 5e-7  # float32, measured 6e-8
-    # It is not one colour: an encoder sees the image's border.
+    # It is not one color: an encoder sees the image's border.
     assert model.background.flatten(0, 1).std(0).max() > 1e-4
     # Empty space shows exactly that, through all samples.
     model.mlp.b2[0] = -1e4
@@ -276,7 +276,7 @@ def test_the_background_follows_the_encoder(model: IGAE) -> None:
 
 
 @torch.no_grad()
-def test_identity_renders_colours_at_image_size() -> None:
+def test_identity_renders_colors_at_image_size() -> None:
     model = build(load_autoencoder(AutoencoderConfig(path="identity")), (1.0, 0.5, 0.25))
     assert model.latent_shape == (3, SIZE, SIZE) and model.mlp.out_channels == 3
     assert torch.equal(model.background, torch.tensor([1.0, 0.5, 0.25]).expand(SIZE, SIZE, 3))
@@ -311,7 +311,7 @@ def test_bytes_become_signed_values() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "needed"),
-    [({}, False), ({"rgb": 1.0}, True), ({"ae": 1.0}, True), ({"photo_ae": 1.0, "planes_tv": 1.0}, False)],
+    [({}, False), ({"rgb": 1.0}, True), ({"ae": 1.0}, True), ({"natural_ae": 1.0, "planes_tv": 1.0}, False)],
 )
 def test_which_losses_need_images(settings: dict[str, float], needed: bool) -> None:
     assert LossWeights(**settings).needs_images is needed

@@ -41,15 +41,15 @@ def renderer() -> Renderer:
     return Renderer(32, 4)
 
 
-def square(material: Material, depth: float = 0.0, colours: Any = None) -> Part:
+def square(material: Material, depth: float = 0.0, colors: Any = None) -> Part:
     """A square of side 0.8 across the view from the front, `depth` behind the origin."""
     positions = np.array([[-0.4, depth, -0.4], [0.4, depth, -0.4], [0.4, depth, 0.4], [-0.4, depth, 0.4]])
-    shown = np.ones((4, 4)) if colours is None else np.array(colours)
+    shown = np.ones((4, 4)) if colors is None else np.array(colors)
     return Part(positions, SQUARE["indices"].reshape(2, 3).astype("u4"), None, mesh_files.UV, shown, material)
 
 
 def middle(renderer: Renderer, *parts: Part) -> np.ndarray:
-    """RGB and coverage of the pixels inside squares, which are of one colour; rounding: 0.002."""
+    """RGB and coverage of the pixels inside squares, which are of one color; rounding: 0.002."""
     picture = renderer.render(parts, FRONT[None])[0, 10:22, 10:22] / 255
     assert np.ptp(picture, axis=(0, 1)).max() < 0.005
     return picture.mean(axis=(0, 1))
@@ -66,20 +66,20 @@ def test_supersampling_is_the_mean_of_a_larger_picture():
     assert len(np.unique(coarse[..., 3])) > 5  # its edges are soft
 
 
-def test_unlit_and_emitted_colours_are_those_of_the_file(renderer):
-    colour = np.array([0.1, 0.4, 0.7])
-    shown = mesh_files.displayed(colour)
-    unlit = middle(renderer, square(Material(base=(*colour, 1), unlit=True)))
-    glowing = middle(renderer, square(Material(base=(0, 0, 0, 1), emission=tuple(colour))))
+def test_unlit_and_emitted_colors_are_those_of_the_file(renderer):
+    color = np.array([0.1, 0.4, 0.7])
+    shown = mesh_files.displayed(color)
+    unlit = middle(renderer, square(Material(base=(*color, 1), unlit=True)))
+    glowing = middle(renderer, square(Material(base=(0, 0, 0, 1), emission=tuple(color))))
     for seen in (unlit, glowing):
         assert seen == pytest.approx([*shown, 1], abs=0.003)
 
 
 def test_alpha(renderer):
     """A share of the samples; at 0.5 and 0.25 all numbers are exact: 8 and 4 of 16."""
-    grey = mesh_files.displayed(np.array(0.2))
+    gray = mesh_files.displayed(np.array(0.2))
     half = Material(base=(0.2, 0.2, 0.2, 0.5), cutoff=None, unlit=True)
-    assert middle(renderer, square(half)) == pytest.approx([*[(grey + 1) / 2] * 3, 0.5], abs=0.003)
+    assert middle(renderer, square(half)) == pytest.approx([*[(gray + 1) / 2] * 3, 0.5], abs=0.003)
     # Two behind each other: the second covers a part of what the first leaves open, not the same samples again.
     both = middle(renderer, square(half), square(replace(half, base=(0.2, 0.2, 0.2, 0.25)), depth=0.1))
     assert 0.55 < both[3] < 0.76
@@ -89,7 +89,7 @@ def test_alpha(renderer):
 
 
 def test_textures_are_filtered_as_linear_values(renderer):
-    """A chessboard finer than the samples is as bright as its mean light, not as its mean grey value."""
+    """A chessboard finer than the samples is as bright as its mean light, not as its mean gray value."""
     board = (np.indices((512, 512)).sum(axis=0) % 2 * 255).astype(np.uint8)
     seen = middle(renderer, square(Material(base_image=Image.fromarray(board), unlit=True)))
     assert np.abs(seen[:3] - mesh_files.displayed(np.array(0.5))).max() < 0.01  # 0.735, not 0.5

@@ -282,7 +282,7 @@ def test_parts_are_disjoint_complete_and_even(count: int, world: int) -> None:
     if count >= world:
         assert [share(count, rank, world) for rank in range(world)] == parts
     else:
-        message = f"{count} photographs .* {world} processes.*: start fewer processes, or pack more photographs$"
+        message = f"{count} natural images .* {world} processes.*: start fewer processes, or pack more natural images$"
         with pytest.raises(ValueError, match=message):
             share(count, 0, world)
 

@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def sources(data: Path) -> dict[str, str]:
-    return {"scenes": str(data / "scenes"), "subset": "square16", "images": str(data / "photos")}
+    return {"scenes": str(data / "scenes"), "subset": "square16", "images": str(data / "natural_images")}
 
 
 def test_layout(data, tmp_path):
@@ -84,8 +84,8 @@ def test_layout(data, tmp_path):
         camera = json.loads(both[f"{key}.json"])
         assert camera["cam2world"] == transforms["frames"][int(view)]["transform_matrix"]
         assert camera["intrinsics"] == [[70 / 64, 0, 0.5], [0, 70 / 64, 0.5], [0, 0, 1]]
-    photos = sorted(members(tmp_path / "out", "images-*").values())
-    assert photos == sorted(path.read_bytes() for path in (data / "photos").rglob("*.jpg"))
+    natural_images = sorted(members(tmp_path / "out", "images-*").values())
+    assert natural_images == sorted(path.read_bytes() for path in (data / "natural_images").rglob("*.jpg"))
     for shard in manifest.shards:
         raw = (tmp_path / "out" / shard.name).read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (shard.bytes, shard.sha256)
@@ -179,8 +179,8 @@ def test_manifest_errors(data, tmp_path):
 def test_resize(data, tmp_path):
     big = data / "scenes/square16/scene_0/images/003.png"
     big.write_bytes(picture(1, size=64, mode="RGBA"))
-    (data / "photos" / "wide.png").write_bytes(picture(2, size=40))
-    Image.open(data / "photos" / "wide.png").crop((0, 0, 40, 24)).save(data / "photos" / "wide.png")
+    (data / "natural_images" / "wide.png").write_bytes(picture(2, size=40))
+    Image.open(data / "natural_images" / "wide.png").crop((0, 0, 40, 24)).save(data / "natural_images" / "wide.png")
     with pytest.raises(Refused) as refused:
         pack(str(tmp_path / "out"), **sources(data))
     assert len(refused.value.problems) == 2
@@ -292,13 +292,13 @@ def test_duplicate_scene(data, tmp_path):
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_1"] and len(left_out) == 1
 
 
-def test_bad_photograph(data, tmp_path):
-    (data / "photos/class_1/1.jpg").write_bytes(picture(1, kind="JPEG")[:-100])
-    (data / "photos/class_1/other.jpg").write_bytes(picture(1, kind="JPEG", size=20))
+def test_bad_natural_image(data, tmp_path):
+    (data / "natural/class_1/1.jpg").write_bytes(picture(1, kind="JPEG")[:-100])
+    (data / "natural/class_1/other.jpg").write_bytes(picture(1, kind="JPEG", size=20))
     with pytest.raises(Refused) as refused:
-        pack(str(tmp_path / "out"), images=str(data / "photos"))
+        pack(str(tmp_path / "out"), images=str(data / "natural_images"))
     assert sorted(p.split()[1] for p in refused.value.problems) == ["class_1/1.jpg", "class_1/other.jpg"]
-    manifest, left_out = pack(str(tmp_path / "out"), images=str(data / "photos"), skip_bad=True)
+    manifest, left_out = pack(str(tmp_path / "out"), images=str(data / "natural_images"), skip_bad=True)
     assert manifest.images == 6 and len(left_out) == 2 and manifest.scenes == [] and manifest.cameras is None
     assert verify(str(tmp_path / "out")) == []
 
@@ -310,7 +310,7 @@ def test_overwrite(data, tmp_path):
     with pytest.raises(ValueError, match="manifest.json already"):
         pack(str(out), **sources(data))
     assert digests(out) == before
-    (data / "photos/class_1/1.jpg").write_bytes(b"")
+    (data / "natural/class_1/1.jpg").write_bytes(b"")
     with pytest.raises(Refused):
         pack(str(out), **sources(data), overwrite=True)
     assert digests(out) == before  # refusing leaves what was there
@@ -329,9 +329,11 @@ def test_command(data, tmp_path):
     refused = tool(*base)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and not out.exists()
     assert "scene 'scene_3': images/011.png is missing" in refused.stderr.splitlines()
-    done = tool(*base, "--images", data / "photos", "--categories", "toys: [1, 4]", "--skip-bad", "--shard-size", "1MB")
+    done = tool(
+        *base, "--images", data / "natural_images", "--categories", "toys: [1, 4]", "--skip-bad", "--shard-size", "1MB"
+    )
     assert done.returncode == 0, done.stderr
-    assert "2 scenes with 5 training and 1 held-out views, 7 photographs" in done.stdout
+    assert "2 scenes with 5 training and 1 held-out views, 7 natural images" in done.stdout
     assert "left out 1:\nscene 'scene_3': images/011.png is missing" in done.stderr
     assert tool("--verify", out).returncode == 0
     raw = bytearray((out / "heldout-00000.tar").read_bytes())
@@ -342,7 +344,7 @@ def test_command(data, tmp_path):
 
 
 def interrupt(out: Path, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C when all scenes are written and no photograph is."""
+    """Ctrl-C when all scenes are written and no natural image is."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(packing, "_write_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         pack(str(out), **arguments)

@@ -86,7 +86,7 @@ def test_from_and_to_s3_in_two_runs(tmp_path, monkeypatch):
                 found[name] = found.get(name, 0) + 1
             return found
 
-        options: dict[str, Any] = {"scenes": "s3://bucket/raw/scenes", "images": "s3://bucket/raw/photos"}
+        options: dict[str, Any] = {"scenes": "s3://bucket/raw/scenes", "images": "s3://bucket/raw/natural_images"}
         write = packing._write_scenes
 
         def stop(job: jobs.Job, *rest: Any) -> jobs.Written:
@@ -113,7 +113,7 @@ def test_from_and_to_s3_in_two_runs(tmp_path, monkeypatch):
         names = {path.rsplit("/", 1)[-1] for path in s3.ls("bucket/packed", detail=False, refresh=True)}
         assert names == {"manifest.json", *(shard.name for shard in manifest.shards)}
         assert verify("s3://bucket/packed", workers=4) == []
-        local = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+        local = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
         assert pack(str(tmp_path / "local"), **local, subset="square16", shard_size=12_000)[0] == manifest
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the package: what may import what, licence, sizes, requirements."""
+"""The shape of the package: what may import what, license, sizes, requirements."""
 
 import ast
 import configparser
@@ -129,7 +129,7 @@ def test_imports_go_downwards() -> None:
 def test_source_file(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 400, f"{len(lines)} lines: split it"
-    assert any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:2]), "the licence line is missing"
+    assert any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:2]), "the license line is missing"
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -147,7 +147,7 @@ def test_version_is_one() -> None:
     assert setup_cfg()["metadata"]["version"] == igae.__version__
 
 
-def test_licence() -> None:
+def test_license() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
     assert setup_cfg()["metadata"]["license"] == "Apache-2.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of the photographs: what each rank reads."""
+"""Parts of the natural images: what each rank reads."""
 
 import io
 import shutil
@@ -20,20 +20,20 @@ from igae.data.pack import pack
 from igae.data.shards import read_records
 from igae.data.streams import StreamState, image_loader
 
-PHOTOS = 23
+NATURAL_IMAGES = 23
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("parts")
-    data = write_data(folder / "data", views=(3,), images=PHOTOS)
-    manifest, _ = pack(str(folder / "out"), images=str(data / "photos"), shard_size=15_000)
-    assert manifest.images == PHOTOS and len(manifest.shards) >= 4
+    data = write_data(folder / "data", views=(3,), images=NATURAL_IMAGES)
+    manifest, _ = pack(str(folder / "out"), images=str(data / "natural_images"), shard_size=15_000)
+    assert manifest.images == NATURAL_IMAGES and len(manifest.shards) >= 4
     return str(folder / "out"), manifest
 
 
 def stored(root: str, manifest: Manifest) -> list[bytes]:
-    """The decoded photographs in their order."""
+    """The decoded natural images in their order."""
     images = [record.image for shard in manifest.shards for record in read_records(root, shard)]
     return [np.asarray(Image.open(io.BytesIO(image))).transpose(2, 0, 1).tobytes() for image in images]
 
@@ -49,10 +49,12 @@ def read(root: str, manifest: Manifest, batches: int | None = None, **options) -
 
 @st.composite
 def shares(draw) -> list[range]:
-    """Ranges of all photographs, one for each rank, none empty."""
+    """Ranges of all natural images, one for each rank, none empty."""
     ranks = draw(st.integers(1, 6))
-    cuts = sorted(draw(st.lists(st.integers(1, PHOTOS - 1), min_size=ranks - 1, max_size=ranks - 1, unique=True)))
-    return [range(a, b) for a, b in zip([0, *cuts], [*cuts, PHOTOS], strict=True)]
+    cuts = sorted(
+        draw(st.lists(st.integers(1, NATURAL_IMAGES - 1), min_size=ranks - 1, max_size=ranks - 1, unique=True))
+    )
+    return [range(a, b) for a, b in zip([0, *cuts], [*cuts, NATURAL_IMAGES], strict=True)]
 
 
 @given(parts=shares(), shuffle=st.sampled_from([0, 1, 4, 2000]), seed=st.integers(0, 5), batch=st.integers(1, 9))
@@ -69,12 +71,15 @@ def test_parts_are_the_data_set_without_overlap(packed, parts, shuffle, seed, ba
 
 
 @given(
-    start=st.integers(0, PHOTOS - 1), length=st.integers(1, PHOTOS), batch=st.integers(1, 9), step=st.integers(0, 12)
+    start=st.integers(0, NATURAL_IMAGES - 1),
+    length=st.integers(1, NATURAL_IMAGES),
+    batch=st.integers(1, 9),
+    step=st.integers(0, 12),
 )
 @settings(max_examples=40)
 def test_resume_inside_a_part(packed, start, length, batch, step):
     root, manifest = packed
-    part = range(start, min(start + length, PHOTOS))
+    part = range(start, min(start + length, NATURAL_IMAGES))
     options = {"batch_size": batch, "seed": 7, "shuffle": 5, "part": part}
     whole = read(root, manifest, 14, **options)
     epochs = [whole[i : i + len(part)] for i in range(0, len(whole) - len(part) + 1, len(part))]
@@ -92,7 +97,7 @@ def test_all_is_the_part_of_all(packed):
     root, manifest = packed
     for shuffle in (0, 3, 2000):
         options = {"batch_size": 5, "seed": 3, "shuffle": shuffle}
-        assert read(root, manifest, 12, **options) == read(root, manifest, 12, part=range(PHOTOS), **options)
+        assert read(root, manifest, 12, **options) == read(root, manifest, 12, part=range(NATURAL_IMAGES), **options)
 
 
 def test_only_shards_of_the_part_are_opened(packed, tmp_path):
@@ -118,11 +123,11 @@ def test_order_of_a_shard_is_not_read_beyond_the_part(packed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part", [range(3, 3), range(-1, 2), range(0, PHOTOS + 1), range(5, 2), range(0, 4, 2), range(0)]
+    "part", [range(3, 3), range(-1, 2), range(0, NATURAL_IMAGES + 1), range(5, 2), range(0, 4, 2), range(0)]
 )
 def test_wrong_parts(packed, part):
     root, manifest = packed
-    with pytest.raises(ValueError, match=f"is no part of {PHOTOS} photographs"):
+    with pytest.raises(ValueError, match=f"is no part of {NATURAL_IMAGES} natural images"):
         image_loader(root, manifest, batch_size=1, part=part)
 
 

@@ -53,11 +53,11 @@ def test_latent_to_rgb_of_odd_latents() -> None:
     assert np.array_equal(one[..., 0], one[..., 1]) and np.array_equal(one[..., 0], one[..., 2])
 
 
-def test_channels_are_grey_and_comparable() -> None:
+def test_channels_are_gray_and_comparable() -> None:
     torch.manual_seed(0)
     latents = torch.randn(2, 5, 4, 6, dtype=torch.float64) * torch.tensor([1.0, 9, 0.1, 1, 1])[:, None, None] + 3
     latents[:, 4] = 7.0
-    found = pictures.channels_to_grey(latents, (8, 18))
+    found = pictures.channels_to_gray(latents, (8, 18))
     assert found.shape == (2, 5, 8, 18, 3) and found.dtype == np.uint8
     assert (found == found[..., :1]).all() and (found[:, 4] == 128).all()  # constant: no division by zero
     for i, channel, row, column in [(0, 0, 0, 0), (1, 1, 7, 17), (1, 2, 3, 8), (0, 3, 5, 11)]:
@@ -67,7 +67,7 @@ def test_channels_are_grey_and_comparable() -> None:
 
 
 def luma(picture: Frames) -> NDArray[np.float64]:
-    """Brightness of Rec. 601, which the colour map is made for."""
+    """Brightness of Rec. 601, which the color map is made for."""
     return picture @ np.array([0.299, 0.587, 0.114])
 
 

@@ -139,7 +139,7 @@ def test_combinations_that_make_no_sense_are_refused(name: str, tmp_path: Path) 
             [
                 "planes={features: 8, base_planes: 2, macro_features: 8}",
                 "train.joint.batch_size=0",
-                "train.joint.weights={latent: 0, photo_ae: 1, base_orthogonality: 1}",
+                "train.joint.weights={latent: 0, natural_ae: 1, base_orthogonality: 1}",
             ],
             "batch_size is 0",
         ),
@@ -247,7 +247,7 @@ def test_a_step_moves_every_number_of_its_scenes(tmp_path: Path, shards: str, na
 
 @pytest.mark.parametrize("name", ["concat, bias", "ultra-light"])
 def test_a_run_with_base_planes_goes_on_as_if_it_had_not_stopped(tmp_path: Path, shards: str, name: str) -> None:
-    short = ["train.warmup.epochs=1", "train.joint.epochs=1", "evaluation.photos=0"]
+    short = ["train.warmup.epochs=1", "train.joint.epochs=1", "evaluation.natural_images=0"]
     whole = Trainer(recipe(tmp_path, shards, name, "experiment=whole", *short))
     figures = whole.run()
     assert math.isfinite(figures["heldout/rgb_psnr"])

@@ -2,7 +2,7 @@
 """Weights of the published code: a file of its names and shapes, imported, against its definition written out slowly.
 
 The definition here works on that file alone: planes are [features, rows, columns] and are read corner by corner, the
-decoder is two matrices, densities and colours are composited from front to back. It shares no code with the package.
+decoder is two matrices, densities and colors are composited from front to back. It shares no code with the package.
 """
 
 import math
@@ -48,7 +48,7 @@ def published_file(folder: Path, features: int = 8, base: int = 0, added: bool =
         }
     decoder = torch.nn.Sequential(torch.nn.Linear(features, 64), torch.nn.Softplus(), torch.nn.Linear(64, 5))
     with torch.no_grad():
-        decoder[2].weight *= 4  # strong colours
+        decoder[2].weight *= 4  # strong colors
         decoder[2].weight[0] /= 4
         decoder[2].bias[0] = 1.5  # seen through in parts
     saved = {
@@ -118,10 +118,10 @@ class Definition:
         samples = [self.field(origin + distance * direction) for distance in t]
         left, total, weights = 1.0, np.zeros(4), []
         for k in range(len(t) - 1):
-            (first, colour), (second, other) = samples[k], samples[k + 1]
+            (first, color), (second, other) = samples[k], samples[k + 1]
             alpha = 1 - math.exp(-np.logaddexp(0, (first + second) / 2 - 1) * (t[k + 1] - t[k]))
             weights.append(left * alpha)
-            total += weights[-1] * (colour + other) / 2
+            total += weights[-1] * (color + other) / 2
             left *= 1 - alpha + 1e-10
         return 2 * (total + (1 - sum(weights)) * np.array(PUBLISHED_WHITE)) - 1, weights
 
@@ -194,7 +194,7 @@ def test_the_rest_of_the_model(tmp_path: Path) -> None:
         latents = original.encode(images).latent_dist.mean
         assert torch.equal(model.autoencoder.posterior(images).mean, latents)
         assert torch.equal(model.autoencoder.decode(latents), original.decode(latents).sample)
-    torch.testing.assert_close(model.autoencoder.normalise(latents), torch.tanh(0.02 * latents))
+    torch.testing.assert_close(model.autoencoder.normalize(latents), torch.tanh(0.02 * latents))
     torch.testing.assert_close(model.background, torch.tensor(PUBLISHED_WHITE).expand(4, 4, 4))
     # Without its configuration the published defaults hold.
     options = read_published(path, {"dataset": {"img_size": SIZE}}).model.options

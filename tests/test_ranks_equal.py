@@ -93,22 +93,24 @@ def train(
     stage = Stage("joint", recipe, engine, model, bank, data, {})
     stage.close()
     views = every_view(recipe, data.manifest)
-    photos = image_loader(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
-    images = next(photos)
-    photos.close()
+    natural_images = image_loader(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
+    images = next(natural_images)
+    natural_images.close()
     mine = [rank()] if world_size() > 1 else list(range(len(parts)))
-    view_batches, photo_batches = [], []
+    view_batches, natural_batches = [], []
     for micro in range(STEPS * accumulate):
         chosen = []
         for part in (parts[i] for i in mine):
             scene = views[part[micro % len(part)]]
             chosen.append(pick(scene, (torch.arange(2) + 2 * micro) % len(scene.view)))
         view_batches.append(join(chosen))
-        photo_batches.append(images[torch.tensor([(micro * len(parts) + i) % 11 for i in mine])])
+        natural_batches.append(images[torch.tensor([(micro * len(parts) + i) % 11 for i in mine])])
     if merge:
         view_batches = [join(view_batches[i : i + accumulate]) for i in range(0, len(view_batches), accumulate)]
-        photo_batches = [torch.cat(photo_batches[i : i + accumulate]) for i in range(0, len(photo_batches), accumulate)]
-    stage._streams = {"views": Fixed(view_batches), "photos": Fixed(photo_batches)}
+        natural_batches = [
+            torch.cat(natural_batches[i : i + accumulate]) for i in range(0, len(natural_batches), accumulate)
+        ]
+    stage._streams = {"views": Fixed(view_batches), "natural_images": Fixed(natural_batches)}
     forward, poison = engine.forward, False
 
     def changed(*arguments: Any, last: bool) -> dict[str, Tensor]:

@@ -39,21 +39,21 @@ def load_small(tmp_path: Path, change: dict[str, Any]) -> Recipe:
     return config.load(Recipe, file)
 
 
-PHOTO_WEIGHTS = {"latent": 0, "photo_ae": 1}
+NATURAL_WEIGHTS = {"latent": 0, "natural_ae": 1}
 
 BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "nothing to train on": (
-        {"train.joint.batch_size": 0, "train.joint.photos": 0, "train.joint.weights": {"latent": 0}},
+        {"train.joint.batch_size": 0, "train.joint.natural_images": 0, "train.joint.weights": {"latent": 0}},
         "train.joint",
         "nothing to train on",
     ),
-    "alternate without photos": (
-        {"train.joint.alternate": True, "train.joint.photos": 0, "train.joint.weights": {"latent": 1}},
+    "alternate without natural_images": (
+        {"train.joint.alternate": True, "train.joint.natural_images": 0, "train.joint.weights": {"latent": 1}},
         "train.joint",
         "alternate",
     ),
     "alternate without views": (
-        {"train.joint.alternate": True, "train.joint.batch_size": 0, "train.joint.weights": PHOTO_WEIGHTS},
+        {"train.joint.alternate": True, "train.joint.batch_size": 0, "train.joint.weights": NATURAL_WEIGHTS},
         "train.joint",
         "alternate",
     ),
@@ -63,8 +63,8 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
         "alternate",
     ),
     "milestones of another schedule": ({"train.warmup.milestones": [3]}, "train.warmup", "milestones"),
-    "photos without their losses": ({"train.warmup.photos": 2}, "train.warmup", "photo_"),
-    "losses without photos": ({"train.joint.photos": 0}, "train.joint", "photos is 0"),
+    "natural_images without their losses": ({"train.warmup.natural_images": 2}, "train.warmup", "natural_"),
+    "losses without natural_images": ({"train.joint.natural_images": 0}, "train.joint", "natural_images is 0"),
     "all rates 0": ({"train.warmup.learning_rates": {}}, "train.warmup", "learning_rates"),
     "negative rate": ({"train.joint.learning_rates.mlp": -1e-4}, "train.joint.learning_rates.mlp", "0"),
     "negative weight": ({"train.joint.weights.rgb": -1}, "train.joint.weights.rgb", "0"),
@@ -91,16 +91,16 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "two autoencoders": ({"autoencoder.path": "demo"}, "autoencoder", "path or create"),
     "no autoencoder": ({"autoencoder": {"scale": 1.0}}, "autoencoder", "path or create"),
     "identity with image losses": (
-        {"autoencoder": {"path": "identity"}, "train.joint.photos": 0, "train.joint.weights": {"rgb": 1}},
+        {"autoencoder": {"path": "identity"}, "train.joint.natural_images": 0, "train.joint.weights": {"rgb": 1}},
         "train.joint",
         "identity",
     ),
-    "identity with photographs": (
-        {"autoencoder": {"path": "identity"}, "train.joint.weights": {"photo_ae": 1}},
+    "identity with natural images": (
+        {"autoencoder": {"path": "identity"}, "train.joint.weights": {"natural_ae": 1}},
         "train.joint",
         "identity",
     ),
-    "unknown key": ({"train.joint.weights.photo_lpip": 1}, "train.joint.weights.photo_lpip", "photo_lpips"),
+    "unknown key": ({"train.joint.weights.natural_lpip": 1}, "train.joint.weights.natural_lpip", "natural_lpips"),
 }
 
 
@@ -115,10 +115,10 @@ def test_rules(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["latent", "rgb", "ae", "planes_tv", "depth_tv"])
 def test_losses_of_views_need_views(name: str) -> None:
-    settings = {"batch_size": 0, "photos": 2, "learning_rates": {"encoder": 1e-4, "decoder": 1e-4}}
-    assert stage(**settings, weights=PHOTO_WEIGHTS).batch_size == 0
+    settings = {"batch_size": 0, "natural_images": 2, "learning_rates": {"encoder": 1e-4, "decoder": 1e-4}}
+    assert stage(**settings, weights=NATURAL_WEIGHTS).batch_size == 0
     with pytest.raises(ValueError, match="batch_size"):
-        stage(**settings, weights={**PHOTO_WEIGHTS, name: 1.0})
+        stage(**settings, weights={**NATURAL_WEIGHTS, name: 1.0})
 
 
 def test_views_need_a_loss() -> None:
@@ -161,11 +161,11 @@ def test_the_published_recipe() -> None:
     assert (recipe.render.coarse_samples, recipe.render.fine_samples) == (48, 48)
     nothing = dict.fromkeys(type(recipe.train.joint.weights).model_fields, 0.0)
     warmup, joint = recipe.train.warmup, recipe.train.joint
-    assert (warmup.epochs, warmup.batch_size, warmup.photos, warmup.mlp_epochs) == (50, 32, 0, 45)
+    assert (warmup.epochs, warmup.batch_size, warmup.natural_images, warmup.mlp_epochs) == (50, 32, 0, 45)
     frozen = dict.fromkeys(type(warmup.learning_rates).model_fields, 0.0)
     assert warmup.learning_rates.model_dump() == {**frozen, "mlp": 1e-3, "planes": 1e-3}
     assert warmup.weights.model_dump() == {**nothing, "latent": 1, "planes_tv": 1e-5}
-    assert (joint.epochs, joint.batch_size, joint.photos, joint.mlp_epochs) == (75, 12, 3, None)
+    assert (joint.epochs, joint.batch_size, joint.natural_images, joint.mlp_epochs) == (75, 12, 3, None)
     rates = {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
     assert joint.learning_rates.model_dump() == {**frozen, **rates}
     assert joint.weights.model_dump() == {
@@ -173,9 +173,9 @@ def test_the_published_recipe() -> None:
         "latent": 1,
         "rgb": 1,
         "ae": 0.1,
-        "photo_ae": 0.1,
-        "photo_lpips": 0.01,
-        "photo_tv": 1e-5,
+        "natural_ae": 0.1,
+        "natural_lpips": 0.01,
+        "natural_tv": 1e-5,
         "planes_tv": 1e-4,
     }
     for part in (warmup, joint):
@@ -191,8 +191,11 @@ def test_the_published_recipe() -> None:
         ({"learning_rates": {"encoder": 1e-4}}, False),
         ({"learning_rates": {"decoder": 1e-4}, "weights": {"rgb": 1}}, False),
         ({"weights": {"latent": 1, "ae": 1}}, False),
-        ({"photos": 1, "learning_rates": {"decoder": 1e-4}, "weights": {"photo_ae": 1}}, True),
-        ({"batch_size": 0, "photos": 1, "learning_rates": {"decoder": 1e-4}, "weights": PHOTO_WEIGHTS}, False),
+        ({"natural_images": 1, "learning_rates": {"decoder": 1e-4}, "weights": {"natural_ae": 1}}, True),
+        (
+            {"batch_size": 0, "natural_images": 1, "learning_rates": {"decoder": 1e-4}, "weights": NATURAL_WEIGHTS},
+            False,
+        ),
     ],
 )
 def test_when_latents_are_encoded_once(values: dict[str, Any], cached: bool) -> None:

@@ -86,7 +86,7 @@ def test_norms_are_those_of_the_gradients(recipe_file: str, monkeypatch: pytest.
         assert min(found.values()) > 0
         assert set(found) >= ({"mlp", "base_planes", "planes"} if line["stage"] == "warmup" else {"encoder", "decoder"})
     # Each of the losses is there, whatever the step that a record comes after: views were in steps 0, 2, ...
-    assert {"loss/latent", "loss/rgb", "loss/photo_ae"} <= lines[-1].keys() and "loss/rgb" in lines[-2]
+    assert {"loss/latent", "loss/rgb", "loss/natural_ae"} <= lines[-1].keys() and "loss/rgb" in lines[-2]
 
 
 @pytest.mark.usefixtures("one_run_a_process")
@@ -163,13 +163,13 @@ def test_figures_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
             "data_wait": (1.5 / 8 + 0.5 + 0.0) / 3,
             "data_wait_max": 0.5,
             "slowest_rank": 1,
-            "imbalance": 9 / 6,  # 6, 9 and 3 seconds
+            "straggler_factor": 9 / 6,  # 6, 9 and 3 seconds
         }
     )
     now += 4
     after = meter.read(1020, Told([([4.0], {"mlp": 1.0, "planes": 1.0}, 4, 0.0, 0.0, {})] * 2))  # type: ignore[arg-type]
     assert after["views_per_second"] == 12 / 4 and after["data_wait"] == 0
-    assert "imbalance" not in after and "slowest_rank" not in after  # nothing was measured, as in captured steps
+    assert "straggler_factor" not in after and "slowest_rank" not in after  # nothing was measured, as in captured steps
     assert after["loss/total"] == pytest.approx(10 / 3)  # of the last step that there was
 
 
@@ -218,11 +218,11 @@ def test_the_rank_that_others_wait_for_is_found(recipe_file: str) -> None:
     ranks.run(train_with_a_slow_rank, 2, str(folder))
     lines = [json.loads(line) for line in (folder / "outputs/slow/metrics.jsonl").read_text().splitlines()]
     # The first steps also make what is made once.
-    warmup, joint = ([r for r in lines if r["stage"] == s and "imbalance" in r][2:] for s in ("warmup", "joint"))
+    warmup, joint = ([r for r in lines if r["stage"] == s and "straggler_factor" in r][2:] for s in ("warmup", "joint"))
     assert len(warmup) == len(joint) == 2
     for line in warmup + joint:
         # Half a second is more than the rest of a step; twice the mean at most. Measured: 1.4 to 1.9.
-        assert line["slowest_rank"] == 1 and 1.15 < line["imbalance"] <= 2, line
+        assert line["slowest_rank"] == 1 and 1.15 < line["straggler_factor"] <= 2, line
     assert all(r["data_wait_max"] > 0.3 and r["data_wait_max"] > 1.5 * r["data_wait"] for r in warmup), warmup
     assert all(r["data_wait_max"] < 0.3 for r in joint), joint
     # What is recorded is what is documented.

@@ -96,7 +96,7 @@ def test_what_is_said(rendered):
 
 
 @pytest.mark.parametrize("name", ["tower", "crate", "sofa"])
-def test_objects_are_upright_centred_and_as_large_as_fits(rendered, meshes, name):
+def test_objects_are_upright_centered_and_as_large_as_fits(rendered, meshes, name):
     matrix = np.array(scene(rendered[0], name)["mesh_to_world"])
     corners = np.concatenate([surface.corners().reshape(-1, 3) for surface in meshes[1][name]])
     world = corners @ matrix[:3, :3].T + matrix[:3, 3]
@@ -109,7 +109,7 @@ def test_objects_are_upright_centred_and_as_large_as_fits(rendered, meshes, name
 
 @pytest.mark.parametrize("name", ["tower", "crate", "sofa"])
 def test_pictures_are_what_rays_find(rendered, meshes, name):
-    """Silhouettes, nearest faces, node transforms, textures, vertex colours and light, in all views."""
+    """Silhouettes, nearest faces, node transforms, textures, vertex colors and light, in all views."""
     data = scene(rendered[0], name)
     assert len(data["frames"]) == VIEWS
     compared = 0
@@ -120,7 +120,7 @@ def test_pictures_are_what_rays_find(rendered, meshes, name):
         expected, hit, sure = mesh_files.trace(meshes[1][name], np.array(data["mesh_to_world"]), frame, *LIGHT)
         assert 0.04 < hit.mean() < 0.7 and not (hit[[0, -1]].any() or hit[:, [0, -1]].any())
         assert (picture[~hit & sure] == 1).all() and (~hit & sure).sum() > 1000
-        # Rounding of the picture: 0.002; measured: 0.0026, where a mip level blends two texels of one colour.
+        # Rounding of the picture: 0.002; measured: 0.0026, where a mip level blends two texels of one color.
         assert np.abs(picture - expected)[hit & sure].max() < 0.006
         compared += int((hit & sure).sum())
     assert compared > 1000  # measured: 1,490 of the crate, whose textured faces have wide borders; more of the others
@@ -163,7 +163,7 @@ def test_two_commands_lead_to_training(rendered, tmp_path):
             seen += 1
     assert seen == 3 * VIEWS
     recipe, log = str(runs.recipe_file(tmp_path, str(shards))), tmp_path / "log"
-    short = ["train.warmup.epochs=0.5", "train.joint.epochs=0", "evaluation.photos=0"]
+    short = ["train.warmup.epochs=0.5", "train.joint.epochs=0", "evaluation.natural_images=0"]
     assert ranks.Ranks(runs.train, 1, recipe, *short, log=str(log)).exit_codes() == [0], log.read_text()
     assert "3 scenes" in log.read_text()
 

@@ -20,7 +20,7 @@ F64 = torch.float64
 
 
 class Direct(nn.Module):
-    """A stand-in for the MLP: feature 0 becomes the raw density scale * f + shift, the others are colours."""
+    """A stand-in for the MLP: feature 0 becomes the raw density scale * f + shift, the others are colors."""
 
     def __init__(self, channels: int, scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def constant_planes(values: list[float], resolution: int = 4) -> Tensor:
 
 
 def coordinates(resolution: int, box: float) -> Tensor:
-    """Where the pixel centres lie along an axis of the box."""
+    """Where the pixel centers lie along an axis of the box."""
     return ((torch.arange(resolution, dtype=F64) + 0.5) / resolution - 0.5) * box
 
 
@@ -145,7 +145,7 @@ def test_rays_that_miss_the_box_are_background_with_finite_gradients(spacing: An
 
 def test_pixel_rays_invert_the_projection() -> None:
     pose, k = look_at((1.0, -2.0, 0.7))[None], pinhole(1.3)
-    k[0, 0, 1], k[0, 0, 2], k[0, 1, 1] = 0.07, 0.45, 0.9  # skew, off-centre, another focal length
+    k[0, 0, 1], k[0, 0, 2], k[0, 1, 1] = 0.07, 0.45, 0.9  # skew, off-center, another focal length
     origins, directions = pixel_rays(pose, k, (3, 5))
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(15, dtype=F64))
     points = (origins + 2.5 * directions) @ pose[0, :3, :3] - pose[0, :3, 3] @ pose[0, :3, :3]
@@ -177,7 +177,7 @@ def test_a_blob_appears_where_it_projects(point: tuple[float, float, float]) -> 
         assert out.opacity[view].max() > 0.5
         found_u, found_v = (mass.sum(0) * grid).sum().item(), (mass.sum(1) * grid).sum().item()
         assert abs(found_u - u) * size < 0.2 and abs(found_v - v) * size < 0.2  # pixels; measured: 0.065
-        # Depth is the distance along the ray, not the z coordinate; the blob's front is 0.044 before its centre.
+        # Depth is the distance along the ray, not the z coordinate; the blob's front is 0.044 before its center.
         assert abs(out.depth[view][int(v * size), int(u * size)] - local[:3].norm()) < 0.06
     if point == (0.2, 0.1, 0.0):  # x right, y down
         mass = out.opacity[0] / out.opacity[0].sum()
@@ -189,16 +189,16 @@ def test_a_blob_appears_where_it_projects(point: tuple[float, float, float]) -> 
 
 @pytest.mark.parametrize(("coarse", "fine"), [(2, 0), (7, 0), (48, 48), (5, 64)])
 def test_slab_of_constant_density(coarse: int, fine: int) -> None:
-    raw, colour, behind, near, far = 2.5, 0.7, 0.2, 1.6, 2.4
+    raw, color, behind, near, far = 2.5, 0.7, 0.2, 1.6, 2.4
     options = RenderOptions(near=near, far=far, box=4.0, coarse_samples=coarse, fine_samples=fine)
     out = render(
-        constant_planes([raw, colour]), Direct(2), along_z(), pinhole(20.0), (3, 3), options,
+        constant_planes([raw, color]), Direct(2), along_z(), pinhole(20.0), (3, 3), options,
         background=torch.tensor([behind], dtype=F64),
     )  # fmt: skip
     # Equal densities: the intervals' products telescope, wherever the samples are. The leak makes it 3e-9.
     opacity = 1 - math.exp(-math.log1p(math.exp(raw - 1)) * (far - near))
     torch.testing.assert_close(out.opacity, torch.full((1, 3, 3), opacity, dtype=F64), rtol=0, atol=1e-8)
-    feature = 2 * (opacity * colour + (1 - opacity) * behind) - 1
+    feature = 2 * (opacity * color + (1 - opacity) * behind) - 1
     torch.testing.assert_close(out.features, torch.full((1, 3, 3, 1), feature, dtype=F64), rtol=0, atol=1e-8)
 
 
@@ -248,7 +248,7 @@ def test_empty_field_is_background_at_the_end_of_the_ray() -> None:
 
 
 def half_space(resolution: int = 64, at: float = 0.0) -> Tensor:
-    """Empty where z < at, opaque behind; colour 0.8."""
+    """Empty where z < at, opaque behind; color 0.8."""
     planes = constant_planes([-30.0, 0.8], resolution)
     planes[0, 1, coordinates(resolution, 1.0) > at, :, 0] += 30000.0
     return planes
@@ -285,13 +285,13 @@ def test_importance_samples_reduce_the_error_on_a_thin_surface() -> None:
 def test_composite_does_not_depend_on_the_order_of_samples() -> None:
     g = torch.Generator().manual_seed(3)
     t = torch.rand(6, 20, dtype=F64, generator=g) + 1
-    density, colour = torch.randn(6, 20, dtype=F64, generator=g) * 3, torch.rand(6, 20, 4, dtype=F64, generator=g)
+    density, color = torch.randn(6, 20, dtype=F64, generator=g) * 3, torch.rand(6, 20, 4, dtype=F64, generator=g)
     order = t.argsort(1)
-    expected = composite(t.gather(1, order), density.gather(1, order), colour.take_along_dim(order[..., None], 1))
-    for got, wanted in zip(composite(t, density, colour), expected, strict=True):
+    expected = composite(t.gather(1, order), density.gather(1, order), color.take_along_dim(order[..., None], 1))
+    for got, wanted in zip(composite(t, density, color), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
-    # and directly: sum of interval weight times mean colour
-    st, sd, sc = (x.take_along_dim(order.view(6, 20, *[1] * (x.ndim - 2)), 1) for x in (t, density, colour))
+    # and directly: sum of interval weight times mean color
+    st, sd, sc = (x.take_along_dim(order.view(6, 20, *[1] * (x.ndim - 2)), 1) for x in (t, density, color))
     w = interval_weights(st, sd)
     mean = (w[..., None] * (sc[:, 1:] + sc[:, :-1]) / 2).sum(1)
     torch.testing.assert_close(expected[0], mean, rtol=0, atol=1e-14)

@@ -306,7 +306,7 @@ def test_compiles_to_one_graph() -> None:
 # --- the MLP ---
 
 
-def test_mlp_initialisation_and_ranges() -> None:
+def test_mlp_initialization_and_ranges() -> None:
     mlp = DecodingMLP(32, 16, generator=torch.Generator().manual_seed(0))
     shapes = {name: tuple(p.shape) for name, p in mlp.named_parameters()}
     assert shapes == {"w1": (64, 32), "b1": (64,), "w2": (17, 64), "b2": (17,)}
@@ -315,9 +315,9 @@ def test_mlp_initialisation_and_ranges() -> None:
     assert not mlp.b1.any() and not mlp.b2.any()
     again = DecodingMLP(32, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mlp.w1, again.w1) and torch.equal(mlp.w2, again.w2)
-    density, colour = mlp(torch.randn(7, 5, 32) * 100)
-    assert density.shape == (7, 5) and colour.shape == (7, 5, 16)
-    assert colour.min() >= -0.001 - 1e-6 and colour.max() <= 1.001 + 1e-6
+    density, color = mlp(torch.randn(7, 5, 32) * 100)
+    assert density.shape == (7, 5) and color.shape == (7, 5, 16)
+    assert color.min() >= -0.001 - 1e-6 and color.max() <= 1.001 + 1e-6
 
 
 # --- refusals ---

@@ -47,8 +47,8 @@ def make_run(folder: Path) -> Path:
     (folder / "config.yaml").write_text(f"experiment: demo\nroot: s3://key:hidden-word@bucket/x\nother: {HOSTILE}\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "device": HOSTILE}))
     for name in ("warmup-00000600", "joint-00001000"):
-        colours = random.integers(0, 256, (3, 10, 3), dtype=np.uint8)
-        save_png(folder / "pictures" / f"{name}.png", colours.repeat(30, axis=0).repeat(30, axis=1))
+        colors = random.integers(0, 256, (3, 10, 3), dtype=np.uint8)
+        save_png(folder / "pictures" / f"{name}.png", colors.repeat(30, axis=0).repeat(30, axis=1))
     frames = random.integers(0, 256, (12, 64, 192, 3), dtype=np.uint8)
     write_video(folder / "orbits" / "warmup" / "old.mp4", frames)
     write_video(folder / "orbits" / "joint" / "chair.mp4", frames)
@@ -114,7 +114,7 @@ def test_pictures_and_the_last_stage_s_orbits_are_inside(report: str, run: Path)
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))), dtype=float)
         truth = np.asarray(Image.open(run / f"pictures/{name}.png"), dtype=float)
         assert shown.shape == truth.shape
-        assert abs(shown - truth).mean() < 6  # 2.6; of other colours: more than 70
+        assert abs(shown - truth).mean() < 6  # 2.6; of other colors: more than 70
 
 
 def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_clients_that_are_not_installed(scheme, client, monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     with pytest.raises(ValueError, match=f"^x:// cannot be used: ImportError: not installed; pip install {client}$"):
         try:
-            pack(f"{scheme}://bucket/out", images="photos")
+            pack(f"{scheme}://bucket/out", images="natural_images")
         except ValueError as error:
             raise ValueError(str(error).replace(f"{scheme}://bucket/out", "x://")) from None
     with pytest.raises(ValueError, match=f"manifest.json cannot be read: ImportError: .*; pip install {client}$"):
@@ -303,7 +303,7 @@ def test_clients_that_are_not_installed(scheme, client, monkeypatch):
 @pytest.fixture
 def packed(tmp_path: Path) -> Manifest:
     data = write_data(tmp_path, views=(9, 9), images=3)
-    arguments = {"scenes": str(data / "scenes"), "images": str(data / "photos"), "shard_size": 32_000}
+    arguments = {"scenes": str(data / "scenes"), "images": str(data / "natural_images"), "shard_size": 32_000}
     return pack("memory://packed", subset="square16", **arguments)[0]
 
 

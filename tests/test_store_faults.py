@@ -35,7 +35,7 @@ READ_TIMEOUT = 0.3
 def local(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("remote")
     data = write_data(folder / "data", views=(5, 3, 5), images=4)
-    sources = {"scenes": str(data / "scenes"), "images": str(data / "photos")}
+    sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     pack(str(folder / "out"), **sources, subset="square16", shard_size=15_000)
     return str(folder / "out")
 
@@ -69,11 +69,11 @@ def roots(proxy: Proxy) -> dict[str, str]:
 
 
 def epoch(root: str, manifest: Manifest, **options) -> list[torch.Tensor]:
-    """All that an epoch of views and photographs gives, in order."""
+    """All that an epoch of views and natural images gives, in order."""
     arguments = {"seed": 3, "workers": 0, "repeat": False, **options}
     views = view_loader(root, manifest, manifest.scenes, batch_size=5, shuffle=6, **arguments)
-    photos = image_loader(root, manifest, batch_size=2, **arguments)
-    return [tensor for batch in views for tensor in vars(batch).values()] + list(photos)
+    natural_images = image_loader(root, manifest, batch_size=2, **arguments)
+    return [tensor for batch in views for tensor in vars(batch).values()] + list(natural_images)
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

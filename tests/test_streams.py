@@ -41,7 +41,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Manifes
         str(root / "out"),
         scenes=str(data / "scenes"),
         subset="square16",
-        images=str(data / "photos"),
+        images=str(data / "natural_images"),
         shard_size=25_000,
     )
     kinds = Counter(shard.kind for shard in manifest.shards)
@@ -193,14 +193,14 @@ def test_resume_of_a_single_pass(packed):
     assert everything(image_loader(root, manifest, **options, state=loader.state)) == []
 
 
-def test_photographs(packed):
+def test_natural_images(packed):
     data, root, manifest = packed
     found = torch.cat(everything(image_loader(root, manifest, batch_size=4, repeat=False, workers=1)))
-    files = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in (data / "photos").rglob("*.jpg")]
+    files = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in (data / "natural_images").rglob("*.jpg")]
     assert sorted(x.numpy().tobytes() for x in found) == sorted(x.tobytes() for x in files)
 
 
-def test_transparent_and_grey_images(tmp_path):
+def test_transparent_and_gray_images(tmp_path):
     data = write_data(tmp_path, views=(4,))
     folder = data / "scenes/square16/scene_0/images"
     (folder / "001.png").write_bytes(picture(1, mode="RGBA"))
@@ -217,8 +217,8 @@ def test_transparent_and_grey_images(tmp_path):
         # half a step of rounding, and a quarter for the background's own rounding to 8 bits
         assert (got[view] - exact).abs().max() <= 0.76
         assert len(rgba[..., 3].unique()) > 1
-    grey = torch.from_numpy(np.asarray(Image.open(folder / "002.png")).copy()).double()
-    assert torch.equal(got[2], grey[..., None].expand(-1, -1, 3))
+    gray = torch.from_numpy(np.asarray(Image.open(folder / "002.png")).copy()).double()
+    assert torch.equal(got[2], gray[..., None].expand(-1, -1, 3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -385,7 +385,9 @@ def test_object_store(packed, monkeypatch):
         target = "s3://bucket/packed"
         with pytest.raises(ValueError, match="no manifest.json in s3://bucket/packed"):
             Manifest.load(target)
-        pack(target, scenes="s3://bucket/raw", subset="square16", images=str(data / "photos"), shard_size=25_000)
+        pack(
+            target, scenes="s3://bucket/raw", subset="square16", images=str(data / "natural_images"), shard_size=25_000
+        )
         remote, local = Manifest.load(target), Manifest.load(root)
         assert remote == local  # every checksum too: the bytes are those of the local run
         options = {"batch_size": 6, "seed": 2, "workers": 2}

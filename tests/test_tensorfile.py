@@ -137,7 +137,7 @@ def test_rows_that_are_not_there(folder: str) -> None:
 
 
 def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows of a large file: few bytes; neighbours: one request; rows a little apart: one request too."""
+    """Few rows of a large file: few bytes; neighbors: one request; rows a little apart: one request too."""
     rows = {"planes": torch.randn(1000, 10_000), "updated": torch.arange(1000)}  # 40 MB
     stamp = write("memory://needed/file", {"ids": torch.arange(1000)}, rows)
     requests: list[int] = []

@@ -190,7 +190,7 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     figures = json.loads((run / "metrics.json").read_text())["joint"]
     for name in ("heldout/rgb_psnr", "train/rgb_psnr", "heldout/latent_psnr", "heldout/ae_psnr", "heldout/rgb_ssim"):
         assert isinstance(figures[name], float)
-    assert {"photos/ae_psnr", "heldout/constant_psnr"} <= figures.keys()
+    assert {"natural/ae_psnr", "heldout/baseline_psnr"} <= figures.keys()
     assert sorted(path.stem.rpartition("-")[0] for path in (run / "pictures").glob("*.png")) == [
         f"{stage}-{name}" for stage in ("joint", "warmup") for name in ("latents", "views")
     ]
@@ -317,11 +317,11 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
         [
             "train.warmup.epochs=0",
             "train.joint.batch_size=0",
-            "train.joint.weights={latent: 0, photo_ae: 1}",
+            "train.joint.weights={latent: 0, natural_ae: 1}",
             "train.joint.learning_rates={encoder: 1.0e-4, decoder: 1.0e-4}",
         ],
     ],
-    ids=["alternate", "bf16", "depth", "decoder-only", "render", "tiny", "rgb", "photos-only"],
+    ids=["alternate", "bf16", "depth", "decoder-only", "render", "tiny", "rgb", "natural_images-only"],
 )
 def test_options_train(recipe_file: str, overrides: list[str]) -> None:
     short = [f"train.{s}.epochs=0.5" for s in ("warmup", "joint") if not any(f"{s}.epochs" in o for o in overrides)]
@@ -340,9 +340,9 @@ def test_options_train(recipe_file: str, overrides: list[str]) -> None:
         (["train.joint.batchsize=3"], "did you mean train.joint.batch_size"),
         (["data.root=/nowhere"], "pack the data first"),
         (["autoencoder={path: /nowhere/vae}"], "autoencoder.path: /nowhere/vae"),
-        (["train.joint.photos=0"], "photos is 0"),
+        (["train.joint.natural_images=0"], "natural_images is 0"),
         (["data.categories={bus: [0, 3]}"], "bus"),
-        (["train.joint.weights.photo_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
+        (["train.joint.weights.natural_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
         (["--resume", "/nowhere/step-00000001"], "has no state.json"),
     ],
 )

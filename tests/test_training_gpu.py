@@ -19,10 +19,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-PLAIN = ["train.kernels=torch", "train.run_ahead=false", "train.cuda_graph=false"]
+PLAIN = ["train.kernels=torch", "train.async_steps=false", "train.cuda_graph=false"]
 FAST = [
     "train.kernels=cuda",
-    *(f"train.{name}=true" for name in ("compile", "channels_last", "run_ahead", "cuda_graph")),
+    *(f"train.{name}=true" for name in ("compile", "channels_last", "async_steps", "cuda_graph")),
 ]
 SHORT = ["train.warmup.epochs=2", "train.joint.epochs=2"]
 
@@ -57,7 +57,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def test_a_host_that_is_ahead_computes_the_same(recipe_file: str) -> None:
-    waits, ahead = run(recipe_file, *PLAIN), run(recipe_file, *PLAIN, "train.run_ahead=true")
+    waits, ahead = run(recipe_file, *PLAIN), run(recipe_file, *PLAIN, "train.async_steps=true")
     worst = difference(ahead, waits)
     print("MEASURED ahead", worst)
     assert worst < 2e-2  # atomic additions come in another order each time, and Adam divides small by small
@@ -112,7 +112,7 @@ def test_compiled_networks_compute_the_same(monkeypatch: pytest.MonkeyPatch, req
 @pytest.mark.parametrize("ahead", [False, True])
 def test_skipped_steps_change_nothing(recipe_file: str, ahead: bool) -> None:
     """With a host that runs ahead the device alone leaves them out."""
-    settings = [f"experiment=skips-{ahead}", "train.max_skipped=3", f"train.run_ahead={ahead}"]
+    settings = [f"experiment=skips-{ahead}", "train.max_skipped=3", f"train.async_steps={ahead}"]
     trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *settings]))
     trainer.run("warmup")
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}

@@ -127,9 +127,9 @@ def test_between_two_cameras() -> None:
 
 def test_an_orbit_starts_where_the_camera_is() -> None:
     for up in ((0.0, 0.0, 1.0), (0.0, -3.0, 0.0), (1.0, 2.0, 3.0)):
-        axis, centre = torch.tensor(up, dtype=torch.float64), torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)
-        expected = orbit(12, 1.3, 0.4, up, centre).double()
-        found = orbit_from(Camera(expected[0], LENS), 12, axis, centre)
+        axis, center = torch.tensor(up, dtype=torch.float64), torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)
+        expected = orbit(12, 1.3, 0.4, up, center).double()
+        found = orbit_from(Camera(expected[0], LENS), 12, axis, center)
         # orbit is in float32
         torch.testing.assert_close(torch.stack([one.cam2world for one in found]), expected, atol=1e-6, rtol=0)
 
@@ -183,11 +183,11 @@ def test_pictures_are_those_of_the_export(made: Made) -> None:
             torch.testing.assert_close(drawn.latents, latents[0])
             torch.testing.assert_close(drawn.depth, depth[0])
             torch.testing.assert_close(drawn.opacity, opacity[0])
-            # Colours of latents are those of the scene's first view, wherever the camera is.
+            # Colors of latents are those of the scene's first view, wherever the camera is.
             first = export.scene(name).render(subject.front, lens_of(subject.angle, (16, 16)))[0][0, :3]
             statistics = (first.mean((1, 2)), first.std((1, 2), correction=0))
-            coloured = latent_to_rgb(latents, (16, 16), statistics)[0]
-            assert np.abs(panels(LATENTS, drawn, scene, (16, 16))[0].astype(int) - coloured).max() <= 1
+            colored = latent_to_rgb(latents, (16, 16), statistics)[0]
+            assert np.abs(panels(LATENTS, drawn, scene, (16, 16))[0].astype(int) - colored).max() <= 1
 
 
 def test_views_and_fewer_pixels(made: Made) -> None:
@@ -203,13 +203,13 @@ def test_views_and_fewer_pixels(made: Made) -> None:
     shapes = {view: [p.shape for p in panels(view, whole, scene, (16, 16))] for view in VIEWS}
     assert shapes[RGB] == shapes[LATENTS] == shapes[DEPTH] == [(16, 16, 3)]
     assert shapes[CHANNELS] == [(32, 32, 3)] and shapes[ALL] == 3 * [(16, 16, 3)]
-    # Each channel has its own place: the grid's cells are the channels as grey pictures, in reading order.
+    # Each channel has its own place: the grid's cells are the channels as gray pictures, in reading order.
     grid = panels(CHANNELS, whole, scene, (16, 16))[0]
     for i in range(4):
         cell = grid[16 * (i // 2) :, 16 * (i % 2) :][:16:2, :16:2].astype(int)
         unit = (whole.latents[i] - scene.mean[i]) / scene.std[i]
-        grey = ((0.5 + unit / 4).clamp(0, 1) * 255).round().int().numpy()
-        assert np.abs(cell - grey[:, :, None]).max() <= 1
+        gray = ((0.5 + unit / 4).clamp(0, 1) * 255).round().int().numpy()
+        assert np.abs(cell - gray[:, :, None]).max() <= 1
     assert side_by_side(panels(ALL, whole, scene, (16, 16))).shape == (16, 48, 3)
     assert subject.model.options == open_subject(str(made.newer), made.overrides, CPU).model.options
 
@@ -217,8 +217,8 @@ def test_views_and_fewer_pixels(made: Made) -> None:
 @pytest.mark.parametrize("window", [(900, 900), (300, 1400), (1400, 300), (40, 30), (1, 1)])
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_panels_fill_the_window(window: tuple[int, int], count: int) -> None:
-    colours = np.arange(count) * 20
-    pictures = [np.full((8, 12, 3), colour, np.uint8) for colour in colours]
+    colors = np.arange(count) * 20
+    pictures = [np.full((8, 12, 3), color, np.uint8) for color in colors]
     sheet = arrange(pictures, [str(i) for i in range(count)], window, 800)
     height, width = sheet.picture.shape[:2]
     assert max(height, width) <= 800 and height / width == pytest.approx(window[0] / window[1], rel=0.1)
@@ -227,7 +227,7 @@ def test_panels_fill_the_window(window: tuple[int, int], count: int) -> None:
     for i, (left, top, right, bottom) in enumerate(sheet.cells):
         x, y = (left + right) / 2, top + (bottom - top) * 0.7
         assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-        assert (sheet.picture[int(y * height), int(x * width)] == colours[i]).all() and sheet.at(x, y) == i
+        assert (sheet.picture[int(y * height), int(x * width)] == colors[i]).all() and sheet.at(x, y) == i
     assert sheet.at(-0.1, 0.5) is None
     # One panel touches two sides of the window.
     if count == 1:

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import join
 
 FORMAT = 2
@@ -91,7 +91,7 @@ def list_complete(root: str) -> list[str]:
         fs, path = fsspec.core.url_to_fs(root)
         return [join(root, name) for name in folders(fs, path) if fs.exists(join(path, name, STATE))]
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
-        raise ValueError(f"the checkpoints at {hide_credentials(root)} can't be listed: {reason(error)}") from error
+        raise ValueError(f"the checkpoints at {redact(root)} can't be listed: {reason(error)}") from error
 
 
 def is_complete(folder: str) -> bool:
@@ -100,7 +100,7 @@ def is_complete(folder: str) -> bool:
         fs, path = fsspec.core.url_to_fs(folder)
         return bool(fs.exists(join(path, STATE)))
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
-        raise ValueError(f"{hide_credentials(folder)} can't be read: {reason(error)}") from error
+        raise ValueError(f"{redact(folder)} can't be read: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
@@ -110,7 +110,7 @@ def reason(error: Exception) -> str:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
     elif not text or not isinstance(error, (OSError, ValueError)):
         text = f"{type(error).__name__} {text}".strip()
-    return hide_credentials(text)
+    return redact(text)
 
 
 def dump_state(progress: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes:

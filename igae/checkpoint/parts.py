@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from igae.checkpoint.layout import OPTIMIZER, SHARED, STATE, File, Progress, reason, scenes_name
 from igae.checkpoint.reader import head
 from igae.checkpoint.writer import Tensors, publish, put, sync_folder
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import join
 from igae.storage import tensors as tensorfile
 
@@ -107,7 +107,7 @@ class Parts:
         try:
             yield
         except Exception as error:  # object stores have errors of their own
-            raise ValueError(f"{hide_credentials(self.folder)} can't be {how}: {reason(error)}") from error
+            raise ValueError(f"{redact(self.folder)} can't be {how}: {reason(error)}") from error
 
 
 def _mark(number: int) -> str:

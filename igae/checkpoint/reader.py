@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igae.checkpoint.layout import CONFIG, OPTIMIZER, SHARED, STATE, File, Progress, parse_state, reason, scenes_name
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import Stamp, TensorFile, join
 
 
@@ -60,7 +60,7 @@ class Loaded:
         if len(missing):
             shown = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
-                f"{hide_credentials(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
+                f"{redact(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
                 "train the scenes that it has, or use a new experiment=NAME"
             )
         where = np.searchsorted(self._ids, wanted)
@@ -122,9 +122,7 @@ def head(folder: str) -> tuple[Progress, dict[str, File], str]:
     try:
         state = _read(folder, STATE)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{hide_credentials(folder)} has no {STATE}: give the folder of a complete checkpoint"
-        ) from None
+        raise ValueError(f"{redact(folder)} has no {STATE}: give the folder of a complete checkpoint") from None
     with _advice(folder):
         progress, files = parse_state(state, join(folder, STATE))
         try:
@@ -150,7 +148,7 @@ def _read(folder: str, name: str) -> bytes:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except Exception as error:  # object stores have errors of their own, for credentials and for the network
-        raise ValueError(f"{hide_credentials(where)} can't be read: {reason(error)}") from error
+        raise ValueError(f"{redact(where)} can't be read: {reason(error)}") from error
     return data
 
 
@@ -160,4 +158,4 @@ def _advice(folder: str) -> Iterator[None]:
         yield
     except ValueError as error:
         text = f"{error}: put that right, or remove {folder} to go on from the one before"
-        raise ValueError(hide_credentials(text)) from error
+        raise ValueError(redact(text)) from error

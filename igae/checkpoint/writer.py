@@ -29,7 +29,7 @@ from igae.checkpoint.layout import (
     reason,
     scenes_name,
 )
-from igae.errors import LostRank, hide_credentials
+from igae.errors import LostRank, redact
 from igae.ranks import Channel, rank
 from igae.storage import join
 from igae.storage import tensors as tensorfile
@@ -128,9 +128,7 @@ class Writer:
             failed, failure = LostRank, f"rank {rank()} has lost another one, {reason(error)}"
         if not failure:
             return None
-        return failed(
-            f"the checkpoint {hide_credentials(folder)} can't be written: {failure}; earlier ones are untouched"
-        )
+        return failed(f"the checkpoint {redact(folder)} can't be written: {failure}; earlier ones are untouched")
 
     def _together(
         self, folder: str, state: dict[str, Any], config: str, files: Files, problem: str | None
@@ -176,7 +174,7 @@ class Writer:
         # Never the one just written: a run that was taken back to an older one writes lower steps than are there.
         others, problem = _attempt(lambda: [other for other in list_complete(self.root) if other != folder])
         if problem is not None:
-            log.warning("old checkpoints in %s are kept: %s", hide_credentials(self.root), problem)
+            log.warning("old checkpoints in %s are kept: %s", redact(self.root), problem)
         for old in (others or [])[: -(self.keep - 1) or None]:
             _try_to_remove(fs, fsspec.core.url_to_fs(old)[1])
 
@@ -203,7 +201,7 @@ def _remove(fs: Any, folder: str) -> None:
 def _try_to_remove(fs: Any, folder: str) -> None:
     _, problem = _attempt(lambda: _remove(fs, folder))
     if problem is not None:
-        log.warning("%s can't be removed: %s", hide_credentials(folder), problem)
+        log.warning("%s can't be removed: %s", redact(folder), problem)
 
 
 def _copies(tensors: Tensors) -> Tensors:

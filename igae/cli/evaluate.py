@@ -2,8 +2,8 @@
 """Evaluate a model: ``python -m igae.evaluate --checkpoint CHECKPOINT|RUN|EXPORT [--scenes NAME ...] [key=value ...]``.
 
 On any number of ranks, under plain python, torchrun or accelerate. Each rank measures some of the scenes and some of
-the photographs (``evaluation`` of the configuration says how many); the first writes ``evaluation.json``, means and the
-figures of each scene, and ``evaluation.csv``, a scene a row.
+the natural images (``evaluation`` of the configuration says how many); the first writes ``evaluation.json``, means and
+the metrics of each scene, and ``evaluation.csv``, a scene a row.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from igae import checkpoint, config, export
 from igae.data import Manifest, Scene
-from igae.errors import hide_credentials, in_one_sentence, log_to_stderr, say
+from igae.errors import in_one_sentence, log_to_stderr, redact, say
 from igae.evaluation import FIGURES, Evaluator, spread
 from igae.export import bare_model, find_model, load_weights, take_settings
 from igae.models import IGAE, LPIPS, load_autoencoder
@@ -80,8 +80,8 @@ def open_subject(where: str, overrides: Sequence[str] = ()) -> Subject:
     scenes = [scene for scene in candidates if scene.name in names]
     if candidates and not scenes:
         raise ValueError(
-            f"{hide_credentials(where)} has none of the {len(candidates)} scenes at "
-            f"{hide_credentials(recipe.data.root)}: say where its own are, data.root=..."
+            f"{redact(where)} has none of the {len(candidates)} scenes at "
+            f"{redact(recipe.data.root)}: say where its own are, data.root=..."
         )
     model = bare_model(
         load_autoencoder(recipe.autoencoder),
@@ -98,7 +98,7 @@ def open_subject(where: str, overrides: Sequence[str] = ()) -> Subject:
 def _settings_of_export(where: str, overrides: Sequence[str]) -> Recipe:
     def complete(data: dict[str, Any]) -> None:
         if any(override.startswith("autoencoder") for override in overrides):
-            raise ValueError(f"autoencoder is that of {hide_credentials(where)}: leave it out")
+            raise ValueError(f"autoencoder is that of {redact(where)}: leave it out")
         data.pop("autoencoder", None)  # where the run had it from
         data["model"] = where
         take_settings(data)
@@ -133,10 +133,10 @@ def evaluate(
         scenes = _named(subject, names)
     else:
         scenes = subject.scenes if settings.scenes is None else spread(subject.scenes, settings.scenes)
-    if not scenes and not min(settings.photos, subject.manifest.images):
+    if not scenes and not min(settings.natural_images, subject.manifest.images):
         raise ValueError(
-            f"{hide_credentials(recipe.data.root)} has neither scenes nor photographs to evaluate on: set "
-            "evaluation.photos above 0, or data.root to other shards"
+            f"{redact(recipe.data.root)} has neither scenes nor natural images to evaluate on: set "
+            "evaluation.natural_images above 0, or data.root to other shards"
         )
     engine = Engine(recipe.train.timeout, alone=True)
     channel, problem = Channel(recipe.train.timeout), None
@@ -218,13 +218,13 @@ def _output(where: str, model: str, output: str | None) -> Path:
     """Where the files go: what is said, or the folder of the run that a checkpoint is in."""
     if output is not None:
         if "://" in output:
-            raise ValueError(f"--output {hide_credentials(output)}: give a folder of this machine")
+            raise ValueError(f"--output {redact(output)}: give a folder of this machine")
         return Path(output)
     if "://" not in where and not export.is_export(model):
         for folder in (Path(where), *Path(model).parents[:2]):
             if (folder / "config.yaml").is_file() and not checkpoint.is_complete(str(folder)):
                 return folder
-    raise ValueError(f"{hide_credentials(where)} is in no run's folder: say where the results go, --output FOLDER")
+    raise ValueError(f"{redact(where)} is in no run's folder: say where the results go, --output FOLDER")
 
 
 def _write(

@@ -4,7 +4,7 @@
 import argparse
 import sys
 
-from igae.errors import hide_credentials, log_to_stderr, say
+from igae.errors import log_to_stderr, redact, say
 from igae.export import check_target, read_run, write
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     size = sum(file.bytes for file in description.files.values()) / 1e6
-    print(hide_credentials(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
+    print(redact(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
     return 0
 
 

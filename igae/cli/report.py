@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.viewer import write_report
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = write_report(arguments.run, arguments.output)
     except (ValueError, OSError, ImportError) as error:
-        print(hide_credentials(f"error: {error}"), file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0

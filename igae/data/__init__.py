@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed data: reading raw scenes and photographs (`sources`), packing them (`pack`), streaming them (`streams`)."""
+"""Packed data: reading raw scenes and natural images (`sources`), packing them (`pack`), streaming them (`streams`)."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from .cameras import is_rigid as is_rigid
-from .cameras import normalised_intrinsics as normalised_intrinsics
+from .cameras import normalized_intrinsics as normalized_intrinsics
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
 from .config import DataConfig as DataConfig

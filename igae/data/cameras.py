@@ -2,7 +2,7 @@
 """Cameras: conventions, intrinsics, checks and orbits.
 
 Everywhere in this package a camera is a `cam2world` matrix [4, 4] in the OpenCV convention (x right, y down, z forward)
-and `intrinsics` [3, 3] normalised by the image size: u = fx x/z + cx runs from 0 (left edge) to 1 (right edge), and v
+and `intrinsics` [3, 3] normalized by the image size: u = fx x/z + cx runs from 0 (left edge) to 1 (right edge), and v
 likewise from the top edge to the bottom edge.
 """
 
@@ -44,17 +44,17 @@ def is_rigid(cam2world: Tensor, tolerance: float = RIGID_TOLERANCE) -> Tensor:
     return (error <= tolerance) & pose.isfinite().flatten(-2).all(-1)
 
 
-def normalised_intrinsics(camera: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
+def normalized_intrinsics(camera: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
     """Reads the intrinsics of a transforms file.
 
     Args:
         camera: `fl_x` (`fl_y`, `cx`, `cy`) in pixels of an image of `w` x `h`, or `camera_angle_x` (`camera_angle_y`)
             in radians. Absent: `fl_y` and `camera_angle_y` follow from square pixels, the principal point is the
-            centre, `w` and `h` are those of the image.
+            center, `w` and `h` are those of the image.
         size: (height, width) of the image in pixels.
 
     Returns:
-        [3, 3] float64, normalised by the image size.
+        [3, 3] float64, normalized by the image size.
 
     Raises:
         ValueError: a value is missing, not a number or out of range, or `w` x `h` has another shape than the image.
@@ -97,16 +97,16 @@ def orbit(
     radius: float,
     elevation: float,
     up: Sequence[float] | Tensor = (0.0, 0.0, 1.0),
-    centre: Sequence[float] | Tensor = (0.0, 0.0, 0.0),
+    center: Sequence[float] | Tensor = (0.0, 0.0, 0.0),
 ) -> Tensor:
-    """Cameras on a circle that look at its axis' point `centre`.
+    """Cameras on a circle that look at its axis' point `center`.
 
     Args:
         frames: number of cameras n, at equal angles; the circle is closed, so the last is one step before the first.
-        radius: distance of every camera from `centre`.
-        elevation: angle of the cameras above the plane through `centre` orthogonal to `up`, in radians.
+        radius: distance of every camera from `center`.
+        elevation: angle of the cameras above the plane through `center` orthogonal to `up`, in radians.
         up: the axis [3] of the orbit, of any length but zero; it points upwards in the images.
-        centre: the point [3] in the middle of the images.
+        center: the point [3] in the middle of the images.
 
     Returns:
         cam2world [n, 4, 4] float32, OpenCV.
@@ -130,7 +130,7 @@ def orbit(
     pose[:, :3, 0] = angle.cos() * second - angle.sin() * first
     pose[:, :3, 2] = -direction
     pose[:, :3, 1] = torch.linalg.cross(pose[:, :3, 2], pose[:, :3, 0])
-    pose[:, :3, 3] = torch.as_tensor(centre, dtype=torch.float64) + radius * direction
+    pose[:, :3, 3] = torch.as_tensor(center, dtype=torch.float64) + radius * direction
     return pose.float()
 
 

@@ -14,7 +14,7 @@ class DataConfig(Section):
     categories: dict[str, tuple[int, int]] | None = None
     """Scenes to train, as ranges [start, stop) of categories, e.g. {objaverse: [0, 500]}; all if left out."""
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """RGB colour in [0, 1] behind the objects; images with an alpha channel are composited over it."""
+    """RGB color in [0, 1] behind the objects; images with an alpha channel are composited over it."""
     workers: int = Field(default=2, ge=0)
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
@@ -26,7 +26,7 @@ class DataConfig(Section):
 
     @field_validator("background")
     @classmethod
-    def _is_a_colour(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+    def _is_a_color(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
         if not all(0 <= channel <= 1 for channel in value):
-            raise ValueError(f"{list(value)} is no RGB colour: its channels must be in [0, 1]")
+            raise ValueError(f"{list(value)} is no RGB color: its channels must be in [0, 1]")
         return value

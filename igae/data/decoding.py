@@ -32,7 +32,7 @@ class ViewBatch:
         scene: int64 [B], ids of the manifest.
         view: int64 [B], indices in the scenes' transforms files.
         cam2world: float32 [B, 4, 4], OpenCV.
-        intrinsics: float32 [B, 3, 3], normalised by the image size.
+        intrinsics: float32 [B, 3, 3], normalized by the image size.
     """
 
     images: Tensor
@@ -72,8 +72,8 @@ class Decoder(Dataset[B], Generic[B]):
     Args:
         root: where the shards are, for messages.
         size: (height, width) of all images.
-        background: colour in [0, 1] that transparent pixels show.
-        ids: id of each scene by name; None: samples are photographs.
+        background: color in [0, 1] that transparent pixels show.
+        ids: id of each scene by name; None: samples are natural images.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from igae.data.manifest import Shard, ShardKind
 from igae.data.sources import SceneRef
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import join
 
 NOTE = ".done"
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """Shards to write: either the scenes of one group or the photographs (key, file) of one shard; bytes of input."""
+    """Shards to write: the scenes of one group or the natural images (key, file) of one shard; bytes of input."""
 
     options: Options
     index: int
@@ -108,7 +108,7 @@ def finish(job: Job, written: Written) -> None:
     fs, root = fsspec.core.url_to_fs(job.options.output)
     fs.invalidate_cache(root)
     if wrong := _missing(job, written):
-        raise OSError(f"{wrong} in {hide_credentials(job.options.output)} is not as large as what was written to it")
+        raise OSError(f"{wrong} in {redact(job.options.output)} is not as large as what was written to it")
     fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, written)))
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import Missing, StoreError, join, read_whole
 
 FORMAT = 1
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class CameraSummary:
-    """Distances of all cameras (training and held-out) from the origin, and their mean normalised focal length."""
+    """Distances of all cameras (training and held-out) from the origin, and their mean normalized focal length."""
 
     min_distance: float
     mean_distance: float
@@ -70,12 +70,12 @@ class Manifest:
 
     Attributes:
         format: version of the layout.
-        image_size: (height, width) of every view and photograph, in pixels.
+        image_size: (height, width) of every view and natural image, in pixels.
         seed: seed of the order of the views in the shards.
         dataset: name that stands for all scenes in `select`.
         shards: all tar files next to the manifest.
         scenes: all scenes; a scene's `id` is its place here.
-        images: number of photographs.
+        images: number of natural images.
         cameras: None where there are no scenes.
     """
 
@@ -95,11 +95,11 @@ class Manifest:
         Raises:
             ValueError: there is none, it is damaged, or another version of the format.
         """
-        where = hide_credentials(join(root, NAME))
+        where = redact(join(root, NAME))
         try:
             text = read_whole(join(root, NAME), where, LIMIT)
         except Missing:
-            hidden = hide_credentials(root)
+            hidden = redact(root)
             raise ValueError(f"no {NAME} in {hidden}: pack the data first with data_tools/pack_shards.py") from None
         except StoreError as error:  # it has no credentials in it, its causes may
             raise ValueError(str(error)) from None
@@ -179,7 +179,7 @@ class Manifest:
         if counts["heldout"] != {scene.name: scene.heldout for scene in self.scenes if scene.heldout}:
             raise _Inconsistent("the shards' held-out views are not those of the scenes")
         if sum(shard.samples for shard in self.shards if shard.kind == "images") != self.images:
-            raise _Inconsistent("the shards' photographs are not as many as it says")
+            raise _Inconsistent("the shards' natural images are not as many as it says")
 
 
 class _Inconsistent(Exception):

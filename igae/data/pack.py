@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: raw scenes and photographs into tar shards with a manifest, and checking what was packed.
+"""Packing: raw scenes and natural images into tar shards with a manifest, and checking what was packed.
 
 The layout of the shards is planned from the sizes of the input files before anything is written, one shard is written
 by one process, and every order comes from the seed: the result does not depend on the number of processes.
@@ -25,7 +25,7 @@ from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest
 from igae.data.pool import Progress, processes
 from igae.data.shards import ShardWriter, verify_shard
 from igae.data.sources import BadInput, SceneRef, SourceScene, View
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import file_system, join
 
 STAGED = ".partial"
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Refused(ValueError):
-    """The input is bad and nothing was packed; `problems` has a sentence for each scene or photograph."""
+    """The input is bad and nothing was packed; `problems` has a sentence for each scene or natural image."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(f"nothing was packed because of {len(problems)} bad input(s), first: {problems[0]}")
@@ -67,20 +67,20 @@ def pack(
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> tuple[Manifest, list[str]]:
-    """Packs scenes and photographs into shards and a manifest in the folder or URL `output`.
+    """Packs scenes and natural images into shards and a manifest in the folder or URL `output`.
 
     Args:
         output: a local folder or any fsspec URL. Locally all files have staging names until everything is written. The
             shards that a run which was stopped has finished are not written again.
-        scenes: folder of the scenes, with or without a dataset_map.json; None: photographs only.
+        scenes: folder of the scenes, with or without a dataset_map.json; None: natural images only.
         subset: folder below `scenes/` or below which the scenes are (`square128`).
         categories: category -> [start, stop) in the lists of dataset_map.json; None: all scenes.
-        images: folder of photographs; None: scenes only.
+        images: folder of natural images; None: scenes only.
         resize: side of the square that images of other sizes are brought to; None: image bytes are copied as they are.
         shard_size: bytes a shard should not exceed; one scene is never split.
-        seed: of the order of views and photographs in the shards.
+        seed: of the order of views and natural images in the shards.
         workers: processes; 1 works in this one.
-        skip_bad: leave bad scenes and photographs out instead of refusing.
+        skip_bad: leave bad scenes and natural images out instead of refusing.
         overwrite: replace what a manifest in `output` describes.
 
     Returns:
@@ -94,29 +94,29 @@ def pack(
         raise ValueError("nothing to pack: give scenes, images or both")
     fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not overwrite:
-        hidden = hide_credentials(output)
+        hidden = redact(output)
         raise ValueError(f"{hidden} has a {NAME} already: choose another folder or overwrite it")
     with processes(workers) as run:
         dataset, refs, problems = sources.find_scenes(scenes, subset, categories) if scenes else ("images", [], [])
         found = run("scanning scenes", _scan, refs)
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, Scanned)]
-        photographs = sources.find_images(images) if images else {}
+        natural_images = sources.find_images(images) if images else {}
         if problems and not skip_bad:
             raise Refused(problems)
-        size = (resize, resize) if resize else _common_size(scanned, images, photographs)
+        size = (resize, resize) if resize else _common_size(scanned, images, natural_images)
         if size is None:
-            raise Refused(problems or [f"no readable image in {hide_credentials(images or '')}"])
+            raise Refused(problems or [f"no readable image in {redact(images or '')}"])
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
         options = Options(output, staged, size, bool(resize), seed, skip_bad)
-        jobs = _plan(options, scanned, images or "", photographs, shard_size)
+        jobs = _plan(options, scanned, images or "", natural_images, shard_size)
         fs.makedirs(root, exist_ok=True)
         if not staged and fs.exists(join(root, NAME)):
             # An object store has no renaming: the manifest is the marker, so it goes before its shards do.
             fs.rm_file(join(root, NAME))
         names = {name for job in jobs for name in job.names.values()}
         try:
-            total = sum(entry.views for entry in scanned) + len(photographs)
+            total = sum(entry.views for entry in scanned) + len(natural_images)
             written = run("packing", _write, jobs, total)
             problems += [sentence for part in written for sentence in part.bad.values()]
             manifest = _manifest(options, dataset, scanned, written)
@@ -131,12 +131,12 @@ def pack(
 
 
 def _common_size(
-    scanned: Sequence[Scanned], images: str | None, photographs: Mapping[str, int]
+    scanned: Sequence[Scanned], images: str | None, natural_images: Mapping[str, int]
 ) -> tuple[int, int] | None:
-    """The size that most scenes' first views have, or most of the first 100 photographs; of equals the first."""
+    """The size that most scenes' first views have, or most of the first 100 natural images; of equals the first."""
     sizes = Counter(entry.size for entry in scanned)
     if not sizes and images:
-        some = list(photographs)[:100]
+        some = list(natural_images)[:100]
         for file, data in zip(some, sources.read_files((images, file) for file in some), strict=True):
             try:
                 image = sources.open_image(data, file)
@@ -173,9 +173,9 @@ def _scan(ref: SceneRef, progress: Progress) -> Scanned | str:
 
 
 def _plan(
-    options: Options, scanned: Sequence[Scanned], root: str, photographs: Mapping[str, int], shard_size: int
+    options: Options, scanned: Sequence[Scanned], root: str, natural_images: Mapping[str, int], shard_size: int
 ) -> list[Job]:
-    """Divides scenes, in their order, and photographs, in a seeded order, over shards."""
+    """Divides scenes, in their order, and natural images, in a seeded order, over shards."""
     pixels = options.size[0] * options.size[1]
 
     def stored(entry: Scanned) -> int:
@@ -186,12 +186,12 @@ def _plan(
         Job(options, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
         for index, group in enumerate(_groups(scanned, stored, shard_size))
     ]
-    files = list(photographs)
+    files = list(natural_images)
     _rng(options.seed, "images").shuffle(files)
     keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
-    groups = _groups(keyed, lambda entry: photographs[entry[1]] + TAR_OVERHEAD, shard_size)
+    groups = _groups(keyed, lambda entry: natural_images[entry[1]] + TAR_OVERHEAD, shard_size)
     return jobs + [
-        Job(options, index, root=root, images=group, bytes=sum(photographs[file] for _, file in group))
+        Job(options, index, root=root, images=group, bytes=sum(natural_images[file] for _, file in group))
         for index, group in enumerate(groups)
     ]
 
@@ -292,7 +292,7 @@ def _write_images(job: Job, progress: Progress) -> Written:
             try:
                 suffix, body, _ = sources.check_image(data, file, job.options.size, job.options.resize, crop=True)
             except BadInput as error:
-                written.bad[file] = f"photograph {error}"
+                written.bad[file] = f"natural image {error}"
                 continue
             out.add(key, {suffix: body})
     if out.entry().samples:

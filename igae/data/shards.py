@@ -2,7 +2,7 @@
 """One shard, a tar file of samples: writing it, reading its raw samples, checking it against its manifest entry.
 
 A sample is an image member `<key>.png|jpg|webp` and, for views, a camera member `<key>.json`, next to each other. The
-key of a view is `<scene>/<index>`, that of a photograph `images/<number>`.
+key of a view is `<scene>/<index>`, that of a natural image `images/<number>`.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import fsspec
 
 from igae.data.cache import Cache
 from igae.data.manifest import Shard, ShardKind
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import File, StoreError, join
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -56,7 +56,7 @@ class Record(NamedTuple):
     Attributes:
         key: `<scene>/<view>` or `images/<number>`.
         image: bytes of the image file.
-        camera: bytes of the JSON; None for photographs.
+        camera: bytes of the JSON; None for natural images.
         shard: its name.
         image_offset: byte in the shard at which the image's member begins.
         camera_offset: the same of the camera.
@@ -203,14 +203,14 @@ class Opening:
 
 
 def _open(root: str, shard: Shard, digest: Any = None, cache: Cache | None = None) -> File:
-    what = f"shard {shard.name} in {hide_credentials(root)}"
+    what = f"shard {shard.name} in {redact(root)}"
     url = join(root, shard.name) if cache is None else cache.get(shard, what)
     return File(url, what, shard.bytes, digest)
 
 
 def wrong(root: str, shard: str, how: str) -> ShardError:
     """The error for a shard that is not as it was packed, with what to do."""
-    hidden = hide_credentials(root)
+    hidden = redact(root)
     todo = f"copy or pack it again, and check all with python data_tools/pack_shards.py --verify {hidden}"
     return ShardError(f"shard {shard} in {hidden} {how}; {todo}")
 
@@ -329,7 +329,7 @@ def verify_shard(root: str, shard: Shard) -> str | None:
     except StoreError as error:
         return str(error)
     except _Damage as error:
-        return f"shard {shard.name} in {hide_credentials(root)} {error}"
+        return f"shard {shard.name} in {redact(root)} {error}"
     if digest.hexdigest() != shard.sha256:
-        return f"shard {shard.name} in {hide_credentials(root)} has another sha256 than the manifest says"
+        return f"shard {shard.name} in {redact(root)} has another sha256 than the manifest says"
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw data as users have it: folders of scenes with a transforms file each, and folders of photographs.
+"""Raw data as users have it: folders of scenes with a transforms file each, and folders of natural images.
 
 Nothing here trusts its input: whatever is wrong becomes a `BadInput` that names the scene and the file.
 """
@@ -18,9 +18,9 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from torch import Tensor
 
-from igae.data.cameras import RIGID_TOLERANCE, is_rigid, normalised_intrinsics, opengl_to_opencv
+from igae.data.cameras import RIGID_TOLERANCE, is_rigid, normalized_intrinsics, opengl_to_opencv
 from igae.data.manifest import name_problem, unknown_category
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.storage import file_system, join
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -34,7 +34,7 @@ READ_TOGETHER = 64
 
 
 class BadInput(ValueError):
-    """One sentence about a scene or photograph that cannot be packed."""
+    """One sentence about a scene or natural image that cannot be packed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class View:
     lens: tuple[tuple[str, float | str], ...]
 
     def intrinsics(self, size: tuple[int, int]) -> list[list[float]]:
-        """Rows of [3, 3], normalised; `size` is the (height, width) of the image file."""
+        """Rows of [3, 3], normalized; `size` is the (height, width) of the image file."""
         try:
             return _intrinsics(self.lens, size)
         except ValueError as error:
@@ -65,7 +65,7 @@ class View:
 
 @functools.lru_cache(maxsize=256)
 def _intrinsics(lens: tuple[tuple[str, float | str], ...], size: tuple[int, int]) -> list[list[float]]:
-    rows: list[list[float]] = normalised_intrinsics(dict(lens), size).tolist()
+    rows: list[list[float]] = normalized_intrinsics(dict(lens), size).tolist()
     return rows
 
 
@@ -101,18 +101,18 @@ def find_scenes(
     dataset = path.rstrip("/").rsplit("/", 1)[-1]
     map_file = join(path, "dataset_map.json")
     if fs.exists(map_file):
-        lists = _read_map(fs.cat_file(map_file), hide_credentials(join(root, "dataset_map.json")))
+        lists = _read_map(fs.cat_file(map_file), redact(join(root, "dataset_map.json")))
         longest = max(lists, key=lambda key: len(lists[key]))
         if set(longest_names := lists[longest]) >= {name for names in lists.values() for name in names}:
             dataset, lists = longest, {longest: longest_names, **lists}
     else:
         if not fs.isdir(fs._strip_protocol(folder)):
-            raise ValueError(f"there is no folder {hide_credentials(folder)}")
+            raise ValueError(f"there is no folder {redact(folder)}")
         entries = fs.ls(fs._strip_protocol(folder), detail=False)
         names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
         lists = {dataset: [name for name in names if _transforms_file(fs, fs._strip_protocol(join(folder, name)))]}
         if not lists[dataset]:
-            hidden = hide_credentials(folder)
+            hidden = redact(folder)
             raise ValueError(f"no scenes in {hidden}: no folder in it has a transforms_opencv.json or transforms.json")
     # The most specific category of a scene is the shortest list that has it.
     category = {name: key for key in sorted(lists, key=lambda key: -len(lists[key])) for name in lists[key]}
@@ -165,13 +165,13 @@ def read_scene(ref: SceneRef) -> SourceScene:
     try:
         name = _transforms_file(fs, folder)
         if name is None:
-            raise BadInput(f"there is no transforms_opencv.json or transforms.json in {hide_credentials(ref.folder)}")
+            raise BadInput(f"there is no transforms_opencv.json or transforms.json in {redact(ref.folder)}")
         try:
             content = json.loads(fs.cat_file(f"{folder}/{name}"))
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{name} is not readable JSON: {error}") from error
         except OSError as error:
-            raise BadInput(f"{name} cannot be read: {hide_credentials(str(error))}") from None
+            raise BadInput(f"{name} cannot be read: {redact(str(error))}") from None
         return SourceScene(ref, _read_frames(content, name))
     except BadInput as error:
         raise BadInput(f"scene {ref.name!r}: {error}") from error
@@ -231,7 +231,7 @@ def _image_file(path: Any, where: str) -> str:
 
 
 def find_images(root: str) -> dict[str, int]:
-    """All photographs below `root` (PNG, JPEG, WebP), sorted by path: path relative to `root` -> size in bytes."""
+    """All natural images below `root` (PNG, JPEG, WebP), sorted by path: path relative to `root` -> size in bytes."""
     fs, path = file_system(root)
     found = fs.find(path, detail=True)
     prefix = path.rstrip("/") + "/"
@@ -241,7 +241,7 @@ def find_images(root: str) -> dict[str, int]:
         if name.lower().endswith(SUFFIXES)
     }
     if not sizes:
-        raise ValueError(f"no PNG, JPEG or WebP images in {hide_credentials(root)}")
+        raise ValueError(f"no PNG, JPEG or WebP images in {redact(root)}")
     return sizes
 
 
@@ -270,12 +270,12 @@ def open_image(data: bytes | Exception, file: str) -> Image.Image:
     """Opens an image without decoding it: its `size`, `mode` and `format` are known.
 
     Raises:
-        BadInput: unreadable, not PNG, JPEG or WebP, of a mode that has no plain colours, or too large to be honest.
+        BadInput: unreadable, not PNG, JPEG or WebP, of a mode that has no plain colors, or too large to be honest.
     """
     if isinstance(data, FileNotFoundError):
         raise BadInput(f"{file} is missing")
     if isinstance(data, Exception):
-        raise BadInput(f"{file} cannot be read: {hide_credentials(str(data))}")
+        raise BadInput(f"{file} cannot be read: {redact(str(data))}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -285,7 +285,7 @@ def open_image(data: bytes | Exception, file: str) -> Image.Image:
     except Exception as error:  # decoders raise whatever a damaged header makes them raise
         raise BadInput(f"{file} is no PNG, JPEG or WebP image") from error
     if image.mode not in MODES:
-        raise BadInput(f"{file} has pixels of mode {image.mode}, which are no 8-bit colours")
+        raise BadInput(f"{file} has pixels of mode {image.mode}, which are no 8-bit colors")
     return image
 
 
@@ -299,7 +299,7 @@ def check_image(
         file: name for messages.
         size: (height, width) that is wanted.
         resize: bring other sizes to `size`; otherwise they are refused. Images that have the size stay as they are.
-        crop: cut the largest centred part of the right shape out before resizing; otherwise another shape is refused.
+        crop: cut the largest centered part of the right shape out before resizing; otherwise another shape is refused.
 
     Returns:
         (extension, bytes to store, (height, width) of the image in the file).
@@ -324,9 +324,9 @@ def check_image(
             raise BadInput(f"{file} is {width}x{height} pixels, which cannot be resized to {size[1]}x{size[0]} evenly")
         scale = min(width / size[1], height / size[0])
         left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-    colours = "RGBA" if image.has_transparency_data else "RGB"
+    colors = "RGBA" if image.has_transparency_data else "RGB"
     box = (left, top, width - left, height - top)
-    small = image.convert(colours).resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
+    small = image.convert(colors).resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
     out = io.BytesIO()
     small.save(out, "PNG")
     return "png", out.getvalue(), found

@@ -17,7 +17,7 @@ from igae.data.decoding import Decoder, ViewBatch, decode_image
 from igae.data.loader import Loader, Plan, StreamState
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.data.shards import Verify
-from igae.errors import hide_credentials
+from igae.errors import redact
 
 __all__ = [
     "ImageLoader",
@@ -64,7 +64,7 @@ def view_loader(
             in their stored order.
         repeat: endless, and batches go across epochs; otherwise one pass, and the last batch may be smaller.
         workers: decoding processes; 0 decodes in this one.
-        background: colour in [0, 1] that transparent pixels show.
+        background: color in [0, 1] that transparent pixels show.
         state: where to begin.
         verify: what of a shard is compared with the manifest before its first sample is given out. `size`: its size, a
             small request each time that it is opened. `sha256`: all its bytes too, which are read through once in each
@@ -77,7 +77,7 @@ def view_loader(
             names the shard.
     """
     if not all(0 <= channel <= 1 for channel in background):
-        raise ValueError(f"background {background} is not a colour in [0, 1]")
+        raise ValueError(f"background {background} is not a color in [0, 1]")
     kind = "scenes" if split == "train" else "heldout"
     names = frozenset(scene.name for scene in scenes)
     counts = Counter[str]()
@@ -86,7 +86,7 @@ def view_loader(
             counts[shard.name] = sum(number for scene, number in shard.scenes.items() if scene in names)
     counts = +counts  # without the shards that have none
     if not counts:
-        raise ValueError(f"the {len(scenes)} chosen scenes have no {split} views in {hide_credentials(root)}")
+        raise ValueError(f"the {len(scenes)} chosen scenes have no {split} views in {redact(root)}")
     shards = [shard for shard in manifest.shards if shard.name in counts]
     kept = _cache(cache, root, shards)
     plan = Plan(root, shards, counts, names, None, verify, seed, shuffle, repeat, kept)
@@ -108,23 +108,23 @@ def image_loader(
     cache: str | None = None,
     part: range | None = None,
 ) -> ImageLoader:
-    """Batches uint8 [B, 3, H, W] of photographs.
+    """Batches uint8 [B, 3, H, W] of natural images.
 
     Args:
-        part: the photographs that are wanted, of `manifest.images`, counted through the shards in the order of the
+        part: the natural images that are wanted, of `manifest.images`, counted through the shards in the order of the
             manifest, inside a shard as stored; shards with none of them are not read. The order, epochs and states are
             those of the part alone. None: all.
         others: as in `view_loader`.
 
     Raises:
-        ValueError: no such photographs, or a number out of range. While iterating `ShardError`, which names the shard.
+        ValueError: no such images, or a number out of range. While iterating `ShardError`, which names the shard.
     """
     if not manifest.images:
-        raise ValueError(f"there are no photographs in {hide_credentials(root)}: pack some with --images")
+        raise ValueError(f"there are no natural images in {redact(root)}: pack some with --images")
     if part is None:
         part = range(manifest.images)
     if part.step != 1 or not 0 <= part.start < part.stop <= manifest.images:
-        raise ValueError(f"part {part} is no part of {manifest.images} photographs")
+        raise ValueError(f"part {part} is no part of {manifest.images} natural images")
     parts: dict[str, range] = {}
     first = 0
     for shard in manifest.shards:

@@ -21,23 +21,23 @@ CHUNK = 32
 SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
 WAYS = ("encoded", "rendered")  # of latents
 MEASURES = ("psnr", "ssim", "lpips")
-KINDS = ("latent_psnr", *(f"{of}_{how}" for of in ("rgb", "ae", "rgb_ae") for how in MEASURES), "constant_psnr")
-FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "photos", "orbit") for kind in KINDS]
+KINDS = ("latent_psnr", *(f"{of}_{how}" for of in ("rgb", "ae", "rgb_ae") for how in MEASURES), "baseline_psnr")
+FIGURES = [f"{split}/{kind}" for split in (*SPLITS, "natural", "orbit") for kind in KINDS]
 """All figures that there can be, in the order in which ranks add them up."""
 
 
 class Evaluator:
-    """Chosen views and photographs, and what is measured and drawn of them.
+    """Chosen views and natural images, and what is measured and drawn of them.
 
-    The choice depends on the data alone. Each rank has the chosen scenes that it owns and its part of the photographs,
-    perhaps none: when it is made it reads their held-out views, one pass of their training views and the photographs,
+    The choice depends on the data alone. Each rank has the chosen scenes that it owns and its part of the images,
+    perhaps none: when it is made it reads their held-out views, one pass of their training views and the images,
     and holds what it needs of them in memory. All ranks call the methods, in the same order.
 
     Args:
         root: folder or URL of the packed data.
         scenes: the scenes of the run, on all ranks the same.
         owned: ids of the scenes whose planes this rank has.
-        background: colour in [0, 1] behind the views.
+        background: color in [0, 1] behind the views.
         workers: decoding processes.
         verify: what of a shard is compared with the manifest.
         cache: folder of copies of shards.
@@ -91,11 +91,11 @@ class Evaluator:
             loader.close()
             self.splits[split] = _join([view for scene in own for view in chosen[scene.id]])
         self.mean_views = {scene: total / seen / 127.5 - 1.0 for scene, (total, seen) in means.items()}
-        self.photos: Tensor | None = None
-        self.photo_count = min(config.photos, manifest.images)
-        self.part = part(self.photo_count, rank(), world_size())
+        self.natural_images: Tensor | None = None
+        self.natural_count = min(config.natural_images, manifest.images)
+        self.part = part(self.natural_count, rank(), world_size())
         if self.part:
-            photos = image_loader(
+            natural_images = image_loader(
                 root,
                 manifest,
                 batch_size=len(self.part),
@@ -106,8 +106,8 @@ class Evaluator:
                 verify=verify,
                 cache=cache,
             )
-            self.photos = next(photos)
-            photos.close()
+            self.natural_images = next(natural_images)
+            natural_images.close()
 
     def measure(self, model: IGAE, bank: SceneBank) -> dict[str, float]:
         """The means of :meth:`table`, without LPIPS and orbits."""
@@ -120,8 +120,8 @@ class Evaluator:
         """PSNR (dB), SSIM and, where its network is given, LPIPS, on every rank: means over all images, and over those
         of each scene by its name.
 
-        ``latent``: rendered against encoded normalised latents; ``rgb``: decoded renders against views; ``ae``:
-        autoencoded views against views; ``rgb_ae``: decoded renders against autoencoded views; ``photos/ae``;
+        ``latent``: rendered against encoded normalized latents; ``rgb``: decoded renders against views; ``ae``:
+        autoencoded views against views; ``rgb_ae``: decoded renders against autoencoded views; ``natural/ae``;
         ``constant``: the mean training view of the scene, the best prediction that does not know the camera, against
         held-out views; ``orbit/latent``: latents rendered around the object, decoded and encoded again, against
         themselves: whether the autoencoder keeps what one scene explains.
@@ -132,7 +132,7 @@ class Evaluator:
             perceptual: on all ranks or on none.
         """
         rows = {scene.id: row for row, scene in enumerate(self.scenes)}
-        photos = len(rows)  # the last row
+        natural_images = len(rows)  # the last row
         totals = torch.zeros(2, len(rows) + 1, len(FIGURES), dtype=torch.float64)  # sums, numbers of images
 
         def note(row: int, name: str, values: Tensor) -> None:
@@ -150,8 +150,8 @@ class Evaluator:
                 scene = int(chunk.scene[0])
                 row, truth = rows[scene], to_signed(chunk.images.to(self.device))
                 latents, rendered, _, _ = self._latents(model, bank, chunk, truth)
-                note(row, f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalise(latents)))
-                decoded = _decode(model, model.autoencoder.denormalise(rendered))
+                note(row, f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalize(latents)))
+                decoded = _decode(model, model.autoencoder.denormalize(rendered))
                 compare(row, f"{split}/rgb", decoded, truth)
                 if not model.autoencoder.is_identity:
                     again = _decode(model, latents)
@@ -159,17 +159,17 @@ class Evaluator:
                     compare(row, f"{split}/rgb_ae", decoded, again)
                 if split == "heldout":
                     mean = self.mean_views[scene].expand(truth.shape).to(self.device)
-                    note(row, "heldout/constant_psnr", psnr(mean, truth))
+                    note(row, "heldout/baseline_psnr", psnr(mean, truth))
         if orbits and not model.autoencoder.is_identity:
             for scene in sorted(self.owned):
                 for rendered in torch.split(_render(model, bank, *self._orbit(scene), self.device)[0], CHUNK):
-                    image = _decode(model, model.autoencoder.denormalise(rendered))
-                    again = model.autoencoder.normalise(model.autoencoder.posterior(image).mean)
+                    image = _decode(model, model.autoencoder.denormalize(rendered))
+                    again = model.autoencoder.normalize(model.autoencoder.posterior(image).mean)
                     note(rows[scene], "orbit/latent_psnr", psnr(again, rendered))
-        if self.photos is not None and not model.autoencoder.is_identity:
-            for images in torch.split(self.photos, 1):  # as in _chunks
+        if self.natural_images is not None and not model.autoencoder.is_identity:
+            for images in torch.split(self.natural_images, 1):  # as in _chunks
                 truth = to_signed(images.to(self.device))
-                compare(photos, "photos/ae", _decode(model, model.autoencoder.posterior(truth).mean), truth)
+                compare(natural_images, "natural/ae", _decode(model, model.autoencoder.posterior(truth).mean), truth)
         sums, counts = self.channel.sum(totals)
 
         def means(total: Tensor, count: Tensor) -> dict[str, float]:
@@ -189,7 +189,7 @@ class Evaluator:
     def _latents(
         self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Encoded latents, rendered normalised latents, depth, opacity."""
+        """Encoded latents, rendered normalized latents, depth, opacity."""
         latents = model.autoencoder.posterior(truth).mean
         rendered, depth, opacity = _render(model, bank, chunk.scene, chunk.cam2world, chunk.intrinsics, self.device)
         return latents, rendered, depth, opacity
@@ -199,7 +199,7 @@ class Evaluator:
         """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row.
 
         ``views``: truth, autoencoder, decoded render, latents encoded and rendered (their first three channels as
-        colours), depth. Without scenes: photographs, autoencoded. ``latents``, where there is an autoencoder: each
+        colors), depth. Without scenes: natural images, autoencoded. ``latents``, where there is an autoencoder: each
         channel, encoded and rendered side by side.
 
         Returns:
@@ -208,9 +208,9 @@ class Evaluator:
         split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
         shown = spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
         if not shown:
-            grid = self._photo_grid(model)
+            grid = self._natural_grid(model)
             return {} if grid is None else {"views": grid}
-        # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colours. One at
+        # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colors. One at
         # a time, because the last bits of a result can depend on what else is in its batch.
         cells = torch.zeros(len(shown), 3, *self.image_size, 3, dtype=torch.uint8)
         latents = torch.zeros(2, len(shown), *model.latent_shape)
@@ -222,10 +222,10 @@ class Evaluator:
             view = _take(views, (views.scene == scene.id).nonzero()[0])
             truth = to_signed(view.images.to(self.device))
             encoded, rendered, depth, opacity = self._latents(model, bank, view, truth)
-            decoded = _decode(model, model.autoencoder.denormalise(rendered))
+            decoded = _decode(model, model.autoencoder.denormalize(rendered))
             for j, image in enumerate((truth, _decode(model, encoded), decoded)):
                 cells[i, j] = torch.from_numpy(pictures.to_uint8(image[0]))
-            latents[:, i] = torch.cat([model.autoencoder.normalise(encoded), rendered]).cpu()
+            latents[:, i] = torch.cat([model.autoencoder.normalize(encoded), rendered]).cpu()
             depths[:, i] = torch.cat([depth, opacity]).cpu()
         cells, latents, depths = (self.channel.sum(filled) for filled in (cells, latents, depths))
         if rank() != 0:
@@ -236,20 +236,20 @@ class Evaluator:
         names = ["truth", "autoencoder", "decoded render", "latents: encoded", "latents: rendered", "depth"]
         grids = {"views": pictures.grid(rows, names)}
         if not model.autoencoder.is_identity:
-            grey = pictures.channels_to_grey(latents.flatten(0, 1), self.image_size)
-            channels = range(len(grey[0]))
-            pairs = [[grey[k, c] for c in channels for k in (i, len(shown) + i)] for i in range(len(shown))]
+            gray = pictures.channels_to_gray(latents.flatten(0, 1), self.image_size)
+            channels = range(len(gray[0]))
+            pairs = [[gray[k, c] for c in channels for k in (i, len(shown) + i)] for i in range(len(shown))]
             grids["latents"] = pictures.grid(pairs, [f"{c + 1} {way}" for c in channels for way in WAYS])
         return grids
 
-    def _photo_grid(self, model: IGAE) -> pictures.Picture | None:
-        count = min(self.config.pictures, self.photo_count)
+    def _natural_grid(self, model: IGAE) -> pictures.Picture | None:
+        count = min(self.config.pictures, self.natural_count)
         if not count:
             return None
         cells = torch.zeros(count, 2, *self.image_size, 3, dtype=torch.uint8)
         for i, place in enumerate(self.part):
-            if place < count and self.photos is not None:
-                truth = to_signed(self.photos[i : i + 1].to(self.device))
+            if place < count and self.natural_images is not None:
+                truth = to_signed(self.natural_images[i : i + 1].to(self.device))
                 for j, image in enumerate((truth, _decode(model, model.autoencoder.posterior(truth).mean))):
                     cells[place, j] = torch.from_numpy(pictures.to_uint8(image[0]))
         cells = self.channel.sum(cells)
@@ -273,7 +273,7 @@ class Evaluator:
             latents = pictures.latent_to_rgb(rendered, self.image_size)
             depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
             for i, piece in enumerate(torch.split(rendered, CHUNK)):
-                for j, image in enumerate(_decode(model, model.autoencoder.denormalise(piece))):
+                for j, image in enumerate(_decode(model, model.autoencoder.denormalize(piece))):
                     k = i * CHUNK + j
                     frames.append(np.concatenate([pictures.to_uint8(image), latents[k], depths[k]], axis=1))
             written[scene.name] = folder / f"{scene.name}.mp4"

@@ -23,11 +23,11 @@ VIDEO = 256  # smaller videos are enlarged: players show them blurred otherwise
 
 def to_uint8(image: Tensor) -> Picture:
     """[3, H, W] in [-1, 1] (clamped) -> [H, W, 3]."""
-    return _quantise((image.detach().float() + 1) / 2).permute(1, 2, 0).cpu().numpy()
+    return _quantize((image.detach().float() + 1) / 2).permute(1, 2, 0).cpu().numpy()
 
 
 def latent_to_rgb(latents: Tensor, size: tuple[int, int], statistics: tuple[Tensor, Tensor] | None = None) -> Picture:
-    """The first three channels of latents [N, c, h, w] as colours [N, *size, 3], enlarged without smoothing.
+    """The first three channels of latents [N, c, h, w] as colors [N, *size, 3], enlarged without smoothing.
 
     A channel's mean - 2 std becomes 0 and its mean + 2 std becomes 255. Mean and standard deviation ([3] each) are of
     all latents of the call unless given: latents which are to be compared belong into one call. Fewer than three
@@ -37,15 +37,15 @@ def latent_to_rgb(latents: Tensor, size: tuple[int, int], statistics: tuple[Tens
         size: (height, width).
     """
     channels = latents.shape[1]
-    colours = latents.detach().float()[:, [i % channels for i in range(3)]]
+    colors = latents.detach().float()[:, [i % channels for i in range(3)]]
     if statistics is None:
-        statistics = colours.mean((0, 2, 3)), colours.std((0, 2, 3), correction=0)
-    mean, std = (value.to(colours)[:, None, None] for value in statistics)
-    return _enlarge(0.5 + (colours - mean) / (4 * std.clamp_min(1e-12)), size)
+        statistics = colors.mean((0, 2, 3)), colors.std((0, 2, 3), correction=0)
+    mean, std = (value.to(colors)[:, None, None] for value in statistics)
+    return _enlarge(0.5 + (colors - mean) / (4 * std.clamp_min(1e-12)), size)
 
 
-def channels_to_grey(latents: Tensor, size: tuple[int, int]) -> Picture:
-    """Each channel of latents [N, c, h, w] as grey pictures [N, c, *size, 3], enlarged without smoothing.
+def channels_to_gray(latents: Tensor, size: tuple[int, int]) -> Picture:
+    """Each channel of latents [N, c, h, w] as gray pictures [N, c, *size, 3], enlarged without smoothing.
 
     A channel's mean - 2 std becomes black and its mean + 2 std white; both are of all latents of the call.
 
@@ -54,14 +54,14 @@ def channels_to_grey(latents: Tensor, size: tuple[int, int]) -> Picture:
     """
     values = latents.detach().float()
     mean, std = values.mean((0, 2, 3), keepdim=True), values.std((0, 2, 3), correction=0, keepdim=True)
-    grey = 0.5 + (values - mean) / (4 * std.clamp_min(1e-12))
-    return _enlarge(grey.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), size).reshape(*latents.shape[:2], *size, 3)
+    gray = 0.5 + (values - mean) / (4 * std.clamp_min(1e-12))
+    return _enlarge(gray.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), size).reshape(*latents.shape[:2], *size, 3)
 
 
 def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Picture:
-    """Depth [N, h, w] as colours [N, *size, 3] on white, near light and far dark, enlarged without smoothing.
+    """Depth [N, h, w] as colors [N, *size, 3] on white, near light and far dark, enlarged without smoothing.
 
-    The range of colours is that of the depths where the opacity ([N, h, w] in [0, 1]) exceeds 1/2, of all N together.
+    The range of colors is that of the depths where the opacity ([N, h, w] in [0, 1]) exceeds 1/2, of all N together.
 
     Args:
         size: (height, width).
@@ -74,9 +74,9 @@ def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Pictu
 
 
 def _cubehelix(lightness: Tensor) -> Tensor:
-    """Colours [N, 3, h, w] of lightness [N, h, w] in [0, 1]; their perceived brightness grows evenly with it.
+    """Colors [N, 3, h, w] of lightness [N, h, w] in [0, 1]; their perceived brightness grows evenly with it.
 
-    D. A. Green, "A colour scheme for the display of astronomical intensity images", 2011, equation 2 with its default
+    D. A. Green, "A color scheme for the display of astronomical intensity images", 2011, equation 2 with its default
     start 0.5, rotations -1.5 and hue 1.
     """
     angle = 2 * math.pi * (0.5 / 3 + 1 - 1.5 * lightness)
@@ -161,10 +161,10 @@ def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
     os.replace(staging, path)
 
 
-def _quantise(values: Tensor) -> Tensor:
+def _quantize(values: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _enlarge(colours: Tensor, size: tuple[int, int]) -> Picture:
+def _enlarge(colors: Tensor, size: tuple[int, int]) -> Picture:
     """[N, 3, h, w] in [0, 1] -> [N, *size, 3]."""
-    return F.interpolate(_quantise(colours), size=size, mode="nearest").permute(0, 2, 3, 1).cpu().numpy()
+    return F.interpolate(_quantize(colors), size=size, mode="nearest").permute(0, 2, 3, 1).cpu().numpy()

@@ -4,7 +4,7 @@
 An export is a folder, at a local path, a fsspec URL or in a hub repository, of
 
 * ``config.json``, ``diffusion_pytorch_model.safetensors``: the autoencoder as diffusers writes it;
-* ``igae.safetensors``: what else all scenes share, by the names of the model's state: decoding MLP, normaliser's scale,
+* ``igae.safetensors``: what else all scenes share, by the names of the model's state: decoding MLP, normalizer's scale,
   background of the field;
 * ``scenes-00000.safetensors`` and so on: planes, a row for each scene; ``scenes.json``: which scene is in which;
 * ``config.yaml``: the resolved configuration of the run, where there was one; ``README.md``: the model card;

@@ -15,7 +15,7 @@ SHOWN = {
     "heldout/rgb_ssim": "SSIM of decoded renders, held-out views",
     "heldout/latent_psnr": "PSNR of rendered latents, held-out views (dB)",
     "heldout/ae_psnr": "PSNR of autoencoded held-out views (dB)",
-    "photos/ae_psnr": "PSNR of autoencoded photographs (dB)",
+    "natural/ae_psnr": "PSNR of autoencoded natural images (dB)",
 }
 
 
@@ -36,7 +36,7 @@ def model_card(description: Description, where: str, content: "Content") -> str:
             EvalResult(
                 task_type="image-to-3d",
                 dataset_type="views",
-                dataset_name="views of its own scenes" if key.startswith("heldout") else "photographs",
+                dataset_name="views of its own scenes" if key.startswith("heldout") else "natural images",
                 metric_type=key.rsplit("_", 1)[-1],
                 metric_name=SHOWN[key],
                 metric_value=round(value, 4),
@@ -65,7 +65,7 @@ def model_card(description: Description, where: str, content: "Content") -> str:
         code = _autoencoder(description.autoencoder, where)
         parts.append(f"## The autoencoder\n\nIt needs diffusers alone:\n\n{code}")
         scale = float(content.model.autoencoder.scale)
-        parts.append(f"Scenes are rendered in normalised latents, tanh({scale:.6g} z) of the autoencoder's z.\n")
+        parts.append(f"Scenes are rendered in normalized latents, tanh({scale:.6g} z) of the autoencoder's z.\n")
     if description.scenes:
         parts.append(f"## A scene\n\n{_scene(where, content)}")
     if content.config is not None:

@@ -44,7 +44,7 @@ class Description:
     image_size: tuple[int, int]
     """(H, W) of the decoded images."""
     background: tuple[float, float, float]
-    """RGB colour in [0, 1] behind the objects."""
+    """RGB color in [0, 1] behind the objects."""
     planes: PlanesConfig
     """What a scene's row is."""
     autoencoder: str | None

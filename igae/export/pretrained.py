@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from igae import checkpoint, export
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.models import IGAE
 
 SECTIONS = ("autoencoder", "planes", "render")
@@ -54,14 +54,14 @@ def take_settings(data: dict[str, Any]) -> None:
         other = [key for key in fixed if key not in wanted or given[key] != wanted[key]]
         if other:
             raise ValueError(
-                f"{name}.{other[0]} is the model's ({hide_credentials(data['model'])}): leave it out; of {name} only "
+                f"{name}.{other[0]} is the model's ({redact(data['model'])}): leave it out; of {name} only "
                 f"{', '.join(key.partition('.')[2] for key in FREE if key.startswith(name))} can be set"
             )
         data[name] = {**wanted, **given}
 
 
 def load_weights(folder: str, model: IGAE) -> None:
-    """Take autoencoder, normaliser, MLP, base planes and background from a checkpoint or export.
+    """Take autoencoder, normalizer, MLP, base planes and background from a checkpoint or export.
 
     Raises:
         ValueError: they are of another architecture.
@@ -77,10 +77,10 @@ def load_weights(folder: str, model: IGAE) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"model: {hide_credentials(folder)} has weights of another model than its settings say ({reason})"
+            f"model: {redact(folder)} has weights of another model than its settings say ({reason})"
         ) from error
     model.refresh_background()
-    # To the last bit as it was, where the views have the size and colour that they had.
+    # To the last bit as it was, where the views have the size and color that they had.
     if trained.shape == model.background.shape and torch.allclose(trained, model.background, rtol=0, atol=1e-3):
         model.background.copy_(trained)
-    log.info("the model is %s", hide_credentials(folder))
+    log.info("the model is %s", redact(folder))

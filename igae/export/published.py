@@ -36,7 +36,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.export import Content, check_target, write
 from igae.export.reader import bare_model
 from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
@@ -61,7 +61,7 @@ def read_published(path: Path, settings: Mapping[str, Any] | None = None, config
     Args:
         settings: the published code's configuration; its defaults where left out.
         config: folder or hub id of a diffusers AutoencoderKL whose architecture the file's has; if left out it is read
-            off the weights' shapes, with 32 groups of normalisation, as all of Stable Diffusion's have.
+            off the weights' shapes, with 32 groups of normalization, as all of Stable Diffusion's have.
 
     Raises:
         ValueError: it is not such a file, or uses what this package doesn't have; the sentence names it.
@@ -257,9 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         settings = {} if found is None else _settings(found)
         description = write(read_published(arguments.file, settings, arguments.autoencoder), arguments.target)
     except (ValueError, OSError, ImportError) as error:
-        print(hide_credentials(f"error: {error}"), file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
-    print(hide_credentials(f"{arguments.target}: {description.scenes} scenes"))
+    print(redact(f"{arguments.target}: {description.scenes} scenes"))
     return 0
 
 

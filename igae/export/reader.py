@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.export.layout import (
     CONFIG,
     INDEX,
@@ -70,7 +70,7 @@ class Export:
     @cached_property
     def _shards(self) -> list[Shard]:
         data = _read(self.url, SCENES, self.description)
-        return parse_scenes(data, self.description.scenes, hide_credentials(join(self.url, SCENES)))
+        return parse_scenes(data, self.description.scenes, redact(join(self.url, SCENES)))
 
     @cached_property
     def _places(self) -> dict[str, tuple[Shard, int]]:
@@ -100,7 +100,7 @@ class Export:
         if name not in self._places:
             near = difflib.get_close_matches(name, self._places, n=1, cutoff=0.0)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{hide_credentials(self.url)} has no scene {name}{hint}")
+            raise ValueError(f"{redact(self.url)} has no scene {name}{hint}")
         return self._places[name]
 
     def _file(self, shard: Shard) -> TensorFile:
@@ -108,7 +108,7 @@ class Export:
             file = TensorFile(join(self.url, shard.name))
             entry, shape = file.entries.get(PLANES), (len(shard.scenes), *self.description.planes.row_shape)
             if PLANES not in file.row_names() or not entry or (entry.shape, entry.dtype) != (shape, torch.float32):
-                raise ValueError(f"{hide_credentials(file.url)} is damaged: it does not hold the planes of its scenes")
+                raise ValueError(f"{redact(file.url)} is damaged: it does not hold the planes of its scenes")
             self._open[shard.name] = file
         return self._open[shard.name]
 
@@ -130,7 +130,7 @@ class Scene:
 
     @torch.no_grad()
     def render(self, cam2world: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
+        """Normalized latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
 
         Args:
             cam2world: [B, 4, 4] or [4, 4], OpenCV cameras (x right, y down, z forward).
@@ -151,7 +151,7 @@ class Scene:
         """RGB images uint8 [B, H, W, 3] of views; the arguments are those of :meth:`render`."""
         latents, _, _ = self.render(cam2world, intrinsics)
         autoencoder = self.model.autoencoder
-        pictures = [autoencoder.decode(autoencoder.denormalise(part)) for part in latents.split(CHUNK)]
+        pictures = [autoencoder.decode(autoencoder.denormalize(part)) for part in latents.split(CHUNK)]
         return ((torch.cat(pictures) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -161,7 +161,7 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
     Raises:
         ValueError: as :class:`Export`.
     """
-    described, where = _describe(url), hide_credentials(join(url, SHARED))
+    described, where = _describe(url), redact(join(url, SHARED))
     tensors = TensorFile(join(url, SHARED), described.files[SHARED].stamp).tensors()
     # Before anything is built by igae.json's sizes.
     for name, size in sizes(described.planes).items():
@@ -177,7 +177,7 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
                 autoencoder, described.planes, described.render, described.image_size, described.background, renderer
             )
         except ValueError as error:
-            raise ValueError(f"the autoencoder of {hide_credentials(url)} can't be loaded: {error}") from error
+            raise ValueError(f"the autoencoder of {redact(url)} can't be loaded: {error}") from error
     shapes = {name: tensor.shape for name, tensor in shared_tensors(model).items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
         raise ValueError(f"{where} is damaged: it does not hold this model's tensors")
@@ -207,7 +207,7 @@ def load_config(url: str) -> str | None:
 
 def is_export(url: str) -> bool:
     """Whether a path or URL is that of a complete export. Raises ValueError where that can't be found out."""
-    where = hide_credentials(join(url, INDEX))
+    where = redact(join(url, INDEX))
     try:
         read_whole(join(url, INDEX), where, MAX_JSON)
         return True
@@ -244,18 +244,18 @@ def shared_tensors(model: IGAE) -> dict[str, Tensor]:
 
 
 def _describe(url: str) -> Description:
-    where = hide_credentials(join(url, INDEX))
+    where = redact(join(url, INDEX))
     try:
         return parse_description(read_whole(join(url, INDEX), where, MAX_JSON), where)
     except Missing:
-        raise ValueError(f"{hide_credentials(url)} has no {INDEX}: give the folder of a complete export") from None
+        raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export") from None
     except StoreError as error:
         raise ValueError(str(error)) from None
 
 
 def _read(url: str, name: str, described: Description) -> bytes:
     """A file that igae.json lists, as it was written."""
-    where, file = hide_credentials(join(url, name)), described.files[name]
+    where, file = redact(join(url, name)), described.files[name]
     try:
         data = read_whole(join(url, name), where, file.bytes)
     except StoreError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from igae import checkpoint, config
 from igae.checkpoint import CONFIG, RATES, Loaded
 from igae.data import Manifest, Scene
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.export.layout import MAX_JSON
 from igae.export.reader import bare_model
 from igae.export.writer import Content
@@ -71,7 +71,7 @@ def open_run(run: str, overrides: Sequence[str] = ()) -> Run:
         recipe = config.load(Recipe, path, overrides)
     manifest = Manifest.load(recipe.data.root)
     scenes = manifest.select(recipe.data.categories)
-    where, root = hide_credentials(folder), hide_credentials(recipe.data.root)
+    where, root = redact(folder), redact(recipe.data.root)
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     if digest != loaded.progress.data or loaded.ids != frozenset(scene.id for scene in scenes):
         raise ValueError(f"{where} was trained on other scenes than those at {root}: say where they are, data.root=...")
@@ -100,7 +100,7 @@ def load_run(run: Run) -> IGAE:
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ValueError(
-            f"{hide_credentials(run.folder)} has weights of another autoencoder or MLP than its configuration says "
+            f"{redact(run.folder)} has weights of another autoencoder or MLP than its configuration says "
             f"({last}): name the right one, autoencoder.path=..."
         ) from error
     return model
@@ -146,7 +146,7 @@ def find_checkpoint(run: str) -> str:
         if complete := checkpoint.list_complete(root):
             return complete[-1]
     raise ValueError(
-        f"{hide_credentials(run)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
+        f"{redact(run)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
         "a folder step-... of its checkpoints"
     )
 
@@ -164,13 +164,13 @@ def _figures(folder: str, loaded: Loaded) -> dict[str, float]:
             return {}
         return {str(name): float(value) for name, value in figures.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        log.warning("the figures of %s are left out: metrics.json is damaged", hide_credentials(folder))
+        log.warning("the figures of %s are left out: metrics.json is damaged", redact(folder))
         return {}
 
 
 def _read(url: str) -> bytes | None:
     """A small file, or None where there is none."""
-    where = hide_credentials(url)
+    where = redact(url)
     try:
         return read_whole(url, where, MAX_JSON)
     except Missing:

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from igae.checkpoint import reason
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.export.card import model_card
 from igae.export.layout import (
     CARD,
@@ -49,14 +49,14 @@ class Content:
     """What an export is made of.
 
     Args:
-        background: RGB colour in [0, 1] behind the objects.
+        background: RGB color in [0, 1] behind the objects.
         scenes: names, all different.
         planes: what a scene's row is.
         rows: of the scenes from ``start`` to ``stop`` (exclusive), [stop - start, *row_shape] float32.
         source: where it comes from, as the card says it.
         config: the run's resolved configuration, YAML without credentials.
-        figures: measured on held-out views and photographs, by names of ``metrics.json``.
-        camera: distance from the origin and normalised focal length of a typical view, for the card's example.
+        figures: measured on held-out views and natural images, by names of ``metrics.json``.
+        camera: distance from the origin and normalized focal length of a typical view, for the card's example.
     """
 
     model: IGAE
@@ -88,7 +88,7 @@ def write(content: Content, target: str) -> Description:
     check_target(target)
     if target.startswith("hf://"):
         return _to_hub(content, target)
-    where = hide_credentials(target)
+    where = redact(target)
     try:
         fs, path = fsspec.core.url_to_fs(target)
         new = not fs.exists(path)
@@ -113,7 +113,7 @@ def write(content: Content, target: str) -> Description:
 
 def check_target(target: str) -> None:
     """Refuse a target where something is already, before what takes its time. Raises as :func:`write`."""
-    where, there = hide_credentials(target), "is not empty: remove what is there, or choose another folder"
+    where, there = redact(target), "is not empty: remove what is there, or choose another folder"
     match = _parse_hub(target) if target.startswith("hf://") else None
     try:
         if match is not None:
@@ -164,7 +164,7 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str, begun: 
         len(content.scenes),
         files,
     )
-    put(CARD, model_card(description, hide_credentials(name), content).encode())
+    put(CARD, model_card(description, redact(name), content).encode())
     begun.append(INDEX)
     fs.pipe_file(join(path, INDEX), dump_description(description))
     return description

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image autoencoders of diffusers, and the normalised latents that scenes are rendered in."""
+"""Image autoencoders of diffusers, and the normalized latents that scenes are rendered in."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from igae.models.config import AutoencoderConfig
 from igae.models.layers import keep_dtypes, to_channels_last
 
-# atanh is infinite at 1: normalised latents are clamped to 1 - MARGIN before they are mapped back.
+# atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
 # Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
 AUTO_SPREAD = 0.3
@@ -35,7 +35,7 @@ class Posterior(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """A diffusers autoencoder and the normaliser of its latents, n(z) = tanh(s z).
+    """A diffusers autoencoder and the normalizer of its latents, n(z) = tanh(s z).
 
     Args:
         net: the diffusers model, or None for the identity (latents are the images, n(z) = z).
@@ -88,15 +88,15 @@ class Autoencoder(nn.Module):
             images: Tensor = self.net.decode(latents).sample
         return images.float()
 
-    def normalise(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: Tensor) -> Tensor:
         """n(z) = tanh(s z), in (-1, 1)."""
         return latents if self.net is None else torch.tanh(self.scale * latents)
 
-    def denormalise(self, normalised: Tensor) -> Tensor:
-        """The inverse of :meth:`normalise`, of values clamped to [-1 + MARGIN, 1 - MARGIN]."""
+    def denormalize(self, normalized: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`, of values clamped to [-1 + MARGIN, 1 - MARGIN]."""
         if self.net is None:
-            return normalised
-        return torch.atanh(normalised.clamp(-1.0 + MARGIN, 1.0 - MARGIN)) / self.scale
+            return normalized
+        return torch.atanh(normalized.clamp(-1.0 + MARGIN, 1.0 - MARGIN)) / self.scale
 
     def save(self, folder: Path) -> None:
         """Write the autoencoder in diffusers' format, for ``autoencoder.path`` or ``from_pretrained``."""
@@ -167,7 +167,7 @@ def _create(settings: Mapping[str, Any]) -> nn.Module:
 def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
     import diffusers
 
-    source = str(files("igae") / "assets/demo-autoencoder") if path == "demo" else path
+    source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
         name = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
         net: nn.Module

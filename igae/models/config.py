@@ -21,7 +21,7 @@ class AutoencoderConfig(Section):
     latents: Literal["sample", "mean"] = "sample"
     """What training uses of the posterior; evaluation always uses its mean."""
     scale: float | Literal["auto"] = 0.02
-    """s of the normalised latents tanh(s z). `auto` fits it once to the latents of the training views."""
+    """s of the normalized latents tanh(s z). `auto` fits it once to the latents of the training views."""
 
     @model_validator(mode="after")
     def _check(self) -> "AutoencoderConfig":
@@ -35,20 +35,27 @@ class AutoencoderConfig(Section):
 class LossWeights(Section):
     """Weights of the loss terms; a term of weight 0 is not computed."""
 
+    RENAMED = {
+        "photo_ae": "natural_ae",
+        "photo_lpips": "natural_lpips",
+        "photo_kl": "natural_kl",
+        "photo_tv": "natural_tv",
+    }
+
     latent: float = Field(default=1.0, ge=0)
-    """mse of rendered and encoded normalised latents."""
+    """mse of rendered and encoded normalized latents."""
     rgb: float = Field(default=0.0, ge=0)
     """mse of decoded renders and views."""
     ae: float = Field(default=0.0, ge=0)
     """mse of autoencoded views and views."""
-    photo_ae: float = Field(default=0.0, ge=0)
-    """mse of autoencoded photographs and photographs."""
-    photo_lpips: float = Field(default=0.0, ge=0)
-    """LPIPS of autoencoded photographs and photographs."""
-    photo_kl: float = Field(default=0.0, ge=0)
-    """KL divergence of the photographs' posterior to N(0, 1)."""
-    photo_tv: float = Field(default=0.0, ge=0)
-    """Total variation of the photographs' latents."""
+    natural_ae: float = Field(default=0.0, ge=0)
+    """mse of autoencoded natural images and natural images."""
+    natural_lpips: float = Field(default=0.0, ge=0)
+    """LPIPS of autoencoded natural images and natural images."""
+    natural_kl: float = Field(default=0.0, ge=0)
+    """KL divergence of the natural images' posterior to N(0, 1)."""
+    natural_tv: float = Field(default=0.0, ge=0)
+    """Total variation of the natural images' latents."""
     planes_tv: float = Field(default=0.0, ge=0)
     """Total variation of the planes in the batch, as they are rendered, each counted as often as it has views there."""
     base_orthogonality: float = Field(default=0.0, ge=0)

@@ -57,7 +57,7 @@ class IGAE(nn.Module):
 
     Args:
         image_size: (H, W) of the views.
-        background: RGB colour in [0, 1] that fills the views where no object is.
+        background: RGB color in [0, 1] that fills the views where no object is.
         perceptual: the LPIPS network where a weight asks for it; it is not part of the state.
         bf16: the autoencoder's arithmetic in training is bfloat16; its weights are not.
         renderer: the backend of `igae.rendering.render`.
@@ -80,8 +80,8 @@ class IGAE(nn.Module):
     ) -> None:
         super().__init__()
         self.autoencoder, self.options, self.bf16, self.renderer = autoencoder, options, bf16, renderer
-        colour = torch.tensor(background).view(1, 3, 1, 1)
-        self.register_buffer("plain", (2.0 * colour - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
+        color = torch.tensor(background).view(1, 3, 1, 1)
+        self.register_buffer("plain", (2.0 * color - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
         channels, height, width = _latent_shape(autoencoder, self.plain)
         self.latent_shape = (channels, height, width)
         self.mlp = DecodingMLP(features, channels, generator=mlp_generator)
@@ -102,11 +102,11 @@ class IGAE(nn.Module):
     @torch.no_grad()
     def refresh_background(self) -> None:
         """Take the field's background [h, w, c] in [0, 1] from the autoencoder as it is now."""
-        latents = self.autoencoder.normalise(self.autoencoder.posterior(self.plain).mean)
+        latents = self.autoencoder.normalize(self.autoencoder.posterior(self.plain).mean)
         self.background.copy_((0.5 * (latents[0] + 1.0)).permute(1, 2, 0))
 
     def render(self, rows: Tensor, views: Views, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
+        """Normalized latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
 
         Args:
             seed: of the sample positions; None for the fixed ones of evaluation.
@@ -142,7 +142,7 @@ class IGAE(nn.Module):
         self,
         rows: Tensor | None,
         views: Views | None,
-        photos: Tensor | None,
+        natural_images: Tensor | None,
         weights: LossWeights,
         sample: bool,
         seed: int | None,
@@ -152,7 +152,7 @@ class IGAE(nn.Module):
 
         Args:
             rows: of the scenes that ``views.index`` points to.
-            photos: natural images, uint8 [P, 3, H, W].
+            natural_images: natural images, uint8 [P, 3, H, W].
             sample: draw latents from the posterior (else its mean).
             seed: of the renderer's samples.
             refresh: call :meth:`refresh_background` first. (Inside of this call, because some strategies have the
@@ -161,7 +161,7 @@ class IGAE(nn.Module):
         if refresh:
             self.refresh_background()
         with torch.autocast(self.background.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self._losses(rows, views, photos, weights, sample, seed)
+            losses = self._losses(rows, views, natural_images, weights, sample, seed)
         total = torch.zeros((), device=self.background.device)
         for name, loss in losses.items():
             total = total + getattr(weights, name) * loss
@@ -171,13 +171,13 @@ class IGAE(nn.Module):
         self,
         rows: Tensor | None,
         views: Views | None,
-        photos: Tensor | None,
+        natural_images: Tensor | None,
         weights: LossWeights,
         sample: bool,
         seed: int | None,
     ) -> dict[str, Tensor]:
         images = to_signed(views.images) if views is not None and views.images is not None else None
-        natural = to_signed(photos) if photos is not None else None
+        natural = to_signed(natural_images) if natural_images is not None else None
         latents = views.latents if views is not None else None
         natural_latents, losses = None, {}
         encoded = images if weights.latent + weights.ae > 0 else None
@@ -190,10 +190,10 @@ class IGAE(nn.Module):
                 latents = drawn[:count]
             if natural is not None:
                 natural_latents = drawn[count:]
-                if weights.photo_kl > 0 and posterior.logvar is not None:
-                    losses["photo_kl"] = kl_divergence(posterior.mean[count:], posterior.logvar[count:])
-                if weights.photo_tv > 0:
-                    losses["photo_tv"] = total_variation(natural_latents, (-2, -1))
+                if weights.natural_kl > 0 and posterior.logvar is not None:
+                    losses["natural_kl"] = kl_divergence(posterior.mean[count:], posterior.logvar[count:])
+                if weights.natural_tv > 0:
+                    losses["natural_tv"] = total_variation(natural_latents, (-2, -1))
 
         decode: dict[str, tuple[Tensor, Tensor]] = {}  # what is decoded: latents, the images that they should give
         if views is not None:
@@ -204,7 +204,7 @@ class IGAE(nn.Module):
             rendered, depth, _ = self._render(planes, views, seed)
             if weights.latent > 0:
                 assert latents is not None
-                losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalise(latents))
+                losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalize(latents))
             if weights.planes_tv > 0:
                 # Planes count by their views: so the loss is a mean over views, however these are split into batches.
                 share = torch.full((len(views.index),), 1 / len(views.index), device=planes.device)
@@ -213,21 +213,21 @@ class IGAE(nn.Module):
             if weights.depth_tv > 0:
                 losses["depth_tv"] = total_variation(depth, (-2, -1))
             if images is not None and weights.rgb > 0:
-                decode["rgb"] = (self.autoencoder.denormalise(rendered), images)
+                decode["rgb"] = (self.autoencoder.denormalize(rendered), images)
             if images is not None and latents is not None and weights.ae > 0:
                 decode["ae"] = (latents, images)
-        if natural is not None and natural_latents is not None and weights.photo_ae + weights.photo_lpips > 0:
-            decode["photo"] = (natural_latents, natural)
+        if natural is not None and natural_latents is not None and weights.natural_ae + weights.natural_lpips > 0:
+            decode["natural"] = (natural_latents, natural)
         if decode:
             decoded = self.autoencoder.decode(torch.cat([z for z, _ in decode.values()]))
             pictures = torch.split(decoded, [len(z) for z, _ in decode.values()])
             for (name, (_, target)), picture in zip(decode.items(), pictures, strict=True):
-                if name != "photo":
+                if name != "natural":
                     losses[name] = F.mse_loss(picture, target)
                     continue
-                if weights.photo_ae > 0:
-                    losses["photo_ae"] = F.mse_loss(picture, target)
-                if weights.photo_lpips > 0:
+                if weights.natural_ae > 0:
+                    losses["natural_ae"] = F.mse_loss(picture, target)
+                if weights.natural_lpips > 0:
                     assert self._perceptual[0] is not None
-                    losses["photo_lpips"] = self._perceptual[0](picture, target)
+                    losses["natural_lpips"] = self._perceptual[0](picture, target)
         return losses

@@ -30,14 +30,14 @@ class GroupNorm(nn.GroupNorm):
         # Squares are summed around a pixel of the channel: where the mean is far from 0, that is nearer to it.
         pivot = wide.detach().select(-1, 0)
         pivot = pivot.select(-1, 0) if input.ndim == 4 else pivot
-        centred = wide - pivot.view(shape)
-        offset, square = centred.sum(dims) / pixels, centred.square().sum(dims) / pixels
+        centered = wide - pivot.view(shape)
+        offset, square = centered.sum(dims) / pixels, centered.square().sum(dims) / pixels
         means = (pivot + offset).view(groups)
         mean = means.mean(2, keepdim=True)
         variance = ((square - offset.square()).view(groups) + (means - mean).square()).mean(2, keepdim=True)
         scale = (variance.clamp(min=0) + self.eps).rsqrt().expand(groups).reshape(shape[:2]) * self.weight
         shift = self.bias + (pivot - mean.expand(groups).reshape(shape[:2])) * scale
-        return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        return (centered * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
 class Upsample(Upsample2D):

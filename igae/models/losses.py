@@ -26,7 +26,7 @@ def psnr(prediction: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
 
 
 def total_variation(x: Tensor, dims: tuple[int, int], weights: Tensor | None = None) -> Tensor:
-    """Mean squared difference of neighbours along two dimensions, summed over both (a scalar).
+    """Mean squared difference of neighbors along two dimensions, summed over both (a scalar).
 
     It is a mean per element, so neither the batch size nor the resolution changes its scale.
 
@@ -120,7 +120,7 @@ class LPIPS(nn.Module):
             except OSError as error:
                 raise ValueError(
                     f"the LPIPS loss needs VGG16's weights and {VGG16_URL} can't be fetched ({error}): download it "
-                    "elsewhere and set train.lpips_weights to its path, or set photo_lpips of the stage's weights to 0"
+                    "elsewhere and set train.lpips_weights to its path, or set the stage's weight natural_lpips to 0"
                 ) from error
         else:
             if not Path(weights).is_file():

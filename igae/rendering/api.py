@@ -38,9 +38,9 @@ def render(
     Args:
         planes: [S, 3, R, R, C], float32, float64 (torch backend) or bfloat16 (cuda backend). Axes: scene, plane, row,
             column, feature; of plane axes (a, b) the coordinate a runs along columns and b along rows.
-        mlp: from C features to a density and c colour channels.
+        mlp: from C features to a density and c color channels.
         cam2world: [B, 4, 4], OpenCV cameras (x right, y down, z forward).
-        intrinsics: [B, 3, 3], normalised by the image's width and height.
+        intrinsics: [B, 3, 3], normalized by the image's width and height.
         size: height and width of the images in pixels.
         options: samples, box and conventions.
         background: [c] or [h, w, c] in [0, 1].

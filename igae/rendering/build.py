@@ -28,10 +28,10 @@ SOURCES = Path(__file__).parent / "kernels"
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is specialised for."""
+    """What a kernel is specialized for."""
 
     features: int = 32
-    colours: int = 16
+    colors: int = 16
     coarse: int = 48
     fine: int = 48
     eg3d: bool = False
@@ -57,11 +57,11 @@ class Shape(NamedTuple):
 
 def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
-    samples, chunks, tiles = variant.coarse + variant.fine, -(-variant.features // 16), -(-variant.colours // 8)
+    samples, chunks, tiles = variant.coarse + variant.fine, -(-variant.features // 16), -(-variant.colors // 8)
     pairs, words = -(-tiles // 2), 4 if variant.fp32 else 2  # 32-bit words of four numbers
     weights = words * (256 * chunks + 128 * tiles) + HIDDEN + 8 * tiles + HIDDEN + 4
     if kernel == "forward":
-        per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colours, 8)
+        per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colors, 8)
     else:
         weights += words * 256 * (chunks + pairs)
         matrices = 2 * words * (4 * HIDDEN + 64 * chunks + 32 * pairs) + 8 * words
@@ -70,7 +70,7 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
         if shared <= limit:
-            small = variant.features <= 32 and variant.colours <= 16 and not variant.fp32 and warps == 4
+            small = variant.features <= 32 and variant.colors <= 16 and not variant.fp32 and warps == 4
             fits, wanted = (limit + 1024) // (shared + 1024), 2
             if small:
                 # As many as compilers have registers for (of few variants they spill some bytes, once a ray).
@@ -88,19 +88,19 @@ def _up(count: int, multiple: int) -> int:
 def kept_size(variant: Variant) -> int:
     """Floats that the forward pass keeps of a ray for the backward pass."""
     samples = variant.coarse + variant.fine
-    return samples + (-(-samples // 16) - 1) * variant.colours
+    return samples + (-(-samples // 16) - 1) * variant.colors
 
 
 def partial_size(variant: Variant) -> int:
     """Floats of all gradients of the MLP."""
-    return HIDDEN * variant.features + HIDDEN + (1 + variant.colours) * (HIDDEN + 1)
+    return HIDDEN * variant.features + HIDDEN + (1 + variant.colors) * (HIDDEN + 1)
 
 
 def macros(kernel: Kernel, variant: Variant, arch: int) -> dict[str, int]:
     launch = shape(kernel, variant, arch)
     return {
         "C": variant.features,
-        "OUT": variant.colours,
+        "OUT": variant.colors,
         "K": variant.coarse,
         "KF": variant.fine,
         "EG3D": variant.eg3d,
@@ -129,21 +129,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
-    parser.add_argument("--colours", type=int, nargs="+", default=[16], help="channels of the image")
+    parser.add_argument("--colors", type=int, nargs="+", default=[16], help="channels of the image")
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
     for switch in ("eg3d", "product", "disparity", "bf16", "deterministic"):
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args()
-    for arch, features, colours, precision in itertools.product(args.arch, args.features, args.colours, args.precision):
+    for arch, features, colors, precision in itertools.product(args.arch, args.features, args.colors, args.precision):
         variant = Variant(
-            features, colours, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
+            features, colors, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
             precision == "fp32", args.deterministic,
         )  # fmt: skip
         for kernel in ("forward", "backward"):
             start = time.perf_counter()
             code = cubin(kernel, variant, arch)
-            print(f"{kernel} sm_{arch} {features} -> {colours} {precision}: {len(code)} bytes, "
+            print(f"{kernel} sm_{arch} {features} -> {colors} {precision}: {len(code)} bytes, "
                   f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
 

@@ -141,20 +141,20 @@ def _forward(
 
 
 def _variant(entries: list[int]) -> build.Variant:
-    features, colours, coarse, fine = entries[:4]
-    return build.Variant(features, colours, coarse, fine, *map(bool, entries[4:]))
+    features, colors, coarse, fine = entries[:4]
+    return build.Variant(features, colors, coarse, fine, *map(bool, entries[4:]))
 
 
 def _empty_results(
     cam2world: Tensor, height: int, width: int, variant: list[int], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, specialised = (cam2world.shape[0], height, width), _variant(variant)
+    images, specialized = (cam2world.shape[0], height, width), _variant(variant)
     rays = cam2world.shape[0] * height * width if keep else 0
     return (
-        cam2world.new_empty((*images, specialised.colours)),
+        cam2world.new_empty((*images, specialized.colors)),
         cam2world.new_empty(images),
         cam2world.new_empty(images),
-        cam2world.new_empty(rays, build.kept_size(specialised)),
+        cam2world.new_empty(rays, build.kept_size(specialized)),
     )
 
 
@@ -176,14 +176,14 @@ def _gradients(
     given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity)]
     params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
     params.kept = pointer(kept)
-    specialised = _variant(variant)
+    specialized = _variant(variant)
     with torch.cuda.device(planes.device):
-        kernel = load("backward", specialised, planes.device.index)
+        kernel = load("backward", specialized, planes.device.index)
         blocks = kernel.blocks(params.rays)
-        params.partials = blocks if specialised.deterministic else min(blocks, PARTIALS)
-        partial = w1.new_zeros(params.partials, build.partial_size(specialised))
+        params.partials = blocks if specialized.deterministic else min(blocks, PARTIALS)
+        partial = w1.new_zeros(params.partials, build.partial_size(specialized))
         params.partial = pointer(partial)
-        if not specialised.deterministic:
+        if not specialized.deterministic:
             g_planes = torch.zeros_like(planes, dtype=torch.float32)
             params.g_planes = pointer(g_planes)
             kernel(params)

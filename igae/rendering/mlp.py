@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network that turns the features of a point into its density and colour."""
+"""The network that turns the features of a point into its density and color."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DecodingMLP(nn.Module):
-    """in_channels -> hidden (softplus) -> 1 raw density + out_channels colours.
+    """in_channels -> hidden (softplus) -> 1 raw density + out_channels colors.
 
     Parameters: `w1` [hidden, in_channels] and `w2` [1 + out_channels, hidden], drawn from N(0, 1 / fan_in) with
     `generator`; `b1` [hidden] and `b2` [1 + out_channels], zeros. Row 0 of `w2` and `b2` makes the density.
@@ -26,7 +26,7 @@ class DecodingMLP(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(1 + out_channels))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [..., in_channels] -> raw density [...], colour [..., out_channels] in (-0.001, 1.001).
+        """Features [..., in_channels] -> raw density [...], color [..., out_channels] in (-0.001, 1.001).
 
         The density becomes sigma = softplus(raw - 1) when it is composited. The matrix products are done in the dtype
         of the weights, or that of the surrounding autocast; the results come in the dtype of the features.

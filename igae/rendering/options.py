@@ -10,7 +10,7 @@ class Rendered(NamedTuple):
     """Images of B views, h x w pixels, c channels, in the dtype of the planes (float32 for bfloat16 ones)."""
 
     features: Tensor
-    """[B, h, w, c] in [-1, 1], up to the 0.002 by which colours may overshoot."""
+    """[B, h, w, c] in [-1, 1], up to the 0.002 by which colors may overshoot."""
     depth: Tensor
     """[B, h, w] mean distance along the ray; the end of the ray's samples where there is nothing to see."""
     opacity: Tensor

@@ -9,7 +9,7 @@ NEAREST = 1e-3
 
 
 def pixel_rays(cam2world: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rays through the pixel centres: origins and unit directions [B * h * w, 3] in world space, row by row.
+    """Rays through the pixel centers: origins and unit directions [B * h * w, 3] in world space, row by row.
 
     `cam2world` [B, 4, 4] maps OpenCV camera space (x right, y down, z forward) to the world; `intrinsics` [B, 3, 3]
     maps it to the image, whose width and height are 1.
@@ -31,7 +31,7 @@ def box_range(origins: Tensor, directions: Tensor, box: float) -> tuple[Tensor, 
     """Distances [rays] at which rays enter and leave the cube [-box/2, box/2]^3 (slab method), both >= NEAREST * box.
 
     A ray that misses the cube, or whose origin has passed it, gets near = far = the distance at which it is closest to
-    the centre: samples without extent, hence no opacity.
+    the center: samples without extent, hence no opacity.
     """
     tiny = torch.finfo(directions.dtype).tiny ** 0.5
     safe = torch.where(directions.abs() < tiny, torch.full_like(directions, tiny), directions)

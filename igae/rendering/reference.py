@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The renderer in plain PyTorch: the definition that every other backend has to reproduce.
 
-Shapes: N rays, K coarse and K' fine samples on each, C features of a point, c colour channels. `docs/rendering.md`
+Shapes: N rays, K coarse and K' fine samples on each, C features of a point, c color channels. `docs/rendering.md`
 has the formulas.
 """
 
@@ -59,17 +59,17 @@ def render_torch(
 
     def field(t: Tensor) -> tuple[Tensor, Tensor]:
         points = origins[:, None] + t[..., None] * directions[:, None]
-        density, colour = mlp(plane_features(planes, scene_of_ray, points, options))
-        return density, colour
+        density, color = mlp(plane_features(planes, scene_of_ray, points, options))
+        return density, color
 
-    density, colour = field(t)
+    density, color = field(t)
     if options.fine_samples > 0:
         with torch.no_grad():
             fine_t = importance_depths(t, interval_weights(t, density), jitter(FINE, options.fine_samples))
-        fine_density, fine_colour = field(fine_t)
+        fine_density, fine_color = field(fine_t)
         t = torch.cat((t, fine_t), 1)
-        density, colour = torch.cat((density, fine_density), 1), torch.cat((colour, fine_colour), 1)
-    seen, depth, opacity = composite(t, density, colour)
+        density, color = torch.cat((density, fine_density), 1), torch.cat((color, fine_color), 1)
+    seen, depth, opacity = composite(t, density, color)
     seen, depth, opacity = seen.view(*shape, -1), depth.view(shape), opacity.view(shape)
     return Rendered(2 * (seen + (1 - opacity[..., None]) * background.to(dtype)) - 1, depth, opacity)
 
@@ -91,7 +91,7 @@ def coarse_depths(near: Tensor, far: Tensor, jitter: Tensor, spacing: str) -> Te
 def plane_features(planes: Tensor, scene_of_ray: Tensor, points: Tensor, options: RenderOptions) -> Tensor:
     """Features [N, K, C] of points [N, K, 3], from planes [S, 3, R, R, C] of the scenes scene_of_ray [N].
 
-    Bilinear with half-pixel centres and zeros outside. One weighted sum over table rows instead of grid_sample: it
+    Bilinear with half-pixel centers and zeros outside. One weighted sum over table rows instead of grid_sample: it
     reads the planes as they lie in memory, needs no copy of a scene for each of its views, and its gradient is faster.
     """
     resolution, channels = planes.shape[2], planes.shape[4]
@@ -128,8 +128,8 @@ def interval_weights(t: Tensor, density: Tensor) -> Tensor:
     return -torch.expm1(-optical_depth) * F.pad(passed, (1, 0)).exp()
 
 
-def composite(t: Tensor, density: Tensor, colour: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples in any order ([N, K], [N, K], [N, K, c]) -> sum of w * colour [N, c], depth [N], opacity [N]."""
+def composite(t: Tensor, density: Tensor, color: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples in any order ([N, K], [N, K], [N, K, c]) -> sum of w * color [N, c], depth [N], opacity [N]."""
     t, order = t.sort(dim=1, stable=True)
     w = interval_weights(t, density.gather(1, order))
     opacity = w.sum(1)
@@ -138,13 +138,13 @@ def composite(t: Tensor, density: Tensor, colour: Tensor) -> tuple[Tensor, Tenso
     end = t[:, -1]
     depth = end + (sample_weight * (t - end[:, None])).sum(1) / opacity.clamp(min=FAINT)
     depth = torch.minimum(torch.maximum(depth, t[:, 0]), end)
-    # Weights go back to the samples' own order, which is cheaper than bringing the colours into theirs.
+    # Weights go back to the samples' own order, which is cheaper than bringing the colors into theirs.
     sample_weight = torch.zeros_like(sample_weight).scatter(1, order, sample_weight)
-    return (sample_weight[..., None] * colour).sum(1), depth, opacity
+    return (sample_weight[..., None] * color).sum(1), depth, opacity
 
 
 def importance_probabilities(weights: Tensor) -> Tensor:
-    """Probabilities [N, K - 1] of drawing from each interval: its weight, spread to its neighbours, and a floor."""
+    """Probabilities [N, K - 1] of drawing from each interval: its weight, spread to its neighbors, and a floor."""
     padded = F.pad(weights, (1, 1))
     pair = torch.maximum(padded[:, 1:], padded[:, :-1])
     smooth = (pair[:, 1:] + pair[:, :-1]) / 2 + 0.01

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scenes and which photographs a rank owns: functions of the data and of the number of ranks alone.
+"""Which scenes and which natural images a rank owns: functions of the data and of the number of ranks alone.
 
 Balance is counted in integers and ties are broken by order, so all machines come to the same result.
 """
@@ -103,15 +103,15 @@ def part(count: int, rank: int, world: int) -> range:
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """The part of ``count`` photographs that a rank owns, none of them empty.
+    """The part of ``count`` natural images that a rank owns, none of them empty.
 
     Raises:
-        ValueError: there are fewer photographs than ranks.
+        ValueError: there are fewer natural images than ranks.
     """
     if count < world:
         raise ValueError(
-            f"{count} photographs can't be shared by {world} processes, each of which needs one: "
-            "start fewer processes, or pack more photographs"
+            f"{count} natural images can't be shared by {world} processes, each of which needs one: "
+            "start fewer processes, or pack more natural images"
         )
     return part(count, rank, world)
 

@@ -245,10 +245,10 @@ def quadrature(masses: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """
     total = masses.sum(0)
     share = torch.where(total > 0, masses / total, 0)
-    centre = torch.where(total > 0, (share * places).sum(0), places[0])
+    center = torch.where(total > 0, (share * places).sum(0), places[0])
     # Lanczos's iteration gives the matrix whose eigenvalues are the new places. With fewer places than NODES it ends
     # early; what remains of the matrix is then coupled to nothing, and its eigenvalues get no mass.
-    offset, vector = places - centre, share.sqrt()
+    offset, vector = places - center, share.sqrt()
     before, diagonal, links = torch.zeros_like(vector), [], [torch.zeros_like(total)]
     for _ in range(NODES):
         image = offset * vector
@@ -258,4 +258,4 @@ def quadrature(masses: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         before, vector = vector, image / links[-1].clamp(min=1e-300)
     lower = torch.diag_embed(torch.stack(diagonal, -1)) + torch.diag_embed(torch.stack(links[1:NODES], -1), -1)
     values, vectors = torch.linalg.eigh(lower)
-    return total * vectors[:, 0].square().T, centre + values.T
+    return total * vectors[:, 0].square().T, center + values.T

@@ -8,3 +8,5 @@ from .reading import file_system as file_system
 from .reading import read_whole as read_whole
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
+from .writing import staged as staged
+from .writing import write_text as write_text

@@ -18,7 +18,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except Exception as error:
-        raise ValueError(f"{hide_credentials(url)} cannot be used: {_reason(error)}{_todo(url, error)}") from None
+        raise ValueError(f"{redact(url)} cannot be used: {_reason(error)}{_todo(url, error)}") from None
     return fs, path
 
 
@@ -261,7 +261,7 @@ def _may_pass(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, _WrongLength):
         return str(error)
-    text = " ".join(hide_credentials(str(error)[:10_000]).split())  # what a server says may have any length
+    text = " ".join(redact(str(error)[:10_000]).split())  # what a server says may have any length
     if not text and isinstance(error, asyncio.TimeoutError | TimeoutError):
         text = "no answer in time"
     if len(text) > 300:

@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +47,7 @@ GAP, SPAN, REQUESTS = 256 << 10, 16 << 20, 8
 
 
 class Stamp(NamedTuple):
-    """What a file is recognised by: its size, and the CRC-32 of all of it but the tensors with sums of their own."""
+    """What a file is recognized by: its size, and the CRC-32 of all of it but the tensors with sums of their own."""
 
     bytes: int
     crc32: int
@@ -230,7 +230,7 @@ class TensorFile:
         return result
 
     def _read(self, cuts: Iterable[tuple[int, int, memoryview]]) -> None:
-        """Read pieces (begin, end, where to), in the order of the file. From a store neighbours come in one
+        """Read pieces (begin, end, where to), in the order of the file. From a store neighbors come in one
         request, and a few requests run at the same time."""
         if isinstance(self._fs, LocalFileSystem):
             with open(self._path, "rb", buffering=0) as file:
@@ -266,7 +266,7 @@ class TensorFile:
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
-        where = hide_credentials(self.url)
+        where = redact(self.url)
         try:
             yield
         except _Damaged as error:
@@ -275,7 +275,7 @@ class TensorFile:
             raise ValueError(f"{where} is missing") from error
         except Exception as error:  # object stores have errors of their own
             text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise ValueError(f"{where} can't be read: {hide_credentials(text)}") from error
+            raise ValueError(f"{where} can't be read: {redact(text)}") from error
 
 
 class _Damaged(Exception):

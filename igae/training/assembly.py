@@ -19,7 +19,7 @@ def build_model(recipe: Recipe, image_size: tuple[int, int], device: torch.devic
         ValueError: the autoencoder, or weights of a loss, can't be had or don't fit.
     """
     seed = recipe.seed
-    needs_lpips = any(s.epochs and s.weights.photo_lpips for s in (recipe.train.warmup, recipe.train.joint))
+    needs_lpips = any(s.epochs and s.weights.natural_lpips for s in (recipe.train.warmup, recipe.train.joint))
     perceptual = LPIPS(recipe.train.lpips_weights) if needs_lpips else None
     base = None
     if recipe.planes.base_planes:

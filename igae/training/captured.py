@@ -66,7 +66,7 @@ class CapturedStep:
             rows: int64 [S], distinct rows of the planes, S <= batch_size.
             index: int64 [batch_size], the place of each view's scene among them.
             view: int64 [batch_size], places in the cache, where there is one.
-            tensors: `photos` uint8 [P, 3, H, W] if there are some, and without a cache `images` uint8
+            tensors: `natural_images` uint8 [P, 3, H, W] if there are some, and without a cache `images` uint8
                 [batch_size, 3, H, W], `cam2world` [batch_size, 4, 4] and `intrinsics` [batch_size, 3, 3]. The same
                 names and shapes in all calls.
             seed: of the renderer's samples and the posterior's.
@@ -122,12 +122,12 @@ class CapturedStep:
         rates = dict(zip(self._rates, self._numbers[3 * count + 2 :].view(torch.float64).unbind(), strict=True))
         leaf = self._adam.visit(rows).requires_grad_()
         given, cache = dict(self._tensors), self._cache
-        photos = given.pop("photos", None)
+        natural_images = given.pop("natural_images", None)
         if cache is not None:
             views = Views(index, cache.cam2world[view], cache.intrinsics[view], latents=cache.latents[view])
         else:
             views = Views(index, **given)
-        losses = self._engine.forward(leaf, views, photos, self._weights, self._sample, seed)
+        losses = self._engine.forward(leaf, views, natural_images, self._weights, self._sample, seed)
         self._engine.backward(losses["total"])
         assert leaf.grad is not None
         own = leaf.grad.norm()

@@ -61,8 +61,10 @@ class Fit:
         if not self.stages:
             raise ValueError("train.warmup.epochs and train.joint.epochs are both 0: there is nothing to do")
         for name in self.stages:
-            if getattr(recipe.train, name).photos:
-                raise ValueError(f"train.{name}.photos: nothing that photographs teach is trained, set it to 0")
+            if getattr(recipe.train, name).natural_images:
+                raise ValueError(
+                    f"train.{name}.natural_images: nothing that natural images teach is trained, set it to 0"
+                )
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.manifest, self.scenes = select(recipe)
         if not self.scenes:
@@ -73,7 +75,7 @@ class Fit:
                 f"{world_size()} ranks have only {len(self.waves)} waves of up to {recipe.fit.wave} scenes to fit: set "
                 f"fit.wave={max(1, len(self.scenes) // world_size())}, or start fewer ranks"
             )
-        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead, alone=True)
+        self.engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
         self.channel = Channel(LONGEST_WAIT)
         device = self.engine.device
         check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
@@ -208,7 +210,7 @@ class Fit:
 
     def _evaluate(self) -> dict[str, float]:
         """Figures of the scenes that evaluation chooses, as they were written; each rank has some of them."""
-        recipe, config = self.recipe, self.recipe.evaluation.model_copy(update={"photos": 0})
+        recipe, config = self.recipe, self.recipe.evaluation.model_copy(update={"natural_images": 0})
         chosen = self.scenes if config.scenes is None else spread(self.scenes, config.scenes)
         ids = [scene.id for scene in chosen[rank() :: world_size()]]
         bank = SceneBank(recipe.planes, ids, recipe.seed, self.engine.device)

@@ -115,8 +115,8 @@ class Meter:
         Of the last step: ``loss/...``, means over the ranks, and ``grad_norm/...``, L2 norms of the gradient of their
         mean by part of the model. Of all these steps: ``views_per_second`` of all ranks together; ``data_wait``, the
         share of the time in which a rank waited for data, mean over the ranks, and ``data_wait_max`` of the worst one;
-        ``imbalance`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits for other
-        ranks (take data, compute the forward pass), and ``slowest_rank``. The last three only where ranks train
+        ``straggler_factor`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits
+        for other ranks (take data, forward pass), and ``slowest_rank``. The last three only where ranks train
         together, the last two not where steps are captured in a CUDA graph. On GPUs ``gpu_memory/allocated`` and
         ``reserved``, in GiB, the largest of all ranks since they began.
 
@@ -148,7 +148,7 @@ class Meter:
             figures["data_wait_max"] = max(waits)
             if mean := sum(busy) / count:
                 slowest = max(range(count), key=lambda i: busy[i])
-                figures |= {"slowest_rank": slowest, "imbalance": busy[slowest] / mean}
+                figures |= {"slowest_rank": slowest, "straggler_factor": busy[slowest] / mean}
         return figures | {name: max(of_rank[name] for of_rank in of_memory) for name in memory}
 
     def _busy(self) -> float:

@@ -18,7 +18,7 @@ import yaml
 
 from igae import __version__, config
 from igae.checkpoint import Loaded
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.ranks import Channel, rank, world_size
 from igae.training.recipe import Recipe
 
@@ -100,7 +100,7 @@ def check_shared(folder: Path, channel: Channel) -> None:
 
 def public_settings(recipe: Recipe) -> str:
     """The resolved configuration as YAML, as it may be saved and shown: without credentials."""
-    return hide_credentials(config.dump(recipe))
+    return redact(config.dump(recipe))
 
 
 def check_changes(folder: str, loaded: Loaded, recipe: Recipe) -> None:

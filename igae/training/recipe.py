@@ -28,14 +28,16 @@ class LearningRates(Section):
 
 
 class StageConfig(Section):
+    RENAMED = {"photos": "natural_images"}
+
     epochs: float = Field(ge=0)
-    """Passes over the scene views (over the photographs where batch_size is 0); 0 leaves the stage out."""
+    """Passes over the scene views (over the natural images where batch_size is 0); 0 leaves the stage out."""
     batch_size: int = Field(ge=0)
     """Scene views a rank and step."""
-    photos: int = Field(default=0, ge=0)
+    natural_images: int = Field(default=0, ge=0)
     """Natural images a rank and step."""
     accumulate: int = Field(default=1, ge=1)
-    """Batches of batch_size and photos that each rank takes one after another in a step, to save memory."""
+    """Batches of batch_size and natural_images that each rank takes one after another in a step, to save memory."""
     learning_rates: LearningRates
     schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
     """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
@@ -44,37 +46,39 @@ class StageConfig(Section):
     mlp_epochs: float | None = None
     """The decoding MLP is frozen after so many epochs; never if left out."""
     alternate: bool = False
-    """Scene views and photographs in turns, a step each, instead of together."""
+    """Scene views and natural images in turns, a step each, instead of together."""
     weights: LossWeights
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
         rates, weights = self.learning_rates, self.weights
-        if self.epochs > 0 and self.batch_size + self.photos == 0:
-            raise ValueError("batch_size and photos are both 0: there is nothing to train on")
-        if self.alternate and not (self.batch_size and self.photos):
-            raise ValueError("alternate needs batch_size and photos above 0")
+        if self.epochs > 0 and self.batch_size + self.natural_images == 0:
+            raise ValueError("batch_size and natural_images are both 0: there is nothing to train on")
+        if self.alternate and not (self.batch_size and self.natural_images):
+            raise ValueError("alternate needs batch_size and natural_images above 0")
         if self.alternate and rates.encoder + rates.decoder == 0:
-            raise ValueError("alternate needs a learning rate for encoder or decoder: photographs train nothing else")
+            raise ValueError(
+                "alternate needs a learning rate for encoder or decoder: natural images train nothing else"
+            )
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
         views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv
         if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
             raise ValueError(
-                "batch_size is 0, so only losses of photographs (photo_*) can have a weight, not even latent"
+                "batch_size is 0, so only losses of natural images (natural_*) can have a weight, not even latent"
             )
         if self.batch_size and views == 0:
             raise ValueError("views are loaded (batch_size) but no loss of views has a weight")
-        photo_losses = weights.photo_ae + weights.photo_lpips + weights.photo_kl + weights.photo_tv
-        if self.photos and photo_losses == 0:
-            raise ValueError("photos are loaded but no loss of photographs (photo_*) has a weight")
-        if self.photos == 0 and photo_losses > 0:
-            raise ValueError("a loss of photographs (photo_*) has a weight but photos is 0")
+        natural_losses = weights.natural_ae + weights.natural_lpips + weights.natural_kl + weights.natural_tv
+        if self.natural_images and natural_losses == 0:
+            raise ValueError("natural_images are loaded but no loss of natural images (natural_*) has a weight")
+        if self.natural_images == 0 and natural_losses > 0:
+            raise ValueError("a loss of natural images (natural_*) has a weight but natural_images is 0")
         if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
         reached = {
-            "encoder": weights.latent + weights.ae + photo_losses,
-            "decoder": weights.rgb + weights.ae + weights.photo_ae + weights.photo_lpips,
+            "encoder": weights.latent + weights.ae + natural_losses,
+            "decoder": weights.rgb + weights.ae + weights.natural_ae + weights.natural_lpips,
             "mlp": weights.latent + weights.rgb + weights.depth_tv,
             "base_planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
             "planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
@@ -100,16 +104,18 @@ class StageConfig(Section):
 
 
 class TrainConfig(Section):
+    RENAMED = {"run_ahead": "async_steps"}
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
     in TF32 on GPUs). The renderer has a precision of its own."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
-    run_ahead: bool = True
+    async_steps: bool = True
     """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
-    """Steps are one CUDA graph where they can be: with run_ahead, not sharded, planes in kernels, without accumulate
+    """Steps are one CUDA graph where they can be: with async_steps, not sharded, planes in kernels, without accumulate
     and alternate."""
     compile: bool = False
     """Compile encoder and decoder with torch.compile, a minute or two at the start; not where sharded."""
@@ -184,10 +190,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
-            if self.autoencoder.path == "identity" and stage.epochs and (stage.weights.needs_images or stage.photos):
+            if (
+                self.autoencoder.path == "identity"
+                and stage.epochs
+                and (stage.weights.needs_images or stage.natural_images)
+            ):
                 raise ValueError(
                     f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
-                    "(set the weights rgb and ae, and photos, to 0)"
+                    "(set the weights rgb and ae, and natural_images, to 0)"
                 )
             base, rate = self.planes.base_planes, stage.learning_rates.base_planes
             if stage.epochs and base == 0 and rate > 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the data each rank owns: scenes and photographs, and the steps that follow from it."""
+"""What of the data each rank owns: scenes and natural images, and the steps that follow from it."""
 
 import hashlib
 import logging
@@ -39,19 +39,19 @@ class Data:
         return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
     @property
-    def photos(self) -> range:
-        """Photographs of this rank, by their place in the shards."""
+    def natural_images(self) -> range:
+        """Natural images of this rank, by their place in the shards."""
         return ownership.share(self.manifest.images, self.rank, self.world)
 
 
 def steps_per_epoch(recipe: Recipe, stage: str, data: Data) -> int:
-    """Steps in which all ranks together see every view once (every photograph, where there are no views); the same
+    """Steps in which all ranks together see every view once (every natural image, where there are no views); the same
     number on every rank."""
     config = recipe.train.warmup if stage == "warmup" else recipe.train.joint
     count, batch = (
         (sum(scene.views for scene in data.scenes), config.batch_size)
         if config.batch_size
-        else (data.manifest.images, config.photos)
+        else (data.manifest.images, config.natural_images)
     )
     return max(1, count // max(1, batch * config.accumulate * data.world)) * (2 if config.alternate else 1)
 
@@ -76,8 +76,11 @@ def own_data(recipe: Recipe) -> Data:
     ]
     parts = ownership.assign(shards, world_size()) if scenes else [[] for _ in range(world_size())]
     data = Data(manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
-    if any(stage.epochs and stage.photos for stage in (recipe.train.warmup, recipe.train.joint)) and manifest.images:
-        len(data.photos)  # refuses more ranks than photographs
+    if (
+        any(stage.epochs and stage.natural_images for stage in (recipe.train.warmup, recipe.train.joint))
+        and manifest.images
+    ):
+        len(data.natural_images)  # refuses more ranks than natural images
     return data
 
 

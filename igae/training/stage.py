@@ -53,15 +53,15 @@ class Stage:
             raise ValueError(
                 f"train.{name}.batch_size is {self.config.batch_size} but {recipe.data.root} holds no scenes"
             )
-        if self.config.photos and not data.manifest.images:
+        if self.config.natural_images and not data.manifest.images:
             raise ValueError(
-                f"train.{name}.photos is {self.config.photos} but {recipe.data.root} holds no photographs: pack them "
-                f"with --images, or set train.{name}.photos and the photo_* weights to 0"
+                f"train.{name}.natural_images is {self.config.natural_images} but {recipe.data.root} holds none: pack "
+                f"some with --images, or set train.{name}.natural_images and the natural_* weights to 0"
             )
         self._rank, self._world = data.rank, data.world
         self.steps_per_epoch = steps_per_epoch(recipe, name, data)
         self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
-        self.consumed = {"views": 0, "photos": 0} | consumed
+        self.consumed = {"views": 0, "natural_images": 0} | consumed
         # Before the engine takes the model apart: cached latents are encoded with it.
         self._streams = dict(self._open_streams(data))
         self._prepare_optimizers()
@@ -105,21 +105,21 @@ class Stage:
                         state=state,
                     ),
                 )
-        if self.config.photos:
+        if self.config.natural_images:
             yield (
-                "photos",
+                "natural_images",
                 image_loader(
                     settings.root,
                     data.manifest,
-                    part=data.photos,
-                    batch_size=self.config.photos,
+                    part=data.natural_images,
+                    batch_size=self.config.natural_images,
                     seed=seed,
                     shuffle=settings.shuffle,
                     repeat=True,
                     workers=min(1, settings.workers),
                     verify=settings.verify,
                     cache=settings.cache,
-                    state=StreamState(*divmod(self.consumed["photos"], len(data.photos))),
+                    state=StreamState(*divmod(self.consumed["natural_images"], len(data.natural_images))),
                 ),
             )
 
@@ -160,7 +160,7 @@ class Stage:
             return self._captured_step(step, stop, refresh)
         self.meter.begin()
         alternate, device, count = self.config.alternate, self.engine.device, self.config.accumulate
-        photos = self._take("photos", not (alternate and step % 2 == 0))
+        natural_images = self._take("natural_images", not (alternate and step % 2 == 0))
         batches = self._take("views", not (alternate and step % 2 == 1))
         rows, leaf, places = None, None, None
         if batches is not None:
@@ -178,7 +178,7 @@ class Stage:
             losses: dict[str, Tensor] = self.engine.forward(
                 leaf,
                 _views_on(batches[i], places[i], device) if batches is not None and places is not None else None,
-                to_device(photos[i], device) if photos is not None else None,
+                to_device(natural_images[i], device) if natural_images is not None else None,
                 self.config.weights,
                 self.recipe.autoencoder.latents == "sample",
                 seed,
@@ -205,8 +205,8 @@ class Stage:
 
     @property
     def taken(self) -> int:
-        """Views that this rank has taken in this stage; photographs, where there are no views."""
-        return self.consumed["views" if self.config.batch_size else "photos"]
+        """Views that this rank has taken in this stage; natural images, where there are no views."""
+        return self.consumed["views" if self.config.batch_size else "natural_images"]
 
     def _can_be_captured(self) -> bool:
         """Whether all that a step does can be in a CUDA graph, the same one for each step."""
@@ -244,8 +244,8 @@ class Stage:
             [batch] = batches
             view, scene = None, batch.scene
             more = {"images": batch.images, "cam2world": batch.cam2world, "intrinsics": batch.intrinsics}
-        if (photos := self._take("photos", True)) is not None:
-            [more["photos"]] = photos
+        if (natural_images := self._take("natural_images", True)) is not None:
+            [more["natural_images"]] = natural_images
         rows, index = self.bank.rows_of(scene)
         seed = derive_seed(self.recipe.seed, self.name, step, self._rank, 0)
         return self.meter.note(Outcome(*self._captured(rows, index, view, more, seed, stop, rates)))
@@ -295,8 +295,8 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
 
 @torch.no_grad()
 def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, channel: Channel) -> None:
-    """Fit the normaliser's scale to the latents of some views of each rank (of photographs where there are no scenes).
-    Collective."""
+    """Fit the normalizer's scale to the latents of some views of each rank (of natural images where there are no
+    scenes). Collective."""
     settings, seed = recipe.data, derive_seed(recipe.seed, "scale")
     loader: Any
     if data.owned:
@@ -315,7 +315,7 @@ def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, cha
         loader = image_loader(
             settings.root,
             data.manifest,
-            part=data.photos,
+            part=data.natural_images,
             batch_size=ENCODE_BATCH,
             seed=seed,
             shuffle=settings.shuffle,

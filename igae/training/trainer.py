@@ -40,11 +40,11 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAG = 2
 SHOWN = (
     "heldout/rgb_psnr",
-    "heldout/constant_psnr",
+    "heldout/baseline_psnr",
     "train/rgb_psnr",
     "heldout/latent_psnr",
     "heldout/ae_psnr",
-    "photos/ae_psnr",
+    "natural/ae_psnr",
 )
 log = logging.getLogger("igae")
 
@@ -66,7 +66,7 @@ class Trainer:
         self.folder = Path(recipe.outputs) / recipe.experiment
         self.checkpoints = recipe.checkpoint.root or str(self.folder / "checkpoints")
         self.data = own_data(recipe)
-        self.engine = Engine(recipe.train.timeout, recipe.train.run_ahead, recipe.train.precision == "bf16")
+        self.engine = Engine(recipe.train.timeout, recipe.train.async_steps, recipe.train.precision == "bf16")
         # Both here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
         self.channel, self._saving = Channel(recipe.train.timeout), Channel(recipe.train.timeout)
         device, owned = self.engine.device, self.data.owned

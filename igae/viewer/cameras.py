@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igae.data import is_rigid, normalised_intrinsics
+from igae.data import is_rigid, normalized_intrinsics
 
 MAX_CAMERAS = 10_000
 
@@ -67,13 +67,13 @@ def angle_of(focal: float, size: tuple[int, int]) -> float:
     return 2 * math.degrees(math.atan(0.5 * size[0] / size[1] / focal))
 
 
-def orbit_from(camera: Camera, frames: int, up: Tensor, centre: Tensor) -> list[Camera]:
-    """A camera turned once around the axis ``up`` [3] (of any length but zero) through ``centre`` [3], from where it
+def orbit_from(camera: Camera, frames: int, up: Tensor, center: Tensor) -> list[Camera]:
+    """A camera turned once around the axis ``up`` [3] (of any length but zero) through ``center`` [3], from where it
     is, by equal angles; the last is one step before the first."""
     angle = torch.arange(frames, dtype=torch.float64)[:, None] * (math.pi / frames)
     turn = rotation_of(torch.cat([angle.cos(), angle.sin() * (up / up.norm())], 1))
     rotation, position = camera.cam2world[:3, :3], camera.cam2world[:3, 3]
-    poses = pose_of(turn @ rotation, centre + turn @ (position - centre))
+    poses = pose_of(turn @ rotation, center + turn @ (position - center))
     return [Camera(pose, camera.intrinsics) for pose in poses]
 
 
@@ -136,7 +136,7 @@ def parse_path(data: bytes, size: tuple[int, int]) -> list[Camera]:
     path = []
     for number, frame in enumerate(frames, 1):
         try:
-            intrinsics = normalised_intrinsics({**tree, **frame}, size)
+            intrinsics = normalized_intrinsics({**tree, **frame}, size)
             pose = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
             if pose.shape != (4, 4) or not is_rigid(pose):
                 raise ValueError("transform_matrix is no rigid motion [4, 4]")

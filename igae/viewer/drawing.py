@@ -31,7 +31,7 @@ LEAST = 4  # latents of fewer rows or columns are not decoded
 
 @dataclass
 class Scene:
-    """Planes [1, 3, R, R, C] of a scene, and mean and standard deviation [c] of its latents as first seen: colours
+    """Planes [1, 3, R, R, C] of a scene, and mean and standard deviation [c] of its latents as first seen: colors
     that stay the same while the camera moves."""
 
     planes: Tensor
@@ -50,7 +50,7 @@ class Drawn:
 
 
 def views_of(model: IGAE) -> list[str]:
-    """Those of VIEWS that a model has: latents of RGB scenes are their colours."""
+    """Those of VIEWS that a model has: latents of RGB scenes are their colors."""
     return [RGB, DEPTH] if model.autoencoder.is_identity else list(VIEWS)
 
 
@@ -85,7 +85,7 @@ def draw(
         backend=model.renderer,
     )
     latents = rendered.features.permute(0, 3, 1, 2)
-    image = to_uint8(model.autoencoder.decode(model.autoencoder.denormalise(latents))[0]) if decode else None
+    image = to_uint8(model.autoencoder.decode(model.autoencoder.denormalize(latents))[0]) if decode else None
     return Drawn(latents[0], rendered.depth[0], rendered.opacity[0], image)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from igae.data import orbit
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.evaluation import Picture, write_video
 from igae.viewer.cameras import Camera, between, dump_path, lens_of, orbit_from, parse_path, pose_of, rotation_of
 from igae.viewer.drawing import ALL, RGB, VIEWS, Sheet, arrange, draw, is_decoded, panels, side_by_side, views_of
@@ -108,7 +108,7 @@ class Session:
 
     def fail(self, error: Exception) -> None:
         """Tell the user; the last picture stays."""
-        self._tell("this can't be shown", hide_credentials(str(error)), "red")
+        self._tell("this can't be shown", redact(str(error)), "red")
 
     def _window(self) -> tuple[int, int]:
         camera = self.client.camera
@@ -310,8 +310,8 @@ class Session:
     def _orbit(self, count: int) -> list[Camera]:
         """Once around what the camera looks at."""
         camera = self.client.camera
-        up, centre = (torch.tensor(x, dtype=torch.float64) for x in (camera.up_direction, camera.look_at))
-        return orbit_from(self.camera(), count, up, centre)
+        up, center = (torch.tensor(x, dtype=torch.float64) for x in (camera.up_direction, camera.look_at))
+        return orbit_from(self.camera(), count, up, center)
 
     def _give(self, ending: str, data: bytes) -> None:
         name = re.sub(r"[^\w.\-]+", "-", self.name).strip(".-") or "scene"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igae import export
 from igae.data import orbit
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.evaluation import Picture
 from igae.export import find_model
 from igae.models import IGAE
@@ -102,7 +102,7 @@ def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> 
             raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
         found = export.Export(where, device, "auto")
         size = found.description.image_size
-        box, title = found.description.render.box, hide_credentials(where)
+        box, title = found.description.render.box, redact(where)
         rows = lambda name: found.rows([name])[0]  # noqa: E731
         return Subject(title, found.model, found.names, CAMERA[0] * box, angle_of(CAMERA[1], size), rows)
     run = export.open_run(where, overrides)

@@ -8,7 +8,7 @@
 
 constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + BACK_FLOATS, ARRAYS = 4 * ROW;
 constexpr int KEPT_PLACE = ARRAYS + TILE_FLOATS + GRADIENT_FLOATS;
-constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOUR_TILES + 40, WARP_FLOATS = BIASES_PLACE + BIAS_FLOATS;
+constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOR_TILES + 40, WARP_FLOATS = BIASES_PLACE + BIAS_FLOATS;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS; }
@@ -16,7 +16,7 @@ DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + war
 // --- a ray ---
 
 struct RayGradient {
-  float colour[8 * COLOUR_TILES];  // of the sum of w * colour
+  float color[8 * COLOR_TILES];  // of the sum of w * color
   float opacity, moment, end;      // of the opacity (the background's part included), of sum w (t - end); last t
   float depth;
 };
@@ -34,21 +34,21 @@ struct Kept {
 };
 static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= BIASES_PLACE, "it fits");
 
-// Gradients of a ray's results: of this lane's colour, of opacity and depth.
+// Gradients of a ray's results: of this lane's color, of opacity and depth.
 struct Given {
-  float colour, opacity, depth;
+  float color, opacity, depth;
 };
 DEV Given find_given(const Params &p, int index) {
-  const float *colours = p.g_features + (long long)index * OUT;
-  asm("" : "+l"(colours));  // as in the kernel
-  return {p.g_features && lane_id() < OUT ? colours[lane_id()] : 0.f, p.g_opacity ? p.g_opacity[index] : 0.f,
+  const float *colors = p.g_features + (long long)index * OUT;
+  asm("" : "+l"(colors));  // as in the kernel
+  return {p.g_features && lane_id() < OUT ? colors[lane_id()] : 0.f, p.g_opacity ? p.g_opacity[index] : 0.f,
           p.g_depth ? p.g_depth[index] : 0.f};
 }
 
 // This lane's part of a bound of what the weight of one of a ray's intervals can be worth.
 DEV float worth_bound(const Params &p, const Given &given) {
   float length = p.far > 0.f ? p.far : 1.75f * p.box;
-  return fmaxf(4 * OUT * fabsf(given.colour), fmaxf(fabsf(given.opacity), length * fabsf(given.depth)));
+  return fmaxf(4 * OUT * fabsf(given.color), fmaxf(fabsf(given.opacity), length * fabsf(given.depth)));
 }
 
 // A power of two for gradients, so that none that goes through float16 is too large for it, and as few as can be too small.
@@ -63,7 +63,7 @@ DEV float unit_of(float bound) {
 // be. shared: scratch of three floats a warp.
 DEV float2 block_unit(const Params &p, float *shared) {
   if (FP32) return {1.f, 1.f};
-  float found[3] = {};  // the largest: of the density's weights, of colours', worth
+  float found[3] = {};  // the largest: of the density's weights, of colors', worth
   int warp = warp_id(), i = threadIdx.x;
 #pragma unroll 8
   for (int k = i; k < HIDDEN * (1 + OUT); k += 32 * WARPS) found[k >= HIDDEN] = fmaxf(found[k >= HIDDEN], fabsf(p.w2[k]));
@@ -84,17 +84,17 @@ DEV float2 block_unit(const Params &p, float *shared) {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) found[k] = fmaxf(found[k], shared[3 * w + k]);
   __syncthreads();
-  // Of a hidden unit: at most as much from the density; from all colours, whose slope is at most a half, a sixteenth of it.
+  // Of a hidden unit: at most as much from the density; from all colors, whose slope is at most a half, a sixteenth of it.
   float gain = fmaxf(1.f, found[0] + found[1] / 16.f);
   return {unit_of(gain * found[2]), gain};
 }
 
 DEV void find_gradient(const Params &p, const Ray &ray, int index, Kept &kept) {
   Given given = find_given(p, index);
-  float unit = unit_of(kept.gain * warp_max(worth_bound(p, given))), g = 2.f * unit * given.colour, behind = 0.f;
-  if (lane_id() < 8 * COLOUR_TILES) kept.grad.colour[lane_id()] = g;
+  float unit = unit_of(kept.gain * warp_max(worth_bound(p, given))), g = 2.f * unit * given.color, behind = 0.f;
+  if (lane_id() < 8 * COLOR_TILES) kept.grad.color[lane_id()] = g;
   const float *background = p.background + (long long)ray.pixel * p.background_stride;
-  if (lane_id() < OUT) behind = g * (background[lane_id()] + 0.001f);  // a colour is 1.002 s - 0.001
+  if (lane_id() < OUT) behind = g * (background[lane_id()] + 0.001f);  // a color is 1.002 s - 0.001
   behind = warp_sum(behind);
   if (lane_id() == 0) {
     kept.grad.opacity = unit * given.opacity - behind;
@@ -105,32 +105,32 @@ DEV void find_gradient(const Params &p, const Ray &ray, int index, Kept &kept) {
   __syncwarp();
 }
 
-DEV float2 colour_gradient(const RayGradient &grad, int tile) {  // of this lane's columns
-  return *(const float2 *)(grad.colour + 8 * tile + 2 * (lane_id() & 3));
+DEV float2 color_gradient(const RayGradient &grad, int tile) {  // of this lane's columns
+  return *(const float2 *)(grad.color + 8 * tile + 2 * (lane_id() & 3));
 }
 
-// How much the colours of this lane's rows g and g + 8 are worth: the gradient's product with what sigmoid2 makes of the
+// How much the colors of this lane's rows g and g + 8 are worth: the gradient's product with what sigmoid2 makes of the
 // MLP's outputs, which `out` becomes.
-DEV void find_worth(const RayGradient &grad, float (&out)[COLOUR_TILES][4], float (&worth)[2]) {
+DEV void find_worth(const RayGradient &grad, float (&out)[COLOR_TILES][4], float (&worth)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < COLOUR_TILES; ++j) {
-      float2 colour = colour_gradient(grad, j);
+    for (int j = 0; j < COLOR_TILES; ++j) {
+      float2 color = color_gradient(grad, j);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float &s = out[j][2 * half + e];
         s = sigmoid2(s);
-        sum = fmaf(e ? colour.y : colour.x, s, sum);
+        sum = fmaf(e ? color.y : color.x, s, sum);
       }
     }
     worth[half] = row_sum(sum);
   }
 }
 
-// The same of the last samples of all tiles but the last, from their colours.
-DEV void find_last_worth(const float *colours, Kept &kept) {
+// The same of the last samples of all tiles but the last, from their colors.
+DEV void find_last_worth(const float *colors, Kept &kept) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
   for (int first = 0; first < R16 - 1; first += 8) {
@@ -138,14 +138,14 @@ DEV void find_last_worth(const float *colours, Kept &kept) {
     if (first + g < R16 - 1)
 #pragma unroll
       for (int c = q; c < OUT; c += 4)
-        sum = fmaf(kept.grad.colour[c], fmaf(colours[(first + g) * OUT + c], 1.f / 1.002f, 0.001f / 1.002f), sum);
+        sum = fmaf(kept.grad.color[c], fmaf(colors[(first + g) * OUT + c], 1.f / 1.002f, 0.001f / 1.002f), sum);
     sum = row_sum(sum);
     if (q == 0 && first + g < R16 - 1) kept.worth[first + g] = sum;
   }
 }
 
 // Compositing, backward, goes along the ray from its end. Gradients of a tile's samples, from first on: w[row] of their
-// colours, d[row] of their raw densities.
+// colors, d[row] of their raw densities.
 DEV void composite_backward(const float *t, const float *weight, const float *direct, const float *hidden, Kept &kept,
                             int first, const float (&worth)[2], float (&w)[2], float (&d)[2]) {
   const RayGradient &grad = kept.grad;
@@ -170,7 +170,7 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   float part_behind = weight[min(first + 15, N - 1)], slope_behind = kept.slope_behind;
   other_part = r == 15 ? part_behind : other_part;
   other_slope = r == 15 ? slope_behind : other_slope;
-  // 1.002 s (1 - s) is the slope of a colour, for which LN2 times as much goes to what sigmoid2 is taken of.
+  // 1.002 s (1 - s) is the slope of a color, for which LN2 times as much goes to what sigmoid2 is taken of.
   float w_sample = 0.501f * LN2 * (part + other_part), d_sample = 0.5f * (slope + other_slope);
   __syncwarp();
   if (lane_id() == 0) {
@@ -188,29 +188,29 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
 // One tile back: fills the rest of `tile`, which all warps add up, in the block's unit, and g_f with the gradients of the
 // features. slope: of the hidden units' activations; out: sigmoid2 of the MLP's outputs; w, d: see composite_backward.
 // sums: see BIAS_FLOATS.
-DEV void tile_backward(const Mlp &mlp, const Four (&slope)[8], const float (&out)[COLOUR_TILES][4], const Kept &kept,
+DEV void tile_backward(const Mlp &mlp, const Four (&slope)[8], const float (&out)[COLOR_TILES][4], const Kept &kept,
                        const float (&w)[2], const float (&d)[2], float *tile, float (&g_f)[2][CHUNKS][4], float *sums) {
-  constexpr int PAIRS = (COLOUR_TILES + 1) / 2;
+  constexpr int PAIRS = (COLOR_TILES + 1) / 2;
   int q = lane_id() & 3;
   float share = kept.share;
   Four g_out[2 * PAIRS], shares = four(share, share, share, share);
 #pragma unroll
-  for (int j = 0; j < COLOUR_TILES; ++j) {
-    float2 colour = colour_gradient(kept.grad, j);
+  for (int j = 0; j < COLOR_TILES; ++j) {
+    float2 color = color_gradient(kept.grad, j);
     float g[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       float s = out[j][e];
-      g[e] = w[e >> 1] * (e & 1 ? colour.y : colour.x) * (s - s * s);  // the gradient is 0 beyond OUT
+      g[e] = w[e >> 1] * (e & 1 ? color.y : color.x) * (s - s * s);  // the gradient is 0 beyond OUT
     }
     float2 &sum = ((float2 *)sums)[32 * j + lane_id()];
     sum = {fmaf(share, g[0] + g[2], sum.x), fmaf(share, g[1] + g[3], sum.y)};
     g_out[j] = four(g[0], g[1], g[2], g[3]);
     store_columns(tile, G_OUT_AT, j, crossed(FP32 ? g_out[j] : times(g_out[j], shares)));
   }
-  if (COLOUR_TILES % 2 == 1) g_out[COLOUR_TILES] = four(0.f, 0.f, 0.f, 0.f);
+  if (COLOR_TILES % 2 == 1) g_out[COLOR_TILES] = four(0.f, 0.f, 0.f, 0.f);
   store_dense(tile, share * d[0], share * d[1]);
-  if (q == 0) sums[64 * COLOUR_TILES + lane_id()] += share * (d[0] + d[1]);
+  if (q == 0) sums[64 * COLOR_TILES + lane_id()] += share * (d[0] + d[1]);
   float back[STEPS][4];
 #pragma unroll
   for (int s = 0; s < STEPS; ++s) back[s][0] = back[s][1] = back[s][2] = back[s][3] = 0.f;
@@ -260,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
-  float *draws = tile, *colours = tile + ROW, *gradients = tile + TILE_FLOATS;
+  float *draws = tile, *colors = tile + ROW, *gradients = tile + TILE_FLOATS;
   Runs &runs = *(Runs *)tile;
   Cells *cells = (Cells *)(tile + (PRODUCT ? RUN_FLOATS : 0));
   static_assert(ROW + KEPT - N <= DENSE_AT && RUN_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
@@ -285,9 +285,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       const float *own = p.kept + (long long)index * KEPT;
       asm("" : "+l"(own));  // else a pair of registers is taken up by the place of the lane's numbers among all
 #pragma unroll
-      for (int k = lane; k < KEPT; k += 32) *(k < N ? raw + k : colours + k - N) = own[k];
+      for (int k = lane; k < KEPT; k += 32) *(k < N ? raw + k : colors + k - N) = own[k];
       find_gradient(p, ray, index, kept);
-      find_last_worth(colours, kept);
+      find_last_worth(colors, kept);
       coarse_depths(p, ray, index, t);
       Places places = {};
 #if KF > 0
@@ -320,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
-        float f[2][CHUNKS][4], out[COLOUR_TILES][4], worth[2], w[2], d[2];
+        float f[2][CHUNKS][4], out[COLOR_TILES][4], worth[2], w[2], d[2];
         Four packed[CHUNKS][2], slope[8];
         find_cells(p, ray, sorted_t[min(first + (lane & 15), N - 1)], cells);
         gather(p, scene_planes(p, ray), cells, f);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What both kernels share: arguments, warp primitives, activations, tensor-core products, the decoding MLP's weights.
 //
-// The build defines: C features, OUT colours, K coarse and KF fine samples, WARPS a block, and the switches EG3D, PRODUCT,
+// The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, and the switches EG3D, PRODUCT,
 // DISPARITY, BF16 (planes), FP32 (products of float32 numbers, else of float16), DETERMINISTIC. No CUDA header is included:
 // NVRTC has none.
 //
@@ -16,16 +16,16 @@ typedef unsigned long long u64;
 constexpr u32 ALL = 0xffffffffu;
 constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
 constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
-constexpr int COLOUR_TILES = (OUT + 7) / 8;                          // colours in 8s
+constexpr int COLOR_TILES = (OUT + 7) / 8;                          // colors in 8s
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
-// Of a ray the backward pass gets raw densities, of coarse samples first, and colours of samples 15, 31 ... along the ray, which
+// Of a ray the backward pass gets raw densities, of coarse samples first, and colors of samples 15, 31 ... along the ray, which
 // are the last ones of all tiles but the last.
 constexpr int KEPT = N + (R16 - 1) * OUT;
 constexpr int WORDS = FP32 ? 4 : 2;                                  // 32-bit words of a Four
 // Floats' places of all weights, and of those that only the backward pass has.
-constexpr int W1_WORDS = 256 * CHUNKS * WORDS, W2_WORDS = 128 * COLOUR_TILES * WORDS, DENSE_FLOATS = HIDDEN + 4;
-constexpr int WEIGHT_FLOATS = W1_WORDS + W2_WORDS + HIDDEN + 8 * COLOUR_TILES + DENSE_FLOATS;
-constexpr int BACK_FLOATS = W1_WORDS + 256 * ((COLOUR_TILES + 1) / 2) * WORDS;
+constexpr int W1_WORDS = 256 * CHUNKS * WORDS, W2_WORDS = 128 * COLOR_TILES * WORDS, DENSE_FLOATS = HIDDEN + 4;
+constexpr int WEIGHT_FLOATS = W1_WORDS + W2_WORDS + HIDDEN + 8 * COLOR_TILES + DENSE_FLOATS;
+constexpr int BACK_FLOATS = W1_WORDS + 256 * ((COLOR_TILES + 1) / 2) * WORDS;
 
 struct Params {
   const void *planes;

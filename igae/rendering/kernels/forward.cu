@@ -3,19 +3,19 @@
 #include "mlp.cuh"
 #include "ray.cuh"
 
-constexpr int COLOUR_ROW = 8 * COLOUR_TILES;
+constexpr int COLOR_ROW = 8 * COLOR_TILES;
 constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;
-constexpr int WARP_FLOATS = ARRAYS + N * COLOUR_ROW;
+constexpr int WARP_FLOATS = ARRAYS + N * COLOR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
-// Densities and colours of `count` samples at t.
+// Densities and colors of `count` samples at t.
 DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int count,
-                  Cells *cells, float *raw, float *colour) {
+                  Cells *cells, float *raw, float *color) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
   for (int first = 0; first < count; first += 16) {
     int k = first + g;
-    float f[2][CHUNKS][4], out[COLOUR_TILES][4], dense[2];
+    float f[2][CHUNKS][4], out[COLOR_TILES][4], dense[2];
     Four packed[CHUNKS][2], none[8];
     find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
     gather(p, base, cells, f);
@@ -26,9 +26,9 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
       if (k + 8 * half >= count) continue;
       if (q == 0) raw[k + 8 * half] = dense[half];
 #pragma unroll
-      for (int j = 0; j < COLOUR_TILES; ++j) {
+      for (int j = 0; j < COLOR_TILES; ++j) {
         float2 c = {fmaf(sigmoid2(out[j][2 * half]), 1.002f, -0.001f), fmaf(sigmoid2(out[j][2 * half + 1]), 1.002f, -0.001f)};
-        *(float2 *)(colour + (k + 8 * half) * COLOUR_ROW + 8 * j + 2 * q) = c;
+        *(float2 *)(color + (k + 8 * half) * COLOR_ROW + 8 * j + 2 * q) = c;
       }
     }
   }
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
   float *t = shared + WEIGHT_FLOATS + warp * WARP_FLOATS, *raw = t + ROW;
   float *share = t + (2 * ROW + 3) / 4 * 4;  // and what follows is free while samples are evaluated: the cells' place
   Cells *cells = (Cells *)share;
-  float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *colour = t + ARRAYS;
+  float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *color = t + ARRAYS;
 
   for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
     Ray ray = make_ray(p, index);
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       }
 #endif
       int first = stage * K;
-      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, colour + first * COLOUR_ROW);
+      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, color + first * COLOR_ROW);
     }
     float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
     for (int k = lane; k < N && kept; k += 32) kept[k] = raw[k];
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
     Totals sum = totals<N>(ordered_t, weight);
     // A sample gets half of each of its intervals' weights.
     __syncwarp();
-    int *last = (int *)sorted_t;  // samples whose colours are kept
+    int *last = (int *)sorted_t;  // samples whose colors are kept
 #pragma unroll
     for (int i = 0; i < ALL_ROUNDS; ++i) {
       int k = sample_of(i), place = place_of(places, i);
@@ -105,13 +105,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       if (place % 16 == 15) last[place / 16] = k;
     }
     __syncwarp();
-    for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = colour[min((u32)last[i / OUT], (u32)N - 1) * COLOUR_ROW + i % OUT];
-    // PARTS groups of lanes share the samples; a lane of a group has a colour.
+    for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = color[min((u32)last[i / OUT], (u32)N - 1) * COLOR_ROW + i % OUT];
+    // PARTS groups of lanes share the samples; a lane of a group has a color.
     constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
     int channel = lane % WIDTH;
     float seen = 0.f;
     if (channel < OUT)
-      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], colour[k * COLOUR_ROW + channel], seen);
+      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], color[k * COLOR_ROW + channel], seen);
 #pragma unroll
     for (int d = WIDTH; d < 32; d <<= 1) seen += __shfl_xor_sync(ALL, seen, d);
     if (lane < OUT) features[lane] = 2.f * (seen + (1.f - sum.opacity) * background[lane]) - 1.f;

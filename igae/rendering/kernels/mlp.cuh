@@ -5,7 +5,7 @@
 
 struct Mlp {
   const Four *w1, *w2, *w1_back, *w2_back;  // as products take them, see load_mlp; *_back: backward only
-  const float *b1, *b2;                     // b2: colours'
+  const float *b1, *b2;                     // b2: colors'
   const float *dense;                       // the density's row of w2, not rounded, and its bias
 };
 
@@ -35,11 +35,11 @@ DEV void fill(Four *to, int count, Value value) {
   }
 }
 
-// Units: the hidden layer's numbers are counted in units of ln 2, before and after the activation, and so are what colours
+// Units: the hidden layer's numbers are counted in units of ln 2, before and after the activation, and so are what colors
 // are the sigmoid of; the raw density is not.
 template <bool BACKWARD>
 DEV Mlp load_mlp(float *shared, const Params &p) {
-  float *w1 = shared, *w2 = w1 + W1_WORDS, *b1 = w2 + W2_WORDS, *b2 = b1 + HIDDEN, *dense = b2 + 8 * COLOUR_TILES;
+  float *w1 = shared, *w2 = w1 + W1_WORDS, *b1 = w2 + W2_WORDS, *b2 = b1 + HIDDEN, *dense = b2 + 8 * COLOR_TILES;
   float *w1_back = shared + WEIGHT_FLOATS, *w2_back = w1_back + W1_WORDS;
   // An infinity must not become the largest float16, which would hide it: NaN.
   auto seen = [](float w) { return w + (w - w); };
@@ -49,7 +49,7 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   fill<false>((Four *)w1, W1_WORDS / WORDS, [&](int block, int which, int lane, int e) {
     return first(8 * (2 * (block / CHUNKS) + which) + (lane >> 2), 16 * (block % CHUNKS) + 4 * (lane & 3) + e);
   });
-  // A four: of one colour, two units of one 8 and two of the next.
+  // A four: of one color, two units of one 8 and two of the next.
   fill<true>((Four *)w2, W2_WORDS / WORDS, [&](int block, int, int lane, int e) {
     return second(8 * (block >> 2) + (lane >> 2), 8 * (2 * (block & 3) + (e >> 1)) + 2 * (lane & 3) + (e & 1));
   });
@@ -59,8 +59,8 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
       int h = 8 * (2 * (block / CHUNKS) + (e >> 1)) + 2 * (lane & 3) + (e & 1);
       return first(h, 16 * (block % CHUNKS) + 4 * (lane >> 3) + 2 * which + (lane >> 2 & 1));
     });
-    // A four: of one unit two colours of one 8 and two of the next, which are inner indices.
-    constexpr int PAIRS = (COLOUR_TILES + 1) / 2;
+    // A four: of one unit two colors of one 8 and two of the next, which are inner indices.
+    constexpr int PAIRS = (COLOR_TILES + 1) / 2;
     fill<false>((Four *)w2_back, 256 * PAIRS, [&](int block, int which, int lane, int e) {
       int n = 8 * (2 * (block % PAIRS) + (e >> 1)) + 2 * (lane & 3) + (e & 1);
       return second(n, 8 * (2 * (block / PAIRS) + which) + (lane >> 2));
@@ -69,7 +69,7 @@ DEV Mlp load_mlp(float *shared, const Params &p) {
   for (int i = threadIdx.x; i < HIDDEN; i += 32 * WARPS) {
     b1[i] = LOG2E * p.b1[i];
     dense[i] = LN2 * p.w2[i];
-    if (i < 8 * COLOUR_TILES) b2[i] = i < OUT ? LOG2E * p.b2[1 + i] : 0.f;
+    if (i < 8 * COLOR_TILES) b2[i] = i < OUT ? LOG2E * p.b2[1 + i] : 0.f;
     if (i == 0) dense[HIDDEN] = p.b2[0];
   }
   __syncthreads();
@@ -151,7 +151,7 @@ DEV Columns load_columns(const float *matrix, int slot) {
 // gradients before the activation, features, gradients of outputs. Then it has gradients of the density, as the second
 // operand of a product; then as many zeros.
 constexpr int HIDDEN_AT = 0, G_HIDDEN_AT = 2 * HIDDEN, FEATURES_AT = 4 * HIDDEN, G_OUT_AT = FEATURES_AT + 16 * STEPS;
-constexpr int TILE_ROW = G_OUT_AT + 32 * ((COLOUR_TILES + 1) / 2);
+constexpr int TILE_ROW = G_OUT_AT + 32 * ((COLOR_TILES + 1) / 2);
 constexpr int DENSE_AT = TILE_ROWS * TILE_ROW, TILE_FLOATS = DENSE_AT + 8 * WORDS;
 
 // Of the 8 columns from 8 n on, and of those and the next 8.
@@ -182,16 +182,16 @@ DEV void mlp_hidden(const Mlp &mlp, const Four (&f)[CHUNKS][2], int n, float (&h
 }
 
 // f: features, first operands: [16s][their halves]. out[tile][e]: column 8 tile + 2 q + (e & 1) of row g + 8 (e >> 1).
-// Colours come before their sigmoid2. dense: densities of rows g and g + 8, in all lanes of a row; or null. They are no
+// Colors come before their sigmoid2. dense: densities of rows g and g + 8, in all lanes of a row; or null. They are no
 // matrix product: one rounding of its weights would move all densities, and all that hangs on them. KEEP: activations go
 // to the tile, and their slopes to `slope`. AHEAD: products are begun before the activations of those before them are
 // found.
 template <bool KEEP, bool AHEAD>
-DEV void mlp_forward(const Mlp &mlp, const Four (&f)[CHUNKS][2], float *tile, Four (&slope)[8], float (&out)[COLOUR_TILES][4],
+DEV void mlp_forward(const Mlp &mlp, const Four (&f)[CHUNKS][2], float *tile, Four (&slope)[8], float (&out)[COLOR_TILES][4],
                      float *dense = nullptr) {
   int q = lane_id() & 3;
 #pragma unroll
-  for (int j = 0; j < COLOUR_TILES; ++j) {
+  for (int j = 0; j < COLOR_TILES; ++j) {
     float2 bias = *(const float2 *)(mlp.b2 + 8 * j + 2 * q);
     out[j][0] = out[j][2] = bias.x;
     out[j][1] = out[j][3] = bias.y;
@@ -216,7 +216,7 @@ DEV void mlp_forward(const Mlp &mlp, const Four (&f)[CHUNKS][2], float *tile, Fo
       a[u] = four(h[u][0], h[u][1], h[u][2], h[u][3]);
     }
 #pragma unroll
-    for (int j = 0; j < COLOUR_TILES; ++j) {
+    for (int j = 0; j < COLOR_TILES; ++j) {
       Four w = mlp.w2[(4 * j + n / 2) * 32 + lane_id()];
       mma(out[j], a[0], a[1], left(w), right(w));
     }

@@ -8,19 +8,19 @@ constexpr int PARTIAL = HIDDEN * C + HIDDEN + (1 + OUT) * HIDDEN + 1 + OUT;  // 
 
 // Gradients of a block's hidden units: rows g, g + 8 of the products' layouts are units 16 (UNITS warp + u) + 2 g, + 1.
 struct MlpGradient {
-  float w1[UNITS][STEPS][4], w2[UNITS][COLOUR_TILES][4];
+  float w1[UNITS][STEPS][4], w2[UNITS][COLOR_TILES][4];
   float rest[UNITS][4];  // column 0: b1; column 1: the density's row of w2
 };
-// Sums of gradients of outputs, which are those of b2, over a warp's own samples, in shared memory: of each 8 colours columns
+// Sums of gradients of outputs, which are those of b2, over a warp's own samples, in shared memory: of each 8 colors columns
 // 2 q and 2 q + 1 from a lane's rows; then of the density, from lanes with q = 0.
-constexpr int BIAS_FLOATS = 64 * COLOUR_TILES + 32;
+constexpr int BIAS_FLOATS = 64 * COLOR_TILES + 32;
 
 // The feature that is column `column` of the 8 columns `step` of the features' matrix.
 DEV int feature_of(int step, int column) { return 16 * (step >> 1) + 4 * (column >> 1) + 2 * (step & 1) + (column & 1); }
 // The column of which a product of second operands that lie in slots has column `column` of tile j.
 DEV int slot_column(int j, int column) { return 8 * (2 * (j >> 1) + (column >> 2)) + 2 * (column & 3) + (j & 1); }
 // Of outputs there may be a last tile on its own, whose slots are read by two lanes each.
-DEV int output_column(int j, int column) { return j + 1 == COLOUR_TILES && COLOUR_TILES % 2 == 1 ? 8 * j + column : slot_column(j, column); }
+DEV int output_column(int j, int column) { return j + 1 == COLOR_TILES && COLOR_TILES % 2 == 1 ? 8 * j + column : slot_column(j, column); }
 
 // Gradients of the density of rows g, g + 8, for accumulate.
 DEV void store_dense(float *tile, float first, float second) {
@@ -51,15 +51,15 @@ DEV void accumulate(const float *tile, int warp, MlpGradient &grad) {
     if (FP32) mma(grad.rest[u], a.some, a.others, dense[q], dense[q + 4]);
     else mma(grad.rest[u], a.some, a.others, dense[2 * q], dense[2 * q + 1]);
 #pragma unroll
-    for (int j = 0; j + 1 < COLOUR_TILES; j += 2) {
+    for (int j = 0; j + 1 < COLOR_TILES; j += 2) {
       Columns b = load_columns(tile, G_OUT_AT, j);
 #pragma unroll
       for (int i = 0; i < 2; ++i) mma(grad.w2[u][j + i], a.some, a.others, b.some[i], b.others[i]);
     }
-    if (COLOUR_TILES % 2 == 1) {
-      Columns b = load_columns<TILE_ROW>(tile + G_OUT_AT, 4 * (COLOUR_TILES - 1) + (g >> 1));
+    if (COLOR_TILES % 2 == 1) {
+      Columns b = load_columns<TILE_ROW>(tile + G_OUT_AT, 4 * (COLOR_TILES - 1) + (g >> 1));
       bool odd = g & 1;
-      mma(grad.w2[u][COLOUR_TILES - 1], a.some, a.others, odd ? b.some[1] : b.some[0], odd ? b.others[1] : b.others[0]);
+      mma(grad.w2[u][COLOR_TILES - 1], a.some, a.others, odd ? b.some[1] : b.some[0], odd ? b.others[1] : b.others[0]);
     }
   }
 }
@@ -91,14 +91,14 @@ DEV void store(float *to, int warp, const MlpGradient &grad, float unit, const f
       if (column == 0) put(to_b1 + h, LOG2E * unit * grad.rest[u][e]);
       if (column == 1) put(to_w2 + h, LN2 * unit * grad.rest[u][e]);
 #pragma unroll
-      for (int j = 0; j < COLOUR_TILES; ++j) {
+      for (int j = 0; j < COLOR_TILES; ++j) {
         int n = output_column(j, column);
         if (n < OUT) put(to_w2 + (1 + n) * HIDDEN + h, unit * grad.w2[u][j][e]);
       }
     }
 #pragma unroll 1
   for (int n = threadIdx.x; n <= OUT; n += 32 * WARPS) {
-    const float *of = biases + (n == 0 ? 64 * COLOUR_TILES : 64 * (n - 1 >> 3) + (n - 1 & 7));
+    const float *of = biases + (n == 0 ? 64 * COLOR_TILES : 64 * (n - 1 >> 3) + (n - 1 & 7));
     float sum = 0.f;
     for (int w = 0; w < WARPS; ++w)
       for (int row = 0; row < 8; ++row) sum += of[w * stride + (n == 0 ? 4 : 8) * row];

@@ -212,7 +212,7 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) sum[i] = smooth[i] *= total;
   scan_sum(sum);
-  __syncwarp();  // neighbours have read their weights
+  __syncwarp();  // neighbors have read their weights
 #pragma unroll
   for (int i = 0; i < ROUNDS; ++i) {
     int k = 32 * i + lane;
@@ -288,7 +288,7 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
   Cells found;
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
-    // Places between texel centres, along any axis of a plane.
+    // Places between texel centers, along any axis of a plane.
     float pixel = fmaf(fmaf(at, ray.d[a], ray.o[a]), ray.scale, 0.5f * (float)size - 0.5f), whole = floorf(pixel);
     float fraction = pixel - whole;
     int first = (int)whole;
@@ -308,7 +308,7 @@ DEV void find_cells(const Params &p, const Ray &ray, float at, Cells *cells) {
 }
 
 // Features of a tile; base: of the scene's planes. Eight lanes read 128 bytes of a texel, for the samples that are rows of
-// theirs; then neighbours swap what the other's row needs. WITHOUT: a plane that is left out of a product.
+// theirs; then neighbors swap what the other's row needs. WITHOUT: a plane that is left out of a product.
 template <int WITHOUT = -1>
 DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f)[2][CHUNKS][4]) {
   constexpr int WIDE = (CHUNKS + 1) / 2;

@@ -84,9 +84,9 @@ struct Steps {
   __device__ __forceinline__ double mass() const { return rates[past - 1] * now1 / (1 - before1 * now1); }
 };
 
-// Masses at places of a part, as a tridiagonal matrix, whose eigenvalues are the places of Gauss's rule less `centre`.
+// Masses at places of a part, as a tridiagonal matrix, whose eigenvalues are the places of Gauss's rule less `center`.
 struct Rule {
-  double total, centre, diagonal1, diagonal2, square1, square2;  // diagonal0 is 0; squares of the links
+  double total, center, diagonal1, diagonal2, square1, square2;  // diagonal0 is 0; squares of the links
   i64 count;                                                     // steps of the part
 };
 
@@ -109,11 +109,11 @@ DEV Rule first_part(Steps &steps, i64 owed) {
   }
   rule.total = warp_sum(rule.total);
   shift = warp_sum(shift);
-  rule.centre = rule.total > 0 ? head + shift / rule.total : head;
+  rule.center = rule.total > 0 ? head + shift / rule.total : head;
 
   double second = 0, third = 0;
   for (steps.rewind(); steps.past <= rule.count; steps.advance()) {
-    double x = steps.place() - rule.centre, share = steps.mass() * x * x;
+    double x = steps.place() - rule.center, share = steps.mass() * x * x;
     second += share;
     third += share * x;
   }
@@ -125,7 +125,7 @@ DEV Rule first_part(Steps &steps, i64 owed) {
 
   double norm = 0, mean = 0;
   for (steps.rewind(); steps.past <= rule.count; steps.advance()) {
-    double x = steps.place() - rule.centre, y = (x - rule.diagonal1) * x - rule.square1;
+    double x = steps.place() - rule.center, y = (x - rule.diagonal1) * x - rule.square1;
     double share = steps.mass() * y * y;
     norm += share;
     mean += share * x;
@@ -163,7 +163,7 @@ DEV Part part_of(const Rule &rule, double log1, double log2) {
     rotate(b, c, bc, ab, ac, vb, vc);
   }
   return {float(rule.total * va * va), float(rule.total * vb * vb), float(rule.total * vc * vc),
-          float(exp(log1 * rule.count)), float(rule.centre + a), float(rule.centre + b), float(rule.centre + c),
+          float(exp(log1 * rule.count)), float(rule.center + a), float(rule.center + b), float(rule.center + c),
           float(exp(log2 * rule.count))};
 }
 

@@ -35,7 +35,7 @@ class Engine:
 
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
-        run_ahead: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
+        async_steps: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
         bf16: modules compute in bfloat16, so DDP sends large gradients in it.
         alone: each rank makes steps of its own; nothing that they share is trained.
 
@@ -44,10 +44,10 @@ class Engine:
     """
 
     def __init__(
-        self, timeout: float = 600.0, run_ahead: bool = False, bf16: bool = False, alone: bool = False
+        self, timeout: float = 600.0, async_steps: bool = False, bf16: bool = False, alone: bool = False
     ) -> None:
         world, on_gpu = distributed.world_size(), torch.cuda.is_available()
-        ahead = on_gpu and run_ahead
+        ahead = on_gpu and async_steps
         if ahead:
             # Captured steps follow each other, and other collectives wait until they have ended (strategies.py): NCCL
             # need not keep them apart, with fences that cost more than a small collective.
@@ -97,7 +97,7 @@ class Engine:
     def asynchronous(self) -> bool:
         """Forward, backward and step ask the host for nothing: it need not know whether steps were left out, and they
         can be captured in a CUDA graph."""
-        return self._strategy.run_ahead
+        return self._strategy.async_steps
 
     def prepare(self, module: nn.Module, groups: Groups) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.

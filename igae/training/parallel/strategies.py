@@ -37,8 +37,8 @@ class Strategy:
     forward_waits = False
     """A forward pass waits for other ranks."""
 
-    def __init__(self, device: torch.device, run_ahead: bool = False) -> None:
-        self.device, self.run_ahead = device, run_ahead
+    def __init__(self, device: torch.device, async_steps: bool = False) -> None:
+        self.device, self.async_steps = device, async_steps
         self.optimizer: Any = None
         self.module: nn.Module = nn.Module()  # what was given to prepare
         self.trained: nn.Module = self.module  # what is trained: the same, or a sharded copy of it
@@ -47,7 +47,7 @@ class Strategy:
     def prepare(self, module: nn.Module, groups: Groups) -> None:
         self.drop()
         self.module = self.trained = self.wrapped = module
-        self.optimizer = adam(groups, self.device, capturable=self.run_ahead) if groups else None
+        self.optimizer = adam(groups, self.device, capturable=self.async_steps) if groups else None
 
     def drop(self) -> None:
         """Let go of what was trained with; the module stays as it is."""
@@ -78,12 +78,12 @@ class Strategy:
     def step(self, learning_rates: Rates, apply: Tensor) -> Tensor:
         if self.optimizer is None:
             return apply
-        if self.run_ahead:
+        if self.async_steps:
             self.optimizer.found_inf = 1.0 - apply  # a fused Adam looks at it there: gradient scalers do the same
-        if self.run_ahead or apply:
+        if self.async_steps or apply:
             for group in self.optimizer.param_groups:
                 rate = learning_rates[group["name"]]
-                if not self.run_ahead:
+                if not self.async_steps:
                     group["lr"] = rate
                 elif isinstance(rate, Tensor):
                     group["lr"].copy_(rate)
@@ -132,8 +132,8 @@ class DDP(Strategy):
 
     name = "DDP"
 
-    def __init__(self, device: torch.device, run_ahead: bool = False, bf16: bool = False) -> None:
-        super().__init__(device, run_ahead)
+    def __init__(self, device: torch.device, async_steps: bool = False, bf16: bool = False) -> None:
+        super().__init__(device, async_steps)
         self._sent_as = torch.bfloat16 if bf16 else torch.float32
         self._exchange: Exchange | None = None
 

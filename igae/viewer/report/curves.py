@@ -13,7 +13,7 @@ WIDE = 20.0  # losses and rates that span a greater ratio have a logarithmic axi
 TOGETHER = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 FAMILIES = {"lr": "learning rates", "grad_norm": "gradient norms", "gpu_memory": "GPU memory (GiB)"}
 WAITS = {"data_wait": "mean", "data_wait_max": "worst rank"}
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#555555", "#e08a2e", "#7a5cc2")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#555555", "#e08a2e", "#7a5cc2")
 Point = tuple[float, float]
 
 
@@ -26,7 +26,7 @@ class Tick:
 @dataclass
 class Line:
     label: str
-    colour: str
+    color: str
     paths: list[str]
     """SVG path data, one for each stage."""
     last: float
@@ -113,7 +113,7 @@ def _chart(
                 places = [f"{x(step):.1f} {y(value):.1f}" for step, value in thin(points)]
                 paths.append(f"M{places[0]}h0" + "".join(f"L{place}" for place in places[1:]))
         last = list(stages.values())[-1][-1][1]
-        drawn.append(Line(label, COLOURS[number % len(COLOURS)], paths, last))
+        drawn.append(Line(label, COLORS[number % len(COLORS)], paths, last))
     if logarithmic:
         marks = [float(mark) for mark in range(math.ceil(low), math.floor(high) + 1)]
         marks = marks[:: max(1, math.ceil(len(marks) / 5))]

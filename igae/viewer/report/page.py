@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from igae import __version__
-from igae.errors import hide_credentials
+from igae.errors import redact
 from igae.viewer.report import curves, media
 from igae.viewer.report.run import Run, Values, read_run
 
@@ -76,7 +76,7 @@ def render(run: Run) -> str:
         script=Markup(script),
         script_digest=digest,
         run=run,
-        folder=hide_credentials(str(run.folder)),
+        folder=redact(str(run.folder)),
         figures=list(dict.fromkeys(name for values in run.figures.values() for name in values)),
         charts=curves.charts(run.records),
         plot=curves,

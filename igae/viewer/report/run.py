@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from igae.errors import hide_credentials
+from igae.errors import redact
 
 Values = dict[str, float]
 SPAN = ("step", "time")  # numbers of a record that are not measured
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
         run.scenes = {name: _values(scenes[name], path) for name in scenes}
     config = folder / "config.yaml"
     if config.is_file():
-        run.config = hide_credentials(config.read_text(encoding="utf-8", errors="replace"))
+        run.config = redact(config.read_text(encoding="utf-8", errors="replace"))
     environment = _json(folder / "environment.json") or {}
     run.environment = {str(name): str(value) for name, value in environment.items()}
     return run
