@@ -18,18 +18,23 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import model_validator as validator
+
+from igae.errors import did_you_mean
 
 Key = tuple[str, ...]
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # what pydantic calls a key that there is not
 log = logging.getLogger("igae")
-SEARCH = (Path("configs"), Path(__file__).resolve().parent.parent / "configs")
+
+
+def shipped(folder: str) -> Path:
+    """A folder that comes with igae (configs, launch, data_tools): of the source tree, or of the installed package."""
+    package = Path(__file__).resolve().parent
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
+SEARCH = (Path("configs"), shipped("configs"))
 
 
 class ConfigError(ValueError):
@@ -53,7 +58,7 @@ class Section(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
 
-    @model_validator(mode="before")
+    @validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
         old = [key for key in cls.RENAMED if isinstance(data, dict) and key in data]
@@ -97,11 +102,20 @@ def load(
         _override(data, override, origins)
     data = _interpolate(data, (), origins, str(path))
     if complete is not None:
+        _refuse_unknown_keys(cls, data, origins, str(path))  # at once: completing may read files from far away
         complete(data)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
         raise _explain(error, cls, data, origins, str(path)) from None
+
+
+def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapping[Key, str], path: str) -> None:
+    try:
+        cls.model_validate(data)
+    except ValidationError as error:
+        if any(item["type"] in UNKNOWN for item in error.errors(include_url=False)):
+            raise _explain(error, cls, data, origins, path) from None
 
 
 def dump(section: Section) -> str:
@@ -112,16 +126,13 @@ def dump(section: Section) -> str:
 
 # ---- YAML: the scalars of YAML 1.2 (PyYAML's are those of 1.1, where 1e-4 is a string and `no` a boolean)
 
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _SCALARS = [
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
 ]
 
 
@@ -153,7 +164,7 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 for _tag, _pattern, _first in _SCALARS:
     for _yaml in (_Loader, _Dumper):
-        _yaml.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})\Z"), _first)
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
@@ -175,9 +186,8 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
         if path.is_file():
             return path
     names = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
-    near = difflib.get_close_matches(Path(name).name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
-    raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}; {hint}")
+    hint = did_you_mean(Path(name).name, names) or f"; there are: {', '.join(names) or 'none'}"
+    raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}{hint}")
 
 
 def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...]) -> dict[str, Any]:
@@ -275,7 +285,7 @@ def _explain(
 ) -> ConfigError:
     """The most telling of pydantic's errors: an unknown key first, else the deepest, alternatives of a union joined."""
     found = [(_position(item["loc"], data, item["type"]), item) for item in error.errors(include_url=False)]
-    unknown = [key for key, item in found if item["type"] in ("extra_forbidden", "unexpected_keyword_argument")]
+    unknown = [key for key, item in found if item["type"] in UNKNOWN]
     key = unknown[0] if unknown else max((key for key, _ in found), key=len)
     where, name = _origin(key, origins, fallback), ".".join(key)
     if unknown:
@@ -291,8 +301,7 @@ def _explain(
     if first["type"] in ("value_error", "assertion_error"):
         return ConfigError(f"{where}: {name + ': ' if name else ''}{first['msg'].split(', ', 1)[-1]}")
     choices = re.findall(r"'([^']*)'", " ".join(str(item.get("ctx", {}).get("expected")) for item in items))
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(str(value), choices)
     expected = " or ".join(dict.fromkeys(_expected(item["type"], item["msg"]) for item in items))
     return ConfigError(f"{where}: {name}: {got}, expected {expected}{hint}")
 

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from igae.ranks import rank, world_size
 
@@ -132,7 +132,13 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def command(body: Callable[[list[str] | None], int | None]) -> Callable[[list[str] | None], int]:
+class Command(Protocol):
+    """What :func:`command` makes."""
+
+    def __call__(self, argv: list[str] | None = None) -> int: ...
+
+
+def command(body: Callable[[list[str] | None], int | None]) -> Command:
     """Make a command's body a function of its arguments (None: those of the process) that returns its exit code.
 
     0: done; 1: it failed, told in one sentence or with a traceback; 2: wrong input, one sentence; 130: Ctrl-C.
