@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
-from pydantic import model_validator as validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from igae.errors import did_you_mean
 
 Key = tuple[str, ...]
-UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # what pydantic calls a key that there is not
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names of a key that does not exist
 log = logging.getLogger("igae")
 
 
@@ -58,7 +57,7 @@ class Section(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
 
-    @validator(mode="before")
+    @model_validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
         old = [key for key in cls.RENAMED if isinstance(data, dict) and key in data]
@@ -68,7 +67,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    def _booleans_are_no_numbers(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
         result = handler(value)
         if isinstance(value, bool) and type(result) in (int, float):
             raise ValueError(f"got {value}, expected a number")
@@ -100,7 +99,7 @@ def load(
     data = _read(path, search, origins, ())
     for override in overrides:
         _override(data, override, origins)
-    data = _interpolate(data, (), origins, str(path))
+    data = _interpolate(data, origins, str(path))
     if complete is not None:
         _refuse_unknown_keys(cls, data, origins, str(path))  # at once: completing may read files from far away
         complete(data)
@@ -120,7 +119,7 @@ def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapp
 
 def dump(section: Section) -> str:
     """YAML text of the whole section, defaults included; loading it gives an equal section."""
-    tree = _map_strings(section.model_dump(mode="json"), lambda text: text.replace("${", "$${"))
+    tree = _map_strings(section.model_dump(mode="json"), lambda text, _: text.replace("${", "$${"))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)
 
 
@@ -248,8 +247,8 @@ def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> N
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
 
 
-def _interpolate(value: Any, key: Key, origins: Mapping[Key, str], fallback: str) -> Any:
-    def replace(match: re.Match[str]) -> str:
+def _interpolate(data: Any, origins: Mapping[Key, str], fallback: str) -> Any:
+    def replace(match: re.Match[str], key: Key) -> str:
         name, default = match[1], match[2]
         if match[0] == "$${":
             return "${"
@@ -262,19 +261,15 @@ def _interpolate(value: Any, key: Key, origins: Mapping[Key, str], fallback: str
             raise ConfigError(f"{where}: the environment variable {name} is not set; set it or this key")
         return os.environ[name]
 
-    if isinstance(value, dict):
-        return {k: _interpolate(v, (*key, str(k)), origins, fallback) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_interpolate(v, (*key, str(i)), origins, fallback) for i, v in enumerate(value)]
-    return _VARIABLE.sub(replace, value) if isinstance(value, str) else value
+    return _map_strings(data, lambda text, key: _VARIABLE.sub(lambda match: replace(match, key), text))
 
 
-def _map_strings(value: Any, change: Any) -> Any:
+def _map_strings(value: Any, change: Callable[[str, Key], str], key: Key = ()) -> Any:
     if isinstance(value, dict):
-        return {k: _map_strings(v, change) for k, v in value.items()}
+        return {k: _map_strings(v, change, (*key, str(k))) for k, v in value.items()}
     if isinstance(value, list):
-        return [_map_strings(v, change) for v in value]
-    return change(value) if isinstance(value, str) else value
+        return [_map_strings(v, change, (*key, str(i))) for i, v in enumerate(value)]
+    return change(value, key) if isinstance(value, str) else value
 
 
 # ---- Explaining what pydantic found

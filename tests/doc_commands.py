@@ -53,7 +53,7 @@ class Left:
 
 How = Executed | CoveredBy | Left
 INSTALLS = Left("installs into the environment that runs the tests (`test_extras_exist` looks at the names)")
-MEASURES = Left("measures on GPUs, for minutes; its figures are in docs/experiments.md")
+MEASURES = Left("measures on GPUs, for minutes; its metrics are in docs/experiments")
 
 # From a command (`*` stands for anything) to how it is tried; the first that fits counts. Executed in this order.
 TABLE: dict[str, How] = {
@@ -167,9 +167,10 @@ TABLE: dict[str, How] = {
     "pytest -m gpu": Left("needs a GPU"),
     "ruff *": Left("make test starts it"),
     "mypy igae": Left("make test starts it"),
-    # -- what docs/experiments.md measured
-    "DEV=*": Left("names settings (`test_keys` looks at them)"),
-    "python train.py --config * $DEV": MEASURES,
+    # -- what docs/experiments measured
+    "python data_tools/make_demo.py --output /tmp/demo *": MEASURES,
+    "SETTINGS=*": Left("names settings (`test_keys` looks at them)"),
+    "python train.py --config * $SETTINGS*": MEASURES,
     "python data_tools/pack_shards.py --scenes DEV/*": MEASURES,
     "accelerate launch train.py --config autoencoder.yaml": MEASURES,
     "python benchmarks/*": MEASURES,

@@ -81,7 +81,7 @@ def test_extras_exist() -> None:
             assert set(extras.split(",")) <= set(setup["options.extras_require"]), f"{where}: {command}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(path: Path) -> None:
     for link in documents.links(path):
         if re.match(r"https?://", link):
@@ -97,7 +97,7 @@ KEYS = {".".join(key) for key in config._keys(Recipe, ())}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_keys(path: Path) -> None:
     """`a.b.c=value ...` are overrides that the configuration takes, together; `a.b.c` is a key."""
     for text in {*documents.commands(path), *documents.spans(path)}:
@@ -113,7 +113,7 @@ def test_keys(path: Path) -> None:
                 assert word in KEYS, f"{word} is no key"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names(path: Path) -> None:
     """`igae.module.name` is there, and so is `folder/file`."""
     for span in documents.spans(path):
