@@ -22,6 +22,7 @@ from doc_commands import NAMES, TABLE, CoveredBy, Executed
 from documents import DOCUMENTS, ROOT
 
 from igae import config
+from igae.errors import all_keys
 from igae.training.recipe import Recipe
 
 
@@ -93,7 +94,7 @@ def test_links(path: Path) -> None:
 
 
 SECTIONS = [name for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")]
-KEYS = {".".join(key) for key in config._keys(Recipe, ())}
+KEYS = {".".join(key) for key in all_keys(Recipe)}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 
