@@ -22,7 +22,7 @@ from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.streams import image_loader, view_loader
 from igae.scenes import ownership
-from igae.storage import reading as store
+from igae.storage import LIMITS
 from igae.training.shares import Data
 
 pytest.importorskip("moto")
@@ -88,7 +88,7 @@ def train_from(port: int, *arguments: Any) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     """The first batches of views and natural images, of which only the beginning of a shard is fetched."""
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 2000)
+    monkeypatch.setattr(LIMITS, "remote_block", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
     owners = ownership.assign([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)

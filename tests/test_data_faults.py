@@ -275,10 +275,10 @@ def test_a_process_ends_after_an_error_before_the_first_batch(packed: Packed, ho
     interrupt = (
         "import os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background starts without it
-        "store.File._find_size = lambda self, limit: os.kill(os.getpid(), signal.SIGINT) or time.sleep(100)\n"
+        "File.read = lambda self, number: os.kill(os.getpid(), signal.SIGINT) or time.sleep(100)\n"
     )
     code = (
-        "from igae.data import streams\nfrom igae.storage import reading as store\n"
+        "from igae.data import streams\nfrom igae.storage import File\n"
         "from igae.data.manifest import Manifest\n"
         f"m = Manifest.load({str(tmp_path)!r})\n{interrupt if how == 'interrupt' else ''}"
         f"next(streams.view_loader({str(tmp_path)!r}, m, m.scenes, batch_size=4, workers=2))\n"

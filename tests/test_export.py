@@ -233,7 +233,7 @@ def test_a_checkpoint_in_the_middle_of_a_stage_is_finished_first(made: Made) -> 
     folder = next(path for path in (made.run / "checkpoints").iterdir() if not path.name.endswith("-end"))
     content = read_run(str(folder))
     assert content.figures == {}  # metrics.json is of the last step
-    loaded = checkpoint.load(str(folder))
+    loaded = checkpoint.load_checkpoint(str(folder))
     rows = loaded.rows([0, 1, 2, 3])
     planes = rows.pop("planes")
     stored = planes.clone()

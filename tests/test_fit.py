@@ -22,7 +22,7 @@ from torch import Tensor
 
 import train
 from igae import checkpoint, config
-from igae.checkpoint import Loaded, Parts
+from igae.checkpoint import Checkpoint, WaveCheckpoint
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.export.pretrained import take_settings
 from igae.models.igae import Views
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fitted(folder: Path) -> Loaded:
+def fitted(folder: Path) -> Checkpoint:
     """What one rank makes of all scenes without a pause."""
     seen = ["tracking.trackers=[tensorboard]", "evaluation={views: 1, pictures: 2, orbits: 1, orbit_frames: 2}"]
     assert ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), "experiment=whole", *seen).exit_codes() == [0]
@@ -94,18 +94,18 @@ def checkpoints(folder: Path, name: str) -> Path:
     return folder / "outputs" / name / "checkpoints" / "step-00000000-end"
 
 
-def result(folder: Path, name: str) -> Loaded:
+def result(folder: Path, name: str) -> Checkpoint:
     (only,) = checkpoint.list_complete(str(folder / "outputs" / name / "checkpoints"))
-    return checkpoint.load(only)
+    return checkpoint.load_checkpoint(only)
 
 
-def planes(loaded: Loaded) -> Tensor:
+def planes(loaded: Checkpoint) -> Tensor:
     return loaded.rows(SCENES)["planes"]
 
 
-def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> None:
+def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Checkpoint) -> None:
     assert fitted.ids == frozenset(SCENES) and fitted.progress.finished
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     assert fitted.shared.keys() == model.shared.keys()
     for name, value in model.shared.items():
         assert torch.equal(fitted.shared[name], value), name
@@ -148,7 +148,7 @@ def test_both_stages_lower_their_loss(folder: Path, monkeypatch: pytest.MonkeyPa
     assert sum(losses[-tenth:]) < 0.98 * sum(losses[:tenth])
 
 
-def test_two_ranks_fit_what_one_does(folder: Path, fitted: Loaded) -> None:
+def test_two_ranks_fit_what_one_does(folder: Path, fitted: Checkpoint) -> None:
     """The command itself, on real processes: nothing of the batches, noise or rays depends on the number of ranks."""
     codes = ranks.Ranks(runs.train, 2, str(folder / "fit.yaml"), "experiment=two").exit_codes()
     assert codes == [0, 0]
@@ -171,13 +171,13 @@ def render(fit: Fit, rows: Tensor) -> Tensor:
 def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = Fit(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
     renders: dict[int, Tensor] = {}
-    write = Parts.write
+    write = WaveCheckpoint.write
 
-    def watched(parts: Parts, number: int, scenes: dict[str, Tensor]) -> None:
+    def watched(parts: WaveCheckpoint, number: int, scenes: dict[str, Tensor]) -> None:
         write(parts, number, scenes)
         renders.update({int(i): render(fit, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])})
 
-    monkeypatch.setattr(Parts, "write", watched)
+    monkeypatch.setattr(WaveCheckpoint, "write", watched)
     fit.run()
     assert sorted(renders) == SCENES
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -222,7 +222,9 @@ def wait_for(path: Path, running: ranks.Ranks) -> None:
 
 
 @pytest.mark.parametrize(("how", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
-def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, how: signal.Signals, world: int) -> None:
+def test_a_fit_goes_on_after_its_finished_waves(
+    folder: Path, fitted: Checkpoint, how: signal.Signals, world: int
+) -> None:
     """On as many ranks as before, or more."""
     name = f"stopped-{how.name}"
     arguments = (str(folder / "fit.yaml"), f"experiment={name}")
@@ -239,7 +241,7 @@ def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, ho
     assert (planes(result(folder, name)) - planes(fitted)).abs().max() < 1e-5
 
 
-def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoints(folder, "whole").iterdir()}
     with caplog.at_level("INFO", logger="igae"):
         assert Fit(load_fit(folder, "experiment=whole")).run() == {}
@@ -280,13 +282,13 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
     ],
 )
 def test_what_a_fit_refuses(
-    folder: Path, fitted: Loaded, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    folder: Path, fitted: Checkpoint, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
     sentence = run(capsys, folder, *arguments)
     assert all(word in sentence for word in words), sentence
 
 
-def test_other_shards_are_refused(folder: Path, fitted: Loaded, tmp_path: Path) -> None:
+def test_other_shards_are_refused(folder: Path, fitted: Checkpoint, tmp_path: Path) -> None:
     other = runs.packed_data(tmp_path)
     manifest = json.loads(Path(other, "manifest.json").read_text())
     manifest["shards"][0]["sha256"] = "0" * 64
@@ -301,7 +303,7 @@ def test_more_ranks_than_waves_are_refused(folder: Path, monkeypatch: pytest.Mon
         Fit(load_fit(folder, "fit.wave=2"))
 
 
-def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Loaded) -> None:
+def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Checkpoint) -> None:
     recipe = load_fit(folder, "experiment=whole", "train.joint.learning_rates.decoder=1e-4")
     with pytest.raises(ValueError, match="without an optimizer's state"):
         Trainer(recipe)
@@ -316,7 +318,7 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
     recipe = load_fit(folder, "experiment=aligned", *rates)
     assert not recipe.fits_in_waves
     trainer = Trainer(recipe)
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     trained = dict(trainer.model.named_parameters())
     assert all(torch.equal(trained[name], model.shared[name]) for name in trained)
     trainer.run()
@@ -327,7 +329,7 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
 
 def test_a_background_of_another_color_is_taken_anew(folder: Path) -> None:
     fit = Fit(load_fit(folder, "data.background=[0, 0.5, 1]"))
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     now = fit.model.background.clone()
     fit.model.refresh_background()
     assert torch.equal(fit.model.background, now)

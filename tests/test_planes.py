@@ -260,7 +260,7 @@ def test_a_run_with_base_planes_goes_on_as_if_it_had_not_stopped(tmp_path: Path,
     assert torch.equal(second.bank.planes, whole.bank.planes)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[key], value), key
-    saved = checkpoint.load(checkpoint.list_complete(second.checkpoints)[-1])
+    saved = checkpoint.load_checkpoint(checkpoint.list_complete(second.checkpoints)[-1])
     assert torch.equal(saved.rows([2])["planes"][0], second.bank.planes[second.bank.scene_ids == 2][0])
     assert saved.rows([2])["planes"].shape[1:] == second.recipe.planes.row_shape
 

@@ -133,7 +133,7 @@ def test_the_disk_is_full(recipe: str, small_disk: Path) -> None:
     assert all("can't be written: rank" in line and "No space left on device" in line for line in errors(recipe))
     kept = checkpoint.list_complete(str(small_disk))
     assert kept and len(list(small_disk.iterdir())) == len(kept)  # nothing half written is left
-    assert checkpoint.load(kept[-1]).progress.total == 5 * len(kept)
+    assert checkpoint.load_checkpoint(kept[-1]).progress.total == 5 * len(kept)
 
 
 def test_credentials_are_in_nothing_that_a_run_leaves(recipe: str) -> None:

@@ -277,10 +277,10 @@ def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: 
 def test_why_training_ends_is_said_though_saving_fails_too(
     recipe_file: str, problem: type[Exception], monkeypatch: pytest.MonkeyPatch, one_run_a_process: None
 ) -> None:
-    def close(self: checkpoint.Writer) -> None:
+    def close(self: checkpoint.CheckpointWriter) -> None:
         raise problem("the last checkpoint can't be written")
 
-    monkeypatch.setattr(checkpoint.Writer, "close", close)
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "close", close)
     trainer = Trainer(config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.max_skipped=2"]))
     _poison_from(trainer, 0)
     with pytest.raises(TrainingError, match="2 steps in a row"):

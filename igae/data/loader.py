@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader
 from webdataset import filters
 
-from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
 from igae.data.shards import Opening, Record, ShardError, Verify, read_records
 from igae.errors import LostWorker
+from igae.storage import Cache
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""

@@ -16,10 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec
 
-from igae.data.cache import Cache
 from igae.data.manifest import Shard, ShardKind
 from igae.errors import redact
-from igae.storage import File, StoreError, join
+from igae.storage import Cache, File, StoreError, join
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 BLOCK = 1 << 20

@@ -12,12 +12,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from igae.data.cache import Cache
 from igae.data.decoding import Decoder, ViewBatch, decode_image
 from igae.data.loader import Loader, Plan, StreamState
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.data.shards import Verify
 from igae.errors import redact
+from igae.storage import Cache
 
 __all__ = [
     "ImageLoader",

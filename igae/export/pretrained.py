@@ -45,7 +45,7 @@ def take_settings(data: dict[str, Any]) -> None:
     if export.is_export(data["model"]):
         trained = export.load_settings(data["model"])
     else:
-        trained = yaml.safe_load(checkpoint.settings(data["model"]))
+        trained = yaml.safe_load(checkpoint.saved_config(data["model"]))
     for name in SECTIONS:
         given, wanted = data.get(name) or {}, trained[name]
         if not isinstance(given, dict):
@@ -69,7 +69,7 @@ def load_weights(folder: str, model: IGAE) -> None:
     if export.is_export(folder):
         weights = dict(export.load_model(folder).state_dict())
     else:
-        weights = checkpoint.load(folder, moments=False).shared
+        weights = checkpoint.load_checkpoint(folder, moments=False).shared
     trained = weights["background"].to(model.background)
     weights["background"] = model.background  # of the size of these views
     try:

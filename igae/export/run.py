@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from igae import checkpoint, config
-from igae.checkpoint import CONFIG, RATES, Loaded
+from igae.checkpoint import CONFIG, LEARNING_RATES, Checkpoint
 from igae.data import Manifest, Scene
 from igae.errors import redact
 from igae.export.layout import MAX_JSON
@@ -32,7 +32,7 @@ class Run:
     """A checkpoint together with the configuration and the data that it was trained with."""
 
     folder: str
-    loaded: Loaded
+    loaded: Checkpoint
     recipe: Recipe
     manifest: Manifest
     scenes: list[Scene]
@@ -45,7 +45,7 @@ class Run:
         planes = rows.pop("planes")
         # In the middle of a stage rows owe the moves of steps that did not visit them.
         optimizer = make_row_adam(planes, mode=self.recipe.train.plane_optimizer, backend="torch")
-        optimizer.load_state({**rows, "learning_rates": self.loaded.optimizer[RATES]})
+        optimizer.load_state({**rows, "learning_rates": self.loaded.optimizer[LEARNING_RATES]})
         optimizer.catch_up()
         return planes
 
@@ -62,9 +62,9 @@ def open_run(run: str, overrides: Sequence[str] = ()) -> Run:
         ValueError: there is no checkpoint, it is damaged, or what it was trained on can't be found.
     """
     folder = find_checkpoint(run)
-    loaded = checkpoint.load(folder, moments=False)
+    loaded = checkpoint.load_checkpoint(folder, moments=False)
     if not loaded.progress.finished:
-        loaded = checkpoint.load(folder)
+        loaded = checkpoint.load_checkpoint(folder)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
         path.write_text(loaded.config)
@@ -151,7 +151,7 @@ def find_checkpoint(run: str) -> str:
     )
 
 
-def _figures(folder: str, loaded: Loaded) -> dict[str, float]:
+def _figures(folder: str, loaded: Checkpoint) -> dict[str, float]:
     """The figures of the run's metrics.json that are of this checkpoint."""
     progress = loaded.progress
     data = _read(join(folder.rpartition("/")[0].rpartition("/")[0], "metrics.json")) if progress.finished else None

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from igae.checkpoint import reason
 from igae.errors import redact
 from igae.export.card import model_card
 from igae.export.layout import (
@@ -36,8 +35,7 @@ from igae.export.layout import (
 from igae.export.reader import PLANES, shared_tensors
 from igae.models import IGAE
 from igae.scenes import PlanesConfig
-from igae.storage import join
-from igae.storage import tensors as tensorfile
+from igae.storage import join, reason, write_tensors
 
 SHARD_BYTES = 256 << 20
 """Planes in a file of scenes: at least one scene, and at most these bytes."""
@@ -148,7 +146,7 @@ def _write(content: Content, target: str, fs: Any, path: str, name: str, begun: 
             assert source.name not in OWN
             put(source.name, source.read_bytes())
     begun.append(SHARED)
-    files[SHARED] = File(*tensorfile.write(join(target, SHARED), shared_tensors(model)))
+    files[SHARED] = File(*write_tensors(join(target, SHARED), shared_tensors(model)))
     put(SCENES, dump_scenes(_write_scenes(content, target, begun)))
     if content.config is not None:
         put(CONFIG, content.config.encode())
@@ -179,7 +177,7 @@ def _write_scenes(content: Content, target: str, begun: list[str]) -> list[Shard
         assert rows.dtype == torch.float32 and rows.shape == (len(names), *content.planes.row_shape)
         name = f"scenes-{len(shards):05d}.safetensors"
         begun.append(name)
-        shards.append(Shard(name, *tensorfile.write(join(target, name), {}, {PLANES: rows}), names))
+        shards.append(Shard(name, *write_tensors(join(target, name), {}, {PLANES: rows}), names))
     return shards
 
 

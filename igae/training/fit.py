@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 from igae import checkpoint
-from igae.checkpoint import Parts, Progress
+from igae.checkpoint import Progress, WaveCheckpoint
 from igae.data import Scene
 from igae.errors import TrainingError
 from igae.evaluation import Evaluator, pictures, spread
@@ -82,7 +82,8 @@ class Fit:
         self.model = build_model(recipe, self.manifest.image_size, device)
         load_weights(recipe.model, self.model)
         self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
-        self.parts = Parts(checkpoint.folder_of(recipe.checkpoint.root or str(self.folder / "checkpoints"), 0, True))
+        root = recipe.checkpoint.root or str(self.folder / "checkpoints")
+        self.parts = WaveCheckpoint(checkpoint.folder_of(root, 0, True))
         self.digest = self._data(self.scenes).digest
         self._stop_signal: int | None = None
 
@@ -126,7 +127,7 @@ class Fit:
                     f"{self.parts.folder} has scenes of other shards than those at {self.recipe.data.root}: use a new "
                     "experiment=NAME"
                 )
-            finished, is_complete = set(self.parts.finished()), self.parts.complete
+            finished, is_complete = set(self.parts.finished()), checkpoint.is_complete(self.parts.folder)
             if self.resume == "never" and (finished or is_complete):
                 raise ValueError(
                     f"{self.parts.folder} already has scenes: choose another name with experiment=NAME, or remove it"
@@ -214,7 +215,7 @@ class Fit:
         chosen = self.scenes if config.scenes is None else spread(self.scenes, config.scenes)
         ids = [scene.id for scene in chosen[rank() :: world_size()]]
         bank = SceneBank(recipe.planes, ids, recipe.seed, self.engine.device)
-        bank.planes.copy_(checkpoint.load(self.parts.folder, moments=False).rows(ids)["planes"])
+        bank.planes.copy_(checkpoint.load_checkpoint(self.parts.folder, moments=False).rows(ids)["planes"])
         evaluator = Evaluator(
             config,
             recipe.data.root,

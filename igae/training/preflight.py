@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from igae import __version__, config
-from igae.checkpoint import Loaded
+from igae.checkpoint import Checkpoint
 from igae.errors import redact
 from igae.ranks import Channel, rank, world_size
 from igae.training.recipe import Recipe
@@ -103,7 +103,7 @@ def public_settings(recipe: Recipe) -> str:
     return redact(config.dump(recipe))
 
 
-def check_changes(folder: str, loaded: Loaded, recipe: Recipe) -> None:
+def check_changes(folder: str, loaded: Checkpoint, recipe: Recipe) -> None:
     """Refuse to go on with other values of what a run can't change; say what else has changed."""
     progress = loaded.progress
     fixed = ["seed", "model", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from igae import checkpoint
-from igae.checkpoint import RATES as RATES
-from igae.checkpoint import Progress
+from igae.checkpoint import LEARNING_RATES, Progress
 from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
@@ -65,7 +64,7 @@ def restore(
     Returns:
         Where the run stands, for this number of ranks, and what the optimizers need.
     """
-    loaded = checkpoint.load(folder)
+    loaded = checkpoint.load_checkpoint(folder)
     if loaded.progress.data != digest:
         raise ValueError(
             f"{folder} was trained on other shards than those at {recipe.data.root}: use a new experiment=NAME"
@@ -84,11 +83,11 @@ def restore(
             f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
             "use a new experiment=NAME"
         ) from error
-    if RATES not in loaded.optimizer:
+    if LEARNING_RATES not in loaded.optimizer:
         raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
     rows = loaded.rows(bank.scene_ids.tolist())
     bank.planes.copy_(rows.pop("planes"))
-    rates = loaded.optimizer.pop(RATES)
+    rates = loaded.optimizer.pop(LEARNING_RATES)
     progress = loaded.progress
     if not progress.finished:
         _move_to_this_world(progress, steps_per_epoch(recipe, progress.stage, data))

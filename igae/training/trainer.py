@@ -16,7 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from igae import checkpoint
-from igae.checkpoint import Progress
+from igae.checkpoint import LEARNING_RATES, Progress
 from igae.errors import LostRank, TrainingError
 from igae.evaluation import Evaluator, pictures
 from igae.export import load_weights
@@ -27,7 +27,7 @@ from igae.training.meter import Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import check_memory, open_run, public_settings
 from igae.training.recipe import Recipe, StageName
-from igae.training.resume import RATES, Restored, find, restore
+from igae.training.resume import Restored, find, restore
 from igae.training.shares import log_ranks, own_data, scene_bytes
 from igae.training.stage import Stage, fit_scale
 from igae.training.trackers import Tracker
@@ -103,7 +103,7 @@ class Trainer:
         self.tracker = Tracker(self.folder, self.recipe.tracking, self.progress.total, enabled=rank() == 0)
         self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
         settings = self.recipe.checkpoint
-        self.writer = checkpoint.Writer(self.checkpoints, settings.keep, self._saving, settings.background)
+        self.writer = checkpoint.CheckpointWriter(self.checkpoints, settings.keep, self._saving, settings.background)
         figures: dict[str, float] = {}
         try:
             with stop_signals(self._stop):
@@ -295,7 +295,7 @@ class Trainer:
     def _save(self, stage: Stage) -> None:
         planes = stage.plane_adam.state()
         # Rates of the steps so far: of the whole run, not of a scene.
-        moments = self.engine.optimizer_state() | {RATES: planes.pop("learning_rates")}
+        moments = self.engine.optimizer_state() | {LEARNING_RATES: planes.pop("learning_rates")}
         scenes = {"ids": self.bank.scene_ids, "planes": self.bank.planes, **planes}
         with self.engine.weights():
             self.writer.save(self.progress, public_settings(self.recipe), self.model.state_dict(), moments, scenes)
