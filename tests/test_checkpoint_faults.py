@@ -174,6 +174,15 @@ def test_states_that_make_no_sense_are_refused(change: dict[str, Any], tmp_path:
     assert str(folder / "state.json") in sentence(error) and "damaged" in sentence(error)
 
 
+def test_streams_have_the_names_of_today(tmp_path: Path) -> None:
+    """Version 0.1.0 called natural images photos."""
+    folder = save(tmp_path, example(1), keep=2)
+    state = json.loads((folder / "state.json").read_text())
+    del state["crc32"]
+    (folder / "state.json").write_text(signed(state | {"consumed": {"views": 3, "photos": 5}}))
+    assert load_checkpoint(str(folder)).progress.consumed == {"views": 3, "natural_images": 5}
+
+
 @pytest.mark.parametrize("name", ["../scenes-00000.safetensors", "/etc/passwd", "scenes-00001.safetensors", "s3://b/c"])
 def test_no_other_file_is_read(name: str, tmp_path: Path) -> None:
     folder = save(tmp_path, example(1), keep=2)

@@ -16,7 +16,7 @@ STATE, CONFIG = "state.json", "config.yaml"
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
 LEARNING_RATES = "planes/learning_rates"
 """The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
-FOLDER = re.compile(r"step-(\d{8,})(-end)?")
+FOLDER = re.compile(r"step-\d{8,}(-end)?")
 RENAMED_STREAMS = {"photos": "natural_images"}
 """Names of streams that version 0.1.0 wrote."""
 
@@ -63,16 +63,13 @@ def scenes_name(number: int) -> str:
 
 
 def folder_of(root: str, total: int, finished: bool = False) -> str:
-    """The folder of the checkpoint at a step of the whole run. The end of a stage has one of its own, so that none is
-    ever written over."""
+    """The folder of the checkpoint at a step of the whole run; the end of a stage has one of its own."""
     return join(root, f"step-{total:08d}{'-end' if finished else ''}")
 
 
 def age(name: str) -> tuple[int, bool]:
     """What the names of folders are ordered by."""
-    match = FOLDER.fullmatch(name)
-    assert match is not None
-    return int(match[1]), match[2] is not None
+    return int(name.split("-")[1]), name.endswith("-end")
 
 
 def folders(fs: Any, root: str) -> list[str]:

@@ -204,11 +204,10 @@ def write_files(folder: str, files: Files) -> dict[str, FileEntry]:
         os.makedirs(path, exist_ok=True)  # another rank has made it, on another node perhaps
     entries = {}
     for name, tensors in files.items():
-        by_row = name not in (SHARED, OPTIMIZER)
-        rows = {key: tensor for key, tensor in tensors.items() if by_row and key != "ids"}
+        rows = {key: tensor for key, tensor in tensors.items() if "ids" in tensors and key != "ids"}
         whole = {key: tensor for key, tensor in tensors.items() if key not in rows}
         stamp = write_tensors(join(folder, name), whole, rows)
-        entries[name] = FileEntry(*stamp, rows=len(tensors["ids"]) if by_row else None)
+        entries[name] = FileEntry(*stamp, rows=len(tensors["ids"]) if "ids" in tensors else None)
     return entries
 
 

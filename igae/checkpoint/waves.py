@@ -2,6 +2,7 @@
 """A checkpoint whose scenes are finished wave after wave, each by any rank and perhaps after a restart."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,7 @@ from igae.checkpoint.save import Tensors, mark_complete, write_files
 from igae.storage import file_system, join, named_errors, sync_folder, write_file
 
 BEGUN = "begun.json"
+MARK = re.compile(r"scenes-(\d+)\.json")
 _ENTRY = TypeAdapter(FileEntry)
 
 
@@ -52,9 +54,8 @@ class WaveCheckpoint:
         with named_errors(self.folder):
             self._fs.invalidate_cache()
             names = [str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)]
-            marks = sorted(name for name in names if name.startswith("scenes-") and name.endswith(".json"))
-            numbers = [int(name.removeprefix("scenes-").removesuffix(".json")) for name in marks]
-            return {number: self._read_mark(name) for number, name in zip(numbers, marks, strict=True)}
+            numbers = sorted(int(match[1]) for match in map(MARK.fullmatch, names) if match)
+            return {number: self._read_mark(_mark(number)) for number in numbers}
 
     def _read_mark(self, name: str) -> FileEntry:
         try:

@@ -195,7 +195,7 @@ def _status(error: Exception) -> int | None:
         botocore = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         found += [botocore.get("HTTPStatusCode"), getattr(response, "status_code", None)]  # or requests and httpx
     # Not of the cause: there aiohttp has 400 for what it makes of a body that is too short.
-    found += [getattr(error, "status", None), getattr(error, "code", None)]
+    found.append(getattr(error, "status", None) or getattr(error, "code", None))
     return next((status for status in found if status and isinstance(status, int)), None)
 
 

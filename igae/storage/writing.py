@@ -14,12 +14,8 @@ from igae.storage.paths import file_system
 
 @contextlib.contextmanager
 def staged(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A path beside ``path`` to write a file to. It gets the name ``path`` if the block succeeds; otherwise it is
-    removed, and what was at ``path`` stays.
-
-    Args:
-        durable: its bytes are on the disk before it gets its name.
-    """
+    """A path beside ``path`` to write a file to. It gets the name ``path`` if the block succeeds (``durable``: with its
+    bytes on the disk); otherwise it is removed, and what was at ``path`` stays."""
     staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield staging
