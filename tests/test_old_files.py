@@ -119,7 +119,7 @@ def test_shards(old: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED["checkpoints"])
 def test_checkpoints(old: Path, name: str) -> None:
-    loaded, expected = checkpoint.load(str(old / name)), EXPECTED["checkpoints"][name]
+    loaded, expected = checkpoint.load_checkpoint(str(old / name)), EXPECTED["checkpoints"][name]
     progress = loaded.progress
     place = [progress.stage, progress.step, progress.total, progress.finished, progress.world]
     assert place == expected["progress"]
@@ -270,7 +270,7 @@ def test_a_fit_is_continued(old: Path) -> None:
     # The kill came between the second wave and its record.
     assert [record["step"] for record in records if "seconds_per_scene" in record] == [1, 3]
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in waves] == before
-    loaded, expected = checkpoint.load(str(folder)), EXPECTED["fit"]
+    loaded, expected = checkpoint.load_checkpoint(str(folder)), EXPECTED["fit"]
     assert {str(i) for i in loaded.ids} == set(expected["planes"])
     for scene, planes in expected["planes"].items():
         # Measured with other instructions of the CPU: 1.4e-6, and 6e-8 in finished waves: they were rounded here.
