@@ -17,7 +17,7 @@ from igae.evaluation import Picture
 from igae.export import find_model
 from igae.models import IGAE
 from igae.viewer.cameras import angle_of, lens_of
-from igae.viewer.drawing import Scene, choose_threads, draw
+from igae.viewer.drawing import ShownScene, choose_threads, draw
 
 KEPT, KEPT_THUMBNAILS = 32, 1000
 """Scenes whose planes, and whose thumbnails, stay in memory."""
@@ -44,7 +44,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.thumbnails: dict[str, Picture] = {}
-        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self._scenes: OrderedDict[str, ShownScene] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -72,12 +72,12 @@ class Subject:
         return choose_threads(self.model, self.scene(self.names[0]), self.front, lens, most)
 
     @torch.no_grad()
-    def scene(self, name: str) -> Scene:
+    def scene(self, name: str) -> ShownScene:
         """Raises ValueError or OSError where its file can't be read."""
         with self._lock:
             if name not in self._scenes:
                 row = self._rows(name).to(self.model.background.device)
-                scene = Scene(self.model.planes_of(row[None])[0])
+                scene = ShownScene(self.model.planes_of(row[None])[0])
                 lens = lens_of(self.angle, self.image_size)
                 latents = draw(self.model, scene, self.front, lens, decode=False).latents
                 scene.mean, scene.std = latents.mean((1, 2)), latents.std((1, 2), correction=0)
