@@ -278,10 +278,9 @@ def test_a_run_is_followed(viewed: Made, tmp_path: Path, caplog: pytest.LogCaptu
     assert not Followed(str(target), viewed.overrides, CPU).is_run and not Followed(str(viewed.export), [], CPU).is_run
 
 
-def test_few_planes_stay_in_memory(viewed: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("igae.viewer.subject.KEPT", 2)
-    monkeypatch.setattr("igae.viewer.subject.KEPT_THUMBNAILS", 3)
+def test_few_planes_stay_in_memory(viewed: Made) -> None:
     subject = open_subject(str(viewed.export), [], CPU)
+    subject.kept, subject.kept_thumbnails = 2, 3
     first = subject.scene("scene_0")
     assert subject.scene("scene_0") is first
     for name in NAMES:

@@ -214,7 +214,7 @@ def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
         session.text.value = ""
         shown.click_text("next")
         wait(lambda: session.place.value == f"13 to 24 of {MANY}")
-        assert len(viewer.subject.thumbnails) == 1 and len(viewer.subject._scenes) == 2
+        assert len(viewer.subject.thumbnails) == 1 and len(viewer.subject.scenes) == 2
         shown.click_text("Show thumbnails")
         wait(lambda: set(viewer.subject.thumbnails) == {names[9876], *names[12:24]})
         sheet = wait(lambda: session.sheet)

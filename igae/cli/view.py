@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     viewer = Viewer(Followed(arguments.model, arguments.overrides, device), arguments.host, arguments.port)
     if not _is_loopback(arguments.host):
         say("anyone who can reach this address can use the page: there is no password")
-    say(f"{viewer.url} shows {viewer.subject.title} ({len(viewer.subject.names)} scenes); Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
+        say(f"{viewer.url} shows {viewer.subject.title} ({len(viewer.subject.names)} scenes); Ctrl-C ends it")
         threading.Event().wait()
     viewer.close()
 
