@@ -29,10 +29,23 @@ from igae.models.autoencoder import load_autoencoder
 from igae.models.config import AutoencoderConfig
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.viewer.cameras import Camera, lens_of, orbit_from
-from igae.viewer.drawing import ALL, RGB, VIEWS, arrange, draw, is_decoded, panels
-from igae.viewer.session import MOVING, RESTING, scale_for
-from igae.viewer.subject import Subject, open_subject
+from igae.viewer import (
+    ALL,
+    MOVING,
+    RESTING,
+    RGB,
+    VIEWS,
+    Camera,
+    Subject,
+    arrange,
+    draw,
+    is_decoded,
+    lens_of,
+    open_subject,
+    orbit_from,
+    panels,
+    scale_for,
+)
 
 KINDS = ["quickstart-64", "quickstart-128", "published-128"]
 WINDOW = (900, 1280)

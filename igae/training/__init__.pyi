@@ -6,5 +6,7 @@ from .parallel.engine import Engine as Engine
 from .parallel.strategy import Strategy as Strategy
 from .preflight import check_memory as check_memory
 from .recipe import Recipe as Recipe
+from .recipe import TrackingConfig as TrackingConfig
 from .shares import waves as waves
+from .trackers import Tracker as Tracker
 from .trainer import Trainer as Trainer
