@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from igae import config
 from igae.ranks import rank
-from igae.training.parallel.engine import Engine
+from igae.training import Engine, Recipe, Trainer
 from igae.training.parallel.exchange import Exchange
 from igae.training.parallel.strategies import DDP
-from igae.training.recipe import Recipe
-from igae.training.trainer import Trainer
 
 WORLD = 3
 SIZES = {"first": (3, 4), "kernel": (6, 5, 3, 3), "unused": (7,), "twice": (4, 4), "scalar": (), "last": (2,)}

@@ -19,8 +19,7 @@ from PIL import Image
 
 from igae.cli.report import main
 from igae.evaluation.pictures import save_png, write_video
-from igae.training.recipe import TrackingConfig
-from igae.training.trackers import Tracker
+from igae.training import Tracker, TrackingConfig
 from igae.viewer.report import media
 from igae.viewer.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
 from igae.viewer.report.page import scene_table, try_to_write, write_report

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from igae.data.latents import LatentCache, LatentLoader
 from igae.data.streams import StreamState, ViewBatch
 from igae.ranks import derive_seed, rank, world_size
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore
 
 CPU = torch.device("cpu")
 SEED = 601897789664990678
 
 
-def bank(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneBank:
-    return SceneBank(PlanesConfig(resolution=6, features=5, **settings), ids, seed, CPU)  # type: ignore[arg-type]
+def store(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneStore:
+    return SceneStore(PlanesConfig(resolution=6, features=5, **settings), ids, seed, CPU)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True), st.integers(0, 10**9), st.data())
@@ -27,32 +27,32 @@ def bank(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneBank:
 def test_the_start_of_a_scene_depends_on_seed_and_id_alone(ids: list[int], seed: int, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     before = torch.get_rng_state()
-    every = bank(ids, seed)
+    every = store(ids, seed)
     assert torch.equal(torch.get_rng_state(), before)
     others = data.draw(st.permutations([*ids, 10**6 + 1]))
-    assert every.planes.shape == (len(ids), 3, 6, 6, 5) and every.planes.dtype == torch.float32
-    mixed = bank(others, seed)
+    assert every.rows.shape == (len(ids), 3, 6, 6, 5) and every.rows.dtype == torch.float32
+    mixed = store(others, seed)
     for row, scene in enumerate(ids):
-        assert torch.equal(every.planes[row], bank([scene], seed).planes[0])
-        assert torch.equal(every.planes[row], mixed.planes[others.index(scene)])
-        assert not torch.equal(every.planes[row], bank([scene], seed + 1).planes[0])
-        assert not torch.equal(every.planes[row], bank([scene + 1], seed).planes[0])
+        assert torch.equal(every.rows[row], store([scene], seed).rows[0])
+        assert torch.equal(every.rows[row], mixed.rows[others.index(scene)])
+        assert not torch.equal(every.rows[row], store([scene], seed + 1).rows[0])
+        assert not torch.equal(every.rows[row], store([scene + 1], seed).rows[0])
 
 
 def test_planes_start_from_normal_noise() -> None:
-    planes = bank(range(100), init_std=0.3).planes.double() / 0.3
+    planes = store(range(100), init_std=0.3).rows.double() / 0.3
     count = planes.numel()
     assert abs(planes.mean()) < 4 / count**0.5 and abs(planes.var() - 1) < 4 * (2 / count) ** 0.5
-    assert bank([3], init_std=0).planes.count_nonzero() == 0
+    assert store([3], init_std=0).rows.count_nonzero() == 0
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9, unique=True), st.data())
 def test_rows_of_a_batch(ids: list[int], data: st.DataObject) -> None:
-    own = bank(ids)
+    own = store(ids)
     scene = torch.tensor(data.draw(st.lists(st.sampled_from(ids), min_size=1, max_size=12)))
-    rows, index = own.rows_of(scene)
+    rows, index = own.locate(scene)
     assert rows.dtype == index.dtype == torch.int64 and index.shape == scene.shape
-    assert torch.equal(own.scene_ids[rows[index]], scene)
+    assert torch.equal(own.ids[rows[index]], scene)
     assert len(set(rows.tolist())) == len(rows) == len(set(scene.tolist()))
     assert len(own) == len(ids)
 

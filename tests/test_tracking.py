@@ -16,8 +16,7 @@ from wandb_server import Server
 
 from igae.config import ConfigError, load
 from igae.evaluation.pictures import write_video
-from igae.training.recipe import TrackingConfig
-from igae.training.trackers import Tracker
+from igae.training import Tracker, TrackingConfig
 
 PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
@@ -135,8 +134,8 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import numpy as np
 logging.basicConfig(format="%(message)s")
-from igae.training.trackers import Tracker
-from igae.training.recipe import TrackingConfig
+from igae.training import Tracker
+from igae.training import TrackingConfig
 run, start, end, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 tracker = Tracker(run, TrackingConfig(trackers=["wandb"], project="tests"), start)
 print("started", flush=True)
