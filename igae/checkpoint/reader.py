@@ -157,5 +157,5 @@ def _advice(folder: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        text = f"{error}: put that right, or remove {folder} to go on from the one before"
+        text = f"{error}: put that right, or remove {folder} to resume from the one before"
         raise ValueError(redact(text)) from error

@@ -12,8 +12,8 @@ import yaml
 
 from igae import checkpoint
 from igae.checkpoint import RATES, Progress
-from igae.config import Section
 from igae.data import ViewBatch
+from igae.errors import sections_at
 from igae.export import load_weights
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
@@ -144,32 +144,21 @@ def _same_place(a: str, b: str) -> bool:
 
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
-    before, now = _flat(rename_keys(Recipe, yaml.safe_load(settings))), _flat(yaml.safe_load(public_settings(recipe)))
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    refused = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in fixed)]
-    if refused:
-        key = refused[0]
-        raise ValueError(
-            f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: use a new "
-            "experiment=NAME"
-        )
-    for key in changed:
+    before, now = _flat(yaml.safe_load(settings)), _flat(yaml.safe_load(public_settings(recipe)))
+    for key in [key for key in now if key in before and before[key] != now[key]]:
+        if any(f"{key}.".startswith(f"{name}.") for name in fixed):
+            raise ValueError(
+                f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: use a new "
+                "experiment=NAME"
+            )
         if key.split(".")[0] in ("data", "train", "autoencoder"):
             log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
 
 
-def rename_keys(section: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings of a section with the names that keys have now."""
-    renamed = {section.RENAMED.get(key, key): value for key, value in tree.items()}
-    kinds = {name: field.annotation for name, field in section.model_fields.items()}
-    for name, value in renamed.items():
-        kind = kinds.get(name)
-        if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
-            renamed[name] = rename_keys(kind, value)
-    return renamed
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Saved settings by dotted keys, with the names that keys have now."""
     if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+        return {".".join(key): tree}
+    kinds = sections_at(Recipe, key)
+    renamed = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(name, name))).items()}

@@ -23,8 +23,8 @@ from igae.storage import write_text
 from igae.training.recipe import Recipe
 
 METRICS = "metrics.json"
-RENAMED = {"heldout/constant_psnr": "heldout/baseline_psnr", "photos/": "natural/"}
-"""Beginnings of the names of metrics in 0.1.0, and what they are now."""
+RENAMED = {'"heldout/constant_psnr"': '"heldout/baseline_psnr"', '"photos/': '"natural/'}
+"""What metrics of 0.1.0 are called now."""
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -102,19 +102,14 @@ def public_settings(recipe: Recipe) -> str:
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics at the end of each stage that is finished, by their present names."""
+    """The metrics at the end of each stage that is finished."""
     path = folder / METRICS
-    stages = json.loads(path.read_text()) if path.is_file() else {}
-    return {stage: {_renamed(name): value for name, value in found.items()} for stage, found in stages.items()}
+    text = path.read_text() if path.is_file() else "{}"
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return dict(json.loads(text))
 
 
 def write_metrics(folder: Path, stage: str, metrics: dict[str, float]) -> None:
     """Add those of a stage."""
     write_text(folder / METRICS, json.dumps(read_metrics(folder) | {stage: metrics}, indent=1) + "\n")
-
-
-def _renamed(name: str) -> str:
-    for old, new in RENAMED.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
