@@ -11,8 +11,7 @@ import logging
 import time
 from contextlib import closing
 
-from igae import checkpoint
-from igae.checkpoint import Parts, Progress
+from igae.checkpoint import Parts, Progress, folder_of, load
 from igae.evaluation import spread
 from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import SceneStore
@@ -64,7 +63,7 @@ class Fit(Job):
         super().__init__(recipe, RankData.alone(recipe.data, manifest, scenes), engine, Channel(LONGEST_WAIT))
         self.evaluation = recipe.evaluation.model_copy(update={"natural_images": 0})
         initialize(self.model, recipe, self.data, self.channel)
-        self.parts = Parts(checkpoint.folder_of(recipe.checkpoint_root, 0, True))
+        self.parts = Parts(folder_of(recipe.checkpoint_root, 0, True))
 
     def run(self, only: StageName | None = None) -> dict[str, float]:
         """Fit the scenes that are not there yet, and evaluate some of all.
@@ -141,7 +140,7 @@ class Fit(Job):
         chosen = scenes if count is None else spread(scenes, count)
         ids = [scene.id for scene in chosen[rank() :: world_size()]]
         store = SceneStore(self.recipe.planes, ids, None, self.engine.device)
-        store.load_state_dict(checkpoint.load(self.parts.folder, moments=False).rows(ids))
+        store.load_state_dict(load(self.parts.folder, moments=False).rows(ids))
         metrics = self.evaluate(store, "fit", len(self.waves), orbits=True)
         if rank() == 0:
             write_metrics(self.folder, "fit", {"scenes": len(scenes), **metrics})

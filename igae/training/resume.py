@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from igae import checkpoint
-from igae.checkpoint import RATES, Progress
+from igae.checkpoint import RATES, Progress, list_complete, load
 from igae.data import ViewBatch
 from igae.errors import sections_at
 from igae.export import load_weights
@@ -37,7 +36,7 @@ def find(root: str, resume: str, channel: Channel) -> str | None:
         root: where the run has its checkpoints.
         resume: `auto`, `never`, or a checkpoint.
     """
-    complete = channel.on_first_rank(lambda: checkpoint.list_complete(root))  # the others must not decide otherwise
+    complete = channel.on_first_rank(lambda: list_complete(root))  # the others must not decide otherwise
     if resume not in ("auto", "never"):
         wanted, newest = resume.rstrip("/"), complete[-1] if complete else None
         if newest is None or _same_place(newest, wanted):
@@ -64,7 +63,7 @@ def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: Sce
     Raises:
         ValueError: the checkpoint is of other data or settings.
     """
-    loaded = checkpoint.load(folder)
+    loaded = load(folder)
     progress = loaded.progress
     if progress.data != data.digest:
         raise ValueError(
@@ -148,8 +147,8 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
     for key in [key for key in now if key in before and before[key] != now[key]]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):
             raise ValueError(
-                f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: use a new "
-                "experiment=NAME"
+                f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: "
+                "use a new experiment=NAME"
             )
         if key.split(".")[0] in ("data", "train", "autoencoder"):
             log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
@@ -160,5 +159,7 @@ def _flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {".".join(key): tree}
     kinds = sections_at(Recipe, key)
-    renamed = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(name, name))).items()}
+    renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(str(name), str(name)))).items()
+    }
