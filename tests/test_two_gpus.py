@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -17,7 +18,7 @@ from test_training_gpu import PLAIN, difference
 from igae import config
 from igae.errors import is_lost_rank
 from igae.ranks import rank
-from igae.training import CapturedStep, Outcome, Recipe, Stage, StageName, Trainer
+from igae.training import CapturedStep, Recipe, Stage, StageName, Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,16 +85,16 @@ class Lost(Trainer):
 
     def open_stage(self, name: StageName) -> Stage:
         stage = super().open_stage(name)
-        make = stage.step
+        make = stage.run
 
-        def step(number: int, stop: bool = False) -> Outcome:
-            if rank() == 1 and number == 6:
+        def run(inputs: Any) -> Any:
+            if rank() == 1 and self.progress.step == 6:
                 time.sleep(60)
                 os._exit(0)
             self.begun = time.monotonic()
-            return make(number, stop)
+            return make(inputs)
 
-        stage.step = step  # type: ignore[method-assign]
+        stage.run = run
         return stage
 
 

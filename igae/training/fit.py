@@ -101,8 +101,10 @@ class Fit(Job):
         mine = [i for i in range(rank(), len(self.waves), world_size()) if i not in finished]
         log.info("%d scenes in %d waves, %d finished", len(self.data.scenes), len(self.waves), len(finished))
         with self.signals:
-            stopped = not all(self.fit_wave(index) for index in mine)
-        if any(self.channel.gather(stopped)):
+            for index in mine:
+                if not self.fit_wave(index):
+                    break
+        if any(self.channel.gather(self.signals.received is not None)):
             log.warning("stopped; finished waves are written, the same command resumes after them")
             return False
         progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.digest)
@@ -120,10 +122,9 @@ class Fit(Job):
         for name in recipe.train.stages:
             with closing(Stage(name, recipe, self.engine, self.model, store, data, StageState())) as stage:
                 label = f"wave {index + 1} of {len(self.waves)}, {name}"
-                loop = Loop(stage, Progress(name, 0, 0), self.signals, label, self.async_steps)
-                for _ in loop:
+                for _ in Loop(stage, Progress(name, 0, 0), self.signals, label, self.async_steps):
                     pass
-                if loop.stopped:
+                if self.signals.received is not None:
                     return False
                 store.catch_up()
             metrics |= {f"{name}/{key}": float(loss) for key, loss in stage.meter.losses.items()}

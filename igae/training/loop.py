@@ -62,7 +62,7 @@ class Loop:
         stage, progress = self._stage, self._progress
         stage.model.train()
         stage.meter.restart(stage.taken)
-        with progress_bar(self._label, progress.step, stage.steps) as self._bar:
+        with self._progress_bar() as self._bar:
             for step in range(progress.step, stage.steps):
                 outcome = stage.step(step, self._signals.received is not None)
                 progress.step, progress.total = step + 1, progress.total + 1
@@ -95,21 +95,19 @@ class Loop:
         """Show a text beside the progress."""
         self._bar.set_postfix_str(text, refresh=False)
 
-
-def progress_bar(label: str, start: int, total: int) -> "tqdm[None]":
-    """A bar on a terminal, a line now and then in a log file. The ETA is of the mean speed so far, evaluations and
-    checkpoints included."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=start,
-        disable=rank() > 0,
-        desc=label,
-        unit="step",
-        smoothing=0,
-        dynamic_ncols=terminal,
-        mininterval=0.5 if terminal else 10.0,
-        bar_format=None
-        if terminal
-        else "{desc}: step {n_fmt} of {total_fmt}, elapsed {elapsed}, ETA {remaining}{postfix}\n",
-    )
+    def _progress_bar(self) -> "tqdm[None]":
+        """A bar on a terminal, a line now and then in a log file. The ETA is of the mean speed so far, evaluations and
+        checkpoints included."""
+        line = "{desc}: step {n_fmt} of {total_fmt}, elapsed {elapsed}, ETA {remaining}{postfix}\n"
+        terminal = sys.stderr.isatty()
+        return tqdm(
+            desc=self._label,
+            initial=self._progress.step,
+            total=self._stage.steps,
+            unit="step",
+            disable=rank() > 0,
+            smoothing=0,
+            dynamic_ncols=terminal,
+            mininterval=0.5 if terminal else 10.0,
+            bar_format=None if terminal else line,
+        )

@@ -19,7 +19,7 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 class LearningRates(Section):
-    """Adam's learning rates; a part with rate 0 is frozen."""
+    """Adam's learning rates; a part with learning rate 0 is frozen."""
 
     encoder: float = Field(default=0.0, ge=0)
     decoder: float = Field(default=0.0, ge=0)
@@ -42,7 +42,7 @@ class StageConfig(Section):
     """Batches of batch_size and natural_images that each rank takes one after another in a step, to save memory."""
     learning_rates: LearningRates
     schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
-    """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
+    """`epoch`: learning rates times `decay` after each epoch; `multistep`: after each of `milestones`; `cosine`: to 0."""
     decay: float = Field(default=0.988032, gt=0, le=1)
     milestones: list[int] = []
     mlp_epochs: float | None = None
@@ -115,7 +115,7 @@ class TrainConfig(Section):
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
     async_steps: bool = True
-    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
+    """On a GPU, launch steps before it is known whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
     """Steps are one CUDA graph where they can be: with async_steps, not sharded, planes in kernels, without accumulate
     and alternate."""

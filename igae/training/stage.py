@@ -25,14 +25,12 @@ BACKGROUND_EVERY = 50
 
 @dataclass
 class StageState:
-    """Where a stage resumes; as it is made, that is its start."""
+    """Where a stage resumes, by default at its start: samples that this rank has taken of each stream, and the states
+    of the optimizers of shared parameters and of rows."""
 
     consumed: dict[str, int] = field(default_factory=dict)
-    """Samples that this rank has taken of each stream."""
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """Of the shared parameters, see :meth:`Engine.load_optimizer_state`."""
     scenes: dict[str, Tensor] = field(default_factory=dict)
-    """The rows' moments, see :meth:`SceneStore.load_state_dict`."""
 
 
 class Stage:
@@ -131,7 +129,7 @@ class Stage:
         if not (self.recipe.train.cuda_graph and can_be_captured and always_alike):
             return step
         self.store.reserve(self.steps)
-        self.meter.times_steps = False  # in a graph there is nothing to be seen of
+        self.meter.times_steps = False  # a graph is one piece
         return CapturedStep(step, config.batch_size, self.model.refresh_background)
 
     def learning_rates(self, step: int) -> dict[str, float]:
