@@ -18,9 +18,8 @@ from igae.data.shards import ShardWriter
 from igae.data.streams import ViewBatch
 from igae.models.igae import IGAE
 from igae.scenes import SceneStore
-from igae.training import Engine, RankData, Recipe, Stage, StageState
+from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy
 from igae.training.assembly import build_model
-from igae.training.parallel.strategies import Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -151,6 +151,8 @@ def python_words(command: str) -> list[str]:
     for name, mine in NAMES.items():
         command = command.replace(name, mine)
     words = shlex.split(command)
+    if words[0] == "igae":
+        return ["-m", "igae.cli.main", *words[1:]]
     if words[0] != "accelerate":
         assert words[0] == "python"
         return words[1:]

@@ -3,7 +3,10 @@ from .fit import Fit as Fit
 from .loop import ASYNC_STEPS as ASYNC_STEPS
 from .meter import Meter as Meter
 from .meter import Outcome as Outcome
+from .parallel.all_reduce import BucketedAllReduce as BucketedAllReduce
+from .parallel.ddp import DDP as DDP
 from .parallel.engine import Engine as Engine
+from .parallel.strategy import Strategy as Strategy
 from .preflight import check_memory as check_memory
 from .rank_data import RankData as RankData
 from .rank_data import waves as waves
