@@ -18,12 +18,12 @@ from scene_files import write_data
 from test_fit import FIT
 
 from igae.cli import evaluate
+from igae.data import DataConfig
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.streams import image_loader, view_loader
 from igae.scenes import ownership
-from igae.storage import LIMITS
-from igae.training.shares import Data
+from igae.training import RankData
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -93,7 +93,8 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
     owners = ownership.assign([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
     for rank in range(world):
-        data = Data(manifest, manifest.scenes, [[manifest.scenes[i] for i in part] for part in owners], rank, world)
+        parts = [[manifest.scenes[i] for i in part] for part in owners]
+        data = RankData(DataConfig(root=ROOT), manifest, manifest.scenes, parts, rank, world)
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}
         for loader in (
             view_loader(ROOT, manifest, data.owned, **arguments),

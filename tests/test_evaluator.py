@@ -24,7 +24,7 @@ from igae.models.config import AutoencoderConfig
 from igae.models.igae import IGAE, Views
 from igae.ranks import Channel
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore
 
 WHITE = (1.0, 1.0, 1.0)
 CPU = torch.device("cpu")
@@ -49,12 +49,12 @@ def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
     return Evaluator(settings, root, manifest, scenes, owned, WHITE, workers, CPU, Channel())
 
 
-def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneBank]:
+def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneStore]:
     options = RenderOptions(coarse_samples=5, fine_samples=5)
     autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
     model = IGAE(autoencoder, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
     model.refresh_background()
-    return model, SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), range(4), 0, CPU)
+    return model, SceneStore(PlanesConfig(resolution=6, features=8, init_std=2.0), range(4), 0, CPU)
 
 
 def raw(data: Path, scene: int, view: int) -> Pixels:
@@ -127,7 +127,7 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
             image = torch.from_numpy(truth).permute(2, 0, 1)[None].float()
             normalized = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
             shown = Views(torch.tensor([0]), views.cam2world[i : i + 1], views.intrinsics[i : i + 1])
-            rendered = model.render(bank.planes[scene : scene + 1], shown, None)[0]
+            rendered = model.render(bank.rows[scene : scene + 1], shown, None)[0]
             note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalized[0])))
             decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2).sample
             again = net.decode(torch.atanh(normalized) / 0.2).sample
@@ -180,8 +180,8 @@ def test_identity_scenes_have_no_autoencoder_figures(data: Path) -> None:
     assert figures["heldout/rgb_psnr"] == pytest.approx(figures["heldout/latent_psnr"], abs=0.05)
 
 
-def trace(model: IGAE, bank: SceneBank) -> list[bytes]:
-    tensors = [*model.state_dict().values(), bank.planes, torch.get_rng_state()]
+def trace(model: IGAE, bank: SceneStore) -> list[bytes]:
+    tensors = [*model.state_dict().values(), bank.rows, torch.get_rng_state()]
     grads = [torch.tensor(float(p.grad is not None)) for p in model.parameters()]
     return [t.numpy().tobytes() for t in [*tensors, *grads]]
 
@@ -207,7 +207,7 @@ def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
     model, bank = build()
     found = evaluator(data, views=1)
     before = found.measure(model, bank)
-    bank.planes[3] += 1.0
+    bank.rows[3] += 1.0
     after = found.measure(model, bank)
     changed = {name for name in before if before[name] != after[name]}
     kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim")

@@ -26,7 +26,7 @@ from igae.models.config import AutoencoderConfig
 from igae.models.igae import IGAE
 from igae.ranks import Channel, rank
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ class Result:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneBank]:
+def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneStore]:
     manifest = Manifest.load(case.data)
     settings = EvaluationConfig(**{"views": 3, "pictures": 3, "orbits": 3, "orbit_frames": 3, **case.settings})
     white = (1.0, 1.0, 1.0)
@@ -66,7 +66,7 @@ def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneBank]:
     options = RenderOptions(coarse_samples=5, fine_samples=5)
     model = IGAE(net, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
     model.refresh_background()
-    bank = SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), owned, 0, CPU)
+    bank = SceneStore(PlanesConfig(resolution=6, features=8, init_std=2.0), owned, 0, CPU)
     return found, model, bank
 
 

@@ -26,12 +26,8 @@ from igae.models.autoencoder import load_autoencoder
 from igae.models.config import AutoencoderConfig
 from igae.models.losses import LPIPS
 from igae.rendering import DecodingMLP, RenderOptions, render
-from igae.training import Engine
+from igae.training import Engine, RankData, Recipe, Tracker, TrackingConfig, Trainer
 from igae.training.assembly import build_model
-from igae.training.recipe import Recipe, TrackingConfig
-from igae.training.shares import own_data
-from igae.training.trackers import Tracker
-from igae.training.trainer import Trainer
 
 PAGE = ROOT / "docs" / "faq.md"
 # What torch and fsspec say.
@@ -101,7 +97,7 @@ def twice(folder: Path, shards: str) -> None:
     trainer = Trainer(load(folder, shards))
     (folder / "outputs" / "run").mkdir(parents=True)
     if (child := os.fork()) == 0:  # a lock is a process's
-        from igae.training.preflight import lock_run
+        from igae.training import lock_run
 
         held = lock_run(folder / "outputs" / "run")
         (folder / "locked").touch()
@@ -135,7 +131,7 @@ def one_natural_image(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> 
     source = runs.write_data(folder / "source", views=(3, 3), images=1)
     pack(str(folder / "few"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images"))
     other_world(monkeypatch, 2)
-    own_data(load(folder, str(folder / "few")))
+    RankData.split(load(folder, str(folder / "few")))
 
 
 def no_network(_: Path, __: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +177,7 @@ PROVOKED: dict[str, Call] = {
     "no ... in ...: pack the data first with data_tools/pack_shards.py": lambda f, s, m: Manifest.load(str(f)),
     "nothing was packed because of ... bad input(s), first: ...": without_images,
     "the autoencoder makes images of ... from those of ...": odd_size,
-    "unknown category ...": lambda f, s, m: own_data(load(f, s, "data.categories={objaverse: [0, 500]}")),
+    "unknown category ...": lambda f, s, m: RankData.split(load(f, s, "data.categories={objaverse: [0, 500]}")),
     "train.....natural_images is ... but ... holds none: pack some": scenes_alone,
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
@@ -201,7 +197,7 @@ PROVOKED: dict[str, Call] = {
     ),
     "... scenes with training views can't be shared by ... processes": lambda f, s, m: (
         other_world(m, 9),
-        own_data(load(f, s)),
+        RankData.split(load(f, s)),
     ),
     "mixed_precision ... of the launch is not supported": lambda f, s, m: (
         m.setenv("ACCELERATE_MIXED_PRECISION", "fp16"),

@@ -22,17 +22,12 @@ from torch import Tensor
 
 import train
 from igae import checkpoint, config
-from igae.checkpoint import Checkpoint, WaveCheckpoint
+from igae.checkpoint import Checkpoint
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.export.pretrained import take_settings
 from igae.models.igae import Views
-from igae.scenes import SceneBank
-from igae.training.fit import Fit
-from igae.training.meter import Outcome
-from igae.training.recipe import Recipe
-from igae.training.shares import waves
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.scenes import SceneStore
+from igae.training import Fit, Recipe, Trainer, waves
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
@@ -109,7 +104,7 @@ def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Checkpoint) 
     assert fitted.shared.keys() == model.shared.keys()
     for name, value in model.shared.items():
         assert torch.equal(fitted.shared[name], value), name
-    start = SceneBank(load_fit(folder).planes, SCENES, 0, torch.device("cpu")).planes
+    start = SceneStore(load_fit(folder).planes, SCENES, 0, torch.device("cpu")).rows
     assert bool((planes(fitted) != start).all()), "every number of every scene is trained"
     lines = [json.loads(line) for line in (folder / "outputs" / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "seconds_per_scene" in line] == [1, 2, 3, 4]
@@ -127,21 +122,21 @@ def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Checkpoint) 
     )
 
 
+class FitAlone(Fit):
+    """Without an evaluation."""
+
+    def conclude(self) -> dict[str, float]:
+        return {}
+
+
 @pytest.mark.parametrize("only", ["warmup", "joint"])
-def test_both_stages_lower_their_loss(folder: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> None:
+def test_both_stages_lower_their_loss(folder: Path, only: str) -> None:
     other = "joint" if only == "warmup" else "warmup"
     recipe = load_fit(folder, f"experiment={only}", "fit.wave=4", f"train.{only}.epochs=12", f"train.{other}.epochs=0")
     losses: list[float] = []
-    step = Stage.step
-
-    def watched(stage: Stage, number: int, *more: bool) -> Outcome:
-        outcome = step(stage, number, *more)
-        losses.append(float(outcome.losses["latent" if only == "warmup" else "rgb"]))
-        return outcome
-
-    monkeypatch.setattr(Stage, "step", watched)
-    fit = Fit(recipe)
-    fit._evaluate = dict  # type: ignore[method-assign]
+    fit = FitAlone(recipe)
+    name = "latent" if only == "warmup" else "rgb"
+    fit.model.register_forward_hook(lambda _, __, found: losses.append(float(found[name].detach())))
     fit.run()
     tenth = len(losses) // 10
     # Measured: 0.91 and 0.95 of it. The images are noise, of which a scene can learn the mean color only.
@@ -168,16 +163,21 @@ def render(fit: Fit, rows: Tensor) -> Tensor:
         return fit.model.render(rows, Views(torch.zeros(1, dtype=torch.int64), pose[None], lens[None]), None)[0]
 
 
-def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = Fit(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
-    renders: dict[int, Tensor] = {}
-    write = WaveCheckpoint.write
+class FitAndRender(Fit):
+    """Renders the scenes of each wave when it is written."""
 
-    def watched(parts: WaveCheckpoint, number: int, scenes: dict[str, Tensor]) -> None:
-        write(parts, number, scenes)
-        renders.update({int(i): render(fit, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])})
+    renders: dict[int, Tensor]
 
-    monkeypatch.setattr(WaveCheckpoint, "write", watched)
+    def fit_wave(self, index: int) -> bool:
+        done = super().fit_wave(index)
+        scenes = load_file(checkpoints(self.folder.parents[1], "forgetful") / f"scenes-{index:05d}.safetensors")
+        self.renders |= {int(i): render(self, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])}
+        return done
+
+
+def test_the_first_wave_renders_the_same_after_the_last(folder: Path) -> None:
+    fit = FitAndRender(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
+    fit.renders = renders = {}
     fit.run()
     assert sorted(renders) == SCENES
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -188,25 +188,15 @@ def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatc
         assert torch.equal(render(again, loaded.rows([scene])["planes"]), picture)
 
 
-def test_each_view_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_view_is_encoded_once(folder: Path) -> None:
     """The work for a scene does not grow with the number of waves."""
     views = sum(scene.views for scene in Manifest.load(str(folder / "shards")).scenes)
     for wave in (1, 2, 4):
-        fit = Fit(load_fit(folder, f"experiment=count{wave}", f"fit.wave={wave}"))
-        encoded, rendered = [], []
-        encode, real = fit.model.autoencoder.posterior, fit.engine.forward
-
-        def counted(images: Tensor, encode: Any = encode, encoded: list[int] = encoded) -> Any:
-            encoded.append(len(images))
-            return encode(images)
-
-        def forward(*arguments: Any, real: Any = real, rendered: list[int] = rendered, **options: Any) -> Any:
-            rendered.append(len(arguments[1].index))
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(fit.model.autoencoder, "posterior", counted)
-        monkeypatch.setattr(fit.engine, "forward", forward)
-        fit._evaluate = dict  # type: ignore[method-assign]
+        fit = FitAlone(load_fit(folder, f"experiment=count{wave}", f"fit.wave={wave}"))
+        encoded, rendered = list[int](), list[int]()
+        encoder = fit.model.autoencoder.net.encoder
+        encoder.register_forward_pre_hook(lambda _, images, seen=encoded: seen.append(len(images[0])))
+        fit.model.register_forward_pre_hook(lambda _, arguments, seen=rendered: seen.append(len(arguments[1].index)))
         fit.run()
         assert sum(encoded) == views
         # Epochs are rounded to whole batches: 6 of them at batches of 4, and one at batches of 3.

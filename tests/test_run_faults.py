@@ -85,7 +85,7 @@ def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     epochs = f"train.joint.epochs={steps // 4 + 2}"
     assert ranks.Ranks(runs.train, 1, recipe, *LONG, epochs, log=f"{recipe}.log").exit_codes(120) == [0]
     log = Path(f"{recipe}.log").read_text()
-    assert f"going on from {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
+    assert f"resumes from step {steps}, {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
 
 
 def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:

@@ -31,7 +31,7 @@ from igae.evaluation import FIGURES, Evaluator, spread
 from igae.export import bare_model, find_model, load_weights, take_settings
 from igae.models import IGAE, LPIPS, load_autoencoder
 from igae.ranks import Channel, rank, world_size
-from igae.scenes import SceneBank
+from igae.scenes import SceneStore
 from igae.training import Engine, Recipe, check_memory, waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"
@@ -164,15 +164,15 @@ def _measure(
     own = groups[rank()] if rank() < len(groups) else []
     needed = 4 * math.prod(recipe.planes.row_shape) * len(own)
     check_memory(needed, device, "evaluate fewer scenes (evaluation.scenes)")
-    bank = SceneBank(recipe.planes, [scene.id for scene in own], recipe.seed, device)
+    store = SceneStore(recipe.planes, [scene.id for scene in own], None, device)
     if own:
-        bank.planes.copy_(subject.rows(own))
+        store.load_state_dict({"planes": subject.rows(own)})
     evaluator = Evaluator(
         recipe.evaluation.model_copy(update={"scenes": None}),
         recipe.data.root,
         manifest,
         scenes,
-        frozenset(bank.scene_ids.tolist()),
+        frozenset(store.ids.tolist()),
         recipe.data.background,
         recipe.data.workers,
         device,
@@ -182,7 +182,7 @@ def _measure(
     )
     perceptual = _lpips(recipe.train.lpips_weights, manifest.image_size, channel)
     model = subject.model.to(device).eval()
-    return evaluator.table(model, bank, perceptual.to(device) if perceptual else None, orbits=True)
+    return evaluator.table(model, store, perceptual.to(device) if perceptual else None, orbits=True)
 
 
 def _lpips(weights: str | None, image_size: tuple[int, int], channel: Channel) -> LPIPS | None:

@@ -10,7 +10,9 @@ from .latents import LatentCache as LatentCache
 from .latents import LatentLoader as LatentLoader
 from .manifest import Manifest as Manifest
 from .manifest import Scene as Scene
+from .streams import ImageLoader as ImageLoader
 from .streams import StreamState as StreamState
 from .streams import ViewBatch as ViewBatch
+from .streams import ViewLoader as ViewLoader
 from .streams import image_loader as image_loader
 from .streams import view_loader as view_loader

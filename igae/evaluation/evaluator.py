@@ -15,7 +15,7 @@ from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.models import IGAE, LPIPS, Views, psnr, to_signed
 from igae.ranks import Channel, rank, world_size
-from igae.scenes import SceneBank, part
+from igae.scenes import SceneStore, part
 
 CHUNK = 32
 SPLITS: tuple[Literal["heldout", "train"], ...] = ("heldout", "train")
@@ -109,13 +109,13 @@ class Evaluator:
             self.natural_images = next(natural_images)
             natural_images.close()
 
-    def measure(self, model: IGAE, bank: SceneBank) -> dict[str, float]:
+    def measure(self, model: IGAE, store: SceneStore) -> dict[str, float]:
         """The means of :meth:`table`, without LPIPS and orbits."""
-        return self.table(model, bank)[0]
+        return self.table(model, store)[0]
 
     @torch.no_grad()
     def table(
-        self, model: IGAE, bank: SceneBank, perceptual: LPIPS | None = None, orbits: bool = False
+        self, model: IGAE, store: SceneStore, perceptual: LPIPS | None = None, orbits: bool = False
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """PSNR (dB), SSIM and, where its network is given, LPIPS, on every rank: means over all images, and over those
         of each scene by its name.
@@ -128,7 +128,7 @@ class Evaluator:
 
         Args:
             model: with all its weights, on every rank.
-            bank: planes of the scenes that this rank owns.
+            store: planes of the scenes that this rank owns.
             perceptual: on all ranks or on none.
         """
         rows = {scene.id: row for row, scene in enumerate(self.scenes)}
@@ -149,7 +149,7 @@ class Evaluator:
             for chunk in _chunks(views):
                 scene = int(chunk.scene[0])
                 row, truth = rows[scene], to_signed(chunk.images.to(self.device))
-                latents, rendered, _, _ = self._latents(model, bank, chunk, truth)
+                latents, rendered, _, _ = self._latents(model, store, chunk, truth)
                 note(row, f"{split}/latent_psnr", psnr(rendered, model.autoencoder.normalize(latents)))
                 decoded = _decode(model, model.autoencoder.denormalize(rendered))
                 compare(row, f"{split}/rgb", decoded, truth)
@@ -162,7 +162,7 @@ class Evaluator:
                     note(row, "heldout/baseline_psnr", psnr(mean, truth))
         if orbits and not model.autoencoder.is_identity:
             for scene in sorted(self.owned):
-                for rendered in torch.split(_render(model, bank, *self._orbit(scene), self.device)[0], CHUNK):
+                for rendered in torch.split(_render(model, store, *self._orbit(scene), self.device)[0], CHUNK):
                     image = _decode(model, model.autoencoder.denormalize(rendered))
                     again = model.autoencoder.normalize(model.autoencoder.posterior(image).mean)
                     note(rows[scene], "orbit/latent_psnr", psnr(again, rendered))
@@ -187,15 +187,15 @@ class Evaluator:
         return ids, cam2world, every.intrinsics[own[:1]].expand(len(cam2world), 3, 3)
 
     def _latents(
-        self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
+        self, model: IGAE, store: SceneStore, chunk: ViewBatch, truth: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encoded latents, rendered normalized latents, depth, opacity."""
         latents = model.autoencoder.posterior(truth).mean
-        rendered, depth, opacity = _render(model, bank, chunk.scene, chunk.cam2world, chunk.intrinsics, self.device)
+        rendered, depth, opacity = _render(model, store, chunk.scene, chunk.cam2world, chunk.intrinsics, self.device)
         return latents, rendered, depth, opacity
 
     @torch.no_grad()
-    def grids(self, model: IGAE, bank: SceneBank) -> dict[str, pictures.Picture]:
+    def grids(self, model: IGAE, store: SceneStore) -> dict[str, pictures.Picture]:
         """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row.
 
         ``views``: truth, autoencoder, decoded render, latents encoded and rendered (their first three channels as
@@ -221,7 +221,7 @@ class Evaluator:
             views = self.splits[split]
             view = _take(views, (views.scene == scene.id).nonzero()[0])
             truth = to_signed(view.images.to(self.device))
-            encoded, rendered, depth, opacity = self._latents(model, bank, view, truth)
+            encoded, rendered, depth, opacity = self._latents(model, store, view, truth)
             decoded = _decode(model, model.autoencoder.denormalize(rendered))
             for j, image in enumerate((truth, _decode(model, encoded), decoded)):
                 cells[i, j] = torch.from_numpy(pictures.to_uint8(image[0]))
@@ -256,7 +256,7 @@ class Evaluator:
         return pictures.grid([list(row.numpy()) for row in cells], ["truth", "autoencoder"]) if rank() == 0 else None
 
     @torch.no_grad()
-    def orbits(self, model: IGAE, bank: SceneBank, folder: Path) -> dict[str, Path]:
+    def orbits(self, model: IGAE, store: SceneStore, folder: Path) -> dict[str, Path]:
         """An mp4 for some scenes: decoded render, rendered latents and depth side by side around the object. Each rank
         writes those of its scenes.
 
@@ -269,7 +269,7 @@ class Evaluator:
             if scene.id not in self.owned:
                 continue
             frames = []
-            rendered, depth, opacity = _render(model, bank, *self._orbit(scene.id), self.device)
+            rendered, depth, opacity = _render(model, store, *self._orbit(scene.id), self.device)
             latents = pictures.latent_to_rgb(rendered, self.image_size)
             depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
             for i, piece in enumerate(torch.split(rendered, CHUNK)):
@@ -283,14 +283,14 @@ class Evaluator:
 
 
 def _render(
-    model: IGAE, bank: SceneBank, scene: Tensor, cam2world: Tensor, intrinsics: Tensor, device: torch.device
+    model: IGAE, store: SceneStore, scene: Tensor, cam2world: Tensor, intrinsics: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = []
     for start in range(0, len(scene), CHUNK):
         chunk = slice(start, start + CHUNK)
-        rows, index = bank.rows_of(scene[chunk])
+        rows, index = store.locate(scene[chunk])
         views = Views(index.to(device), cam2world[chunk].to(device), intrinsics[chunk].to(device))
-        parts.append(model.render(bank.planes[rows.to(device)], views, None))
+        parts.append(model.render(store.rows[rows.to(device)], views, None))
     latents, depth, opacity = zip(*parts, strict=True)
     return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from igae import checkpoint, config
@@ -20,7 +21,7 @@ from igae.export.layout import MAX_JSON
 from igae.export.reader import bare_model
 from igae.export.writer import Content
 from igae.models import IGAE, load_autoencoder
-from igae.scenes import make_row_adam
+from igae.scenes import SceneStore
 from igae.storage import Missing, StoreError, join, read_whole
 from igae.training import Recipe
 
@@ -39,15 +40,14 @@ class Run:
 
     def rows(self, ids: list[int]) -> Tensor:
         """Planes of some scenes (rows, see `igae.scenes.planes`), as an evaluation has them. Nothing else is read."""
+        store = SceneStore(self.recipe.planes, ids, None, torch.device("cpu"))
         if self.loaded.progress.finished:
-            return self.loaded.rows(ids, {"planes"})["planes"]
-        rows = self.loaded.rows(ids)
-        planes = rows.pop("planes")
-        # In the middle of a stage rows owe the moves of steps that did not visit them.
-        optimizer = make_row_adam(planes, mode=self.recipe.train.plane_optimizer, backend="torch")
-        optimizer.load_state({**rows, "learning_rates": self.loaded.optimizer[LEARNING_RATES]})
-        optimizer.catch_up()
-        return planes
+            store.load_state_dict(self.loaded.rows(ids, {"planes"}))
+            return store.rows
+        # In the middle of a stage updates of rows are still deferred.
+        store.start_optimizer(self.recipe.train.plane_optimizer, "torch")
+        store.load_state_dict({**self.loaded.rows(ids), "learning_rates": self.loaded.optimizer[LEARNING_RATES]})
+        return store.read(ids)
 
 
 def open_run(run: str, overrides: Sequence[str] = ()) -> Run:
