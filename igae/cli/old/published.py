@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m igae.published`, as in version 0.1."""
 
-import sys
-
-from igae.export import main
+from igae.errors import end
+from igae.export.published import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())
