@@ -21,7 +21,7 @@ from igae.cli import evaluate
 from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.data.streams import image_loader, view_loader
-from igae.scenes import ownership
+from igae.scenes import assign_scenes
 from igae.storage import reading as store
 from igae.training.shares import Data
 
@@ -91,7 +91,7 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     monkeypatch.setattr(store, "REMOTE_BLOCK", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
-    owners = ownership.assign([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
+    owners = assign_scenes([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
     for rank in range(world):
         data = Data(manifest, manifest.scenes, [[manifest.scenes[i] for i in part] for part in owners], rank, world)
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from igae.scenes import ownership
+from igae.scenes import assign_scenes as assign
+from igae.scenes import ownership_table as table
+from igae.scenes import part
+from igae.scenes import share_images as share
 
-assign, part, share, table = ownership.assign, ownership.part, ownership.share, ownership.table
 ROOT = Path(__file__).resolve().parent.parent
 Shards = list[dict[int, int]]
 
@@ -237,13 +239,13 @@ def test_too_few_scenes(shards: Shards, world: int) -> None:
 
 HARD = """
 import hashlib, json
-from igae.scenes import ownership
+from igae.scenes import assign_scenes
 state, views = 1, []
 for _ in range(64):
     state = (1103515245 * state + 12345) % 2**31
     views.append(1 + state // 65536 % 700)
 shards = [dict(enumerate(views[i : i + 8], i)) for i in range(0, 64, 8)]
-owned = [ownership.assign(shards, world) for world in (3, 5, 24, 31)]
+owned = [assign_scenes(shards, world) for world in (3, 5, 24, 31)]
 print(hashlib.sha256(json.dumps(owned).encode()).hexdigest())
 """
 

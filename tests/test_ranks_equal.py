@@ -176,12 +176,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def owned(folder: Path, world: int) -> list[list[int]]:
-    from igae.scenes import ownership
+    from igae.scenes import assign_scenes
 
     manifest = Manifest.load(str(folder / "shards"))
     ids = {scene.name: scene.id for scene in manifest.scenes}
     shards = [{ids[name]: n for name, n in shard.scenes.items()} for shard in manifest.shards if shard.kind == "scenes"]
-    return ownership.assign(shards, world)
+    return assign_scenes(shards, world)
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:

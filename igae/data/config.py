@@ -7,6 +7,8 @@ from pydantic import Field, field_validator
 
 from igae.config import Section
 
+Verify = Literal["off", "size", "sha256"]
+
 
 class DataConfig(Section):
     root: str
@@ -19,7 +21,7 @@ class DataConfig(Section):
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
     """Images in the shuffle buffer."""
-    verify: Literal["off", "size", "sha256"] = "size"
+    verify: Verify = "size"
     """What of a shard is compared with the manifest before its first use; `sha256` reads it once more."""
     cache: str | None = None
     """Folder of this machine where copies of shards are kept, so that an object store is asked for each only once."""

@@ -1,28 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs of packing, and notes of those that are done, by which a run that was stopped goes on.
+"""The jobs of packing: one writes the shards of some scenes, or one shard of natural images.
 
-A note lies beside the shards of a job, says what the job was and what it gave, and is removed when all is packed.
+A job that is done leaves a note beside its shards, so that packing that was stopped continues with the others. It says
+what the job was and what it gave, and is removed when all is packed.
 """
 
 import contextlib
 import hashlib
+import json
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import fsspec
 from pydantic import TypeAdapter, ValidationError
 
 from igae.data.manifest import Shard, ShardKind
-from igae.data.sources import SceneRef
+from igae.data.processes import ProgressCallback
+from igae.data.shards import ShardWriter
+from igae.data.sources import read_scene
+from igae.data.sources.images import check_image, read_files
+from igae.data.sources.scene import BadInput, RawScene, SceneRef, View
 from igae.errors import redact
-from igae.storage import join
+from igae.storage import file_system, join
 
 NOTE = ".done"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all jobs of a run share. `size`: (height, width) of all images."""
+class JobOptions:
+    """What all jobs have in common.
+
+    Attributes:
+        output: folder or URL of the shards.
+        staged: ends the names of files until all is packed.
+        size: (height, width) of all images.
+        resize: whether images of other sizes are brought to it.
+        seed: of the orders.
+        skip_bad: whether bad scenes and natural images are left out.
+    """
 
     output: str
     staged: str
@@ -34,9 +50,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """Shards to write: the scenes of one group or the natural images (key, file) of one shard; bytes of input."""
+    """Shards to write: those of some scenes, or one of natural images (key, file below `root`); bytes of the input."""
 
-    options: Options
+    options: JobOptions
     index: int
     scenes: Sequence[SceneRef] = ()
     root: str = ""
@@ -60,10 +76,22 @@ class Job:
         """Of all that its shards depend on, but for the bytes of the input, of which their number stands here."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
+    def open(self, kind: ShardKind) -> ShardWriter:
+        """Begins a shard."""
+        return ShardWriter(join(self.options.output, self.names[kind] + self.options.staged), self.names[kind], kind)
+
 
 @dataclass
-class Written:
-    """What a job wrote: shards, scenes (name -> training views, held-out views), their cameras, and what was bad."""
+class JobResult:
+    """What a job wrote.
+
+    Attributes:
+        shards: their manifest entries.
+        scenes: name -> numbers of training and of held-out views.
+        distances: smallest, sum and largest of the cameras' distances from the origin, for each scene.
+        focal: sum of the views' normalized focal lengths.
+        bad: scene or natural image -> what is wrong with it.
+    """
 
     shards: list[Shard] = field(default_factory=list)
     scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -72,19 +100,126 @@ class Written:
     bad: dict[str, str] = field(default_factory=dict)
 
 
+def do_job(job: Job, progress: ProgressCallback) -> JobResult:
+    """Writes a job's shards, or finds that they have been written before. `progress` counts views and images.
+
+    Raises:
+        OSError: the store has not what was written to it.
+    """
+    result = _read_note(job)
+    if result is not None:
+        progress(sum(shard.samples for shard in result.shards))
+        return result
+    result = _write_images(job, progress) if job.images else _write_scenes(job, progress)
+    if not result.bad or job.options.skip_bad:
+        _write_note(job, result)
+    return result
+
+
+def _write_scenes(job: Job, progress: ProgressCallback) -> JobResult:
+    """Writes the training and held-out shard of the scenes that are not bad; without `skip_bad` a bad scene ends it."""
+    bad: dict[str, str] = {}
+    while True:
+        result = _try_scenes(job, [ref for ref in job.scenes if ref.name not in bad], progress)
+        bad |= result.bad
+        if not result.bad or not job.options.skip_bad:
+            result.bad = bad
+            return result
+        # The views of a shard are interleaved: leaving a scene out means to write the shard again.
+        progress = _ignore
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) -> JobResult:
+    """Writes the shards of all these scenes; with a bad one among them they are not usable."""
+    result = JobResult()
+    scenes: list[RawScene] = []
+    for ref in refs:
+        try:
+            scenes.append(read_scene(ref))
+        except BadInput as error:
+            result.bad[ref.name] = str(error)
+    orders: dict[ShardKind, list[tuple[RawScene, View]]] = {
+        "scenes": [(scene, view) for scene in scenes for view in scene.views[scene.heldout :]],
+        "heldout": [(scene, view) for scene in scenes for view in scene.views[: scene.heldout]],
+    }
+    seeded(job.options.seed, f"scenes/{job.index}").shuffle(orders["scenes"])
+    for kind, order in orders.items():
+        if order:
+            with job.open(kind) as out:
+                _write_views(job, order, out, result, progress)
+            result.shards.append(out.entry())
+    for scene in scenes:
+        distances = [math.hypot(*(row[3] for row in view.cam2world[:3])) for view in scene.views]
+        result.distances.append((min(distances), sum(distances), max(distances)))
+        result.scenes[scene.ref.name] = (len(scene.views) - scene.heldout, scene.heldout)
+    return result
+
+
+def _write_views(
+    job: Job,
+    order: Sequence[tuple[RawScene, View]],
+    out: ShardWriter,
+    result: JobResult,
+    progress: ProgressCallback,
+) -> None:
+    """Adds views to a shard, and to the result their focal lengths and what is wrong; one bad view ends the writing."""
+    contents = read_files((scene.ref.folder, view.file) for scene, view in order)
+    for (scene, view), data in zip(order, contents, strict=True):
+        name = scene.ref.name
+        progress(1)
+        if name in result.bad:
+            continue
+        try:
+            suffix, body, found = check_image(data, view.file, job.options.size, job.options.resize)
+            intrinsics = view.intrinsics(found)
+        except BadInput as error:
+            result.bad[name] = f"scene {name!r}: {error}"
+            continue
+        result.focal += intrinsics[0][0]
+        if not result.bad:
+            camera = json.dumps({"cam2world": view.cam2world, "intrinsics": intrinsics})
+            out.add(f"{name}/{view.index:03d}", {suffix: body, "json": camera.encode()}, name)
+
+
+def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
+    result = JobResult()
+    with job.open("images") as out:
+        contents = read_files((job.root, file) for _, file in job.images)
+        for (key, file), data in zip(job.images, contents, strict=True):
+            progress(1)
+            try:
+                suffix, body, _ = check_image(data, file, job.options.size, job.options.resize, crop=True)
+            except BadInput as error:
+                result.bad[file] = f"natural image {error}"
+                continue
+            out.add(key, {suffix: body})
+    if out.entry().samples:
+        result.shards.append(out.entry())
+    return result
+
+
+def seeded(seed: int, use: str) -> random.Random:
+    """Random numbers that depend on the seed and on what they are for."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
+
+
 @dataclass(frozen=True)
 class _Note:
     job: str
-    written: Written
+    result: JobResult
 
 
 _NOTE = TypeAdapter(_Note)
 
 
-def finished(job: Job) -> Written | None:
-    """What an earlier run wrote for this very job, if its shards are there in their sizes; otherwise its note goes, so
-    that it is never taken for one about the shards that are written now."""
-    fs, root = fsspec.core.url_to_fs(job.options.output)
+def _read_note(job: Job) -> JobResult | None:
+    """What an earlier run wrote for this very job, if its shards are there in their sizes. Otherwise the note is
+    removed, so that it is never taken for one about the shards that are written now."""
+    fs, root = file_system(job.options.output)
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
@@ -92,29 +227,24 @@ def finished(job: Job) -> Written | None:
     except FileNotFoundError:
         return None
     except ValidationError:
-        note = _Note("", Written())
-    if note.job == job.digest and not _missing(job, note.written):
-        return note.written
+        note = _Note("", JobResult())
+    if note.job == job.digest and not _incomplete(job, note.result):
+        return note.result
     fs.rm_file(path)
     return None
 
 
-def finish(job: Job, written: Written) -> None:
-    """Leaves a note.
-
-    Raises:
-        OSError: the store has not what was written to it.
-    """
-    fs, root = fsspec.core.url_to_fs(job.options.output)
+def _write_note(job: Job, result: JobResult) -> None:
+    fs, root = file_system(job.options.output)
     fs.invalidate_cache(root)
-    if wrong := _missing(job, written):
-        raise OSError(f"{wrong} in {redact(job.options.output)} is not as large as what was written to it")
-    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, written)))
+    if name := _incomplete(job, result):
+        raise OSError(f"{name} in {redact(job.options.output)} is not as large as what was written to it")
+    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, result)))
 
 
-def _missing(job: Job, written: Written) -> str | None:
-    fs, root = fsspec.core.url_to_fs(job.options.output)
-    for shard in written.shards:
+def _incomplete(job: Job, result: JobResult) -> str | None:
+    fs, root = file_system(job.options.output)
+    for shard in result.shards:
         size = None
         with contextlib.suppress(FileNotFoundError):
             size = fs.info(join(root, shard.name + job.options.staged))["size"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import redact
+from igae.errors import did_you_mean, redact
 from igae.storage import Missing, StoreError, join, read_whole
 
 FORMAT = 1
@@ -203,5 +202,4 @@ def name_problem(name: str) -> str | None:
 
 def unknown_category(category: str, known: Mapping[str, object]) -> ValueError:
     """The error for a category that is not among the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(category, list(known), n=1, cutoff=0.0)
-    return ValueError(f"unknown category {category!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return ValueError(f"unknown category {category!r}{did_you_mean(repr(category), map(repr, known), cutoff=0)}")

@@ -22,7 +22,7 @@ LINES = 16
 """Most ranks that the table shows one by one."""
 
 
-def assign(shards: Sequence[Mapping[int, int]], world: int) -> list[list[int]]:
+def assign_scenes(shards: Sequence[Mapping[int, int]], world: int) -> list[list[int]]:
     """Shares the scenes out among the ranks, so that each rank's views differ by at most 5 % from the mean.
 
     The first of these that reaches the 5 % is taken; where none does, the most even one:
@@ -93,7 +93,7 @@ def part(count: int, rank: int, world: int) -> range:
     return range(rank * count // world, (rank + 1) * count // world)
 
 
-def share(count: int, rank: int, world: int) -> range:
+def share_images(count: int, rank: int, world: int) -> range:
     """The part of ``count`` natural images that a rank owns, none of them empty.
 
     Raises:
@@ -107,7 +107,7 @@ def share(count: int, rank: int, world: int) -> range:
     return part(count, rank, world)
 
 
-def table(rows: Sequence[tuple[int, int, int, int]]) -> str:
+def ownership_table(rows: Sequence[tuple[int, int, int, int]]) -> str:
     """What each rank owns, as a text of a few aligned lines; of more than 16 ranks only the extremes and the mean.
 
     Args:

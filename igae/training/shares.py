@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from igae.data import Manifest, Scene
 from igae.ranks import rank, world_size
-from igae.scenes import ownership
+from igae.scenes import assign_scenes, ownership_table, share_images
 from igae.training.recipe import Recipe
 
 log = logging.getLogger("igae")
@@ -41,7 +41,7 @@ class Data:
     @property
     def natural_images(self) -> range:
         """Natural images of this rank, by their place in the shards."""
-        return ownership.share(self.manifest.images, self.rank, self.world)
+        return share_images(self.manifest.images, self.rank, self.world)
 
 
 def steps_per_epoch(recipe: Recipe, stage: str, data: Data) -> int:
@@ -74,7 +74,7 @@ def own_data(recipe: Recipe) -> Data:
         for shard in manifest.shards
         if shard.kind == "scenes"
     ]
-    parts = ownership.assign(shards, world_size()) if scenes else [[] for _ in range(world_size())]
+    parts = assign_scenes(shards, world_size()) if scenes else [[] for _ in range(world_size())]
     data = Data(manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
     if (
         any(stage.epochs and stage.natural_images for stage in (recipe.train.warmup, recipe.train.joint))
@@ -105,7 +105,7 @@ def log_ranks(recipe: Recipe, data: Data, strategy: str) -> None:
     if world > 1 and data.scenes:
         log.info(
             "%s",
-            ownership.table(
+            ownership_table(
                 [
                     (r, len(part), sum(scene.views for scene in part), len(part) * scene_bytes(recipe))
                     for r, part in enumerate(data.parts)

@@ -92,33 +92,18 @@ class Stage:
                 yield (
                     "views",
                     view_loader(
-                        settings.root,
-                        data.manifest,
-                        data.owned,
-                        batch_size=self.config.batch_size,
-                        seed=seed,
-                        shuffle=settings.shuffle,
-                        workers=settings.workers,
-                        background=settings.background,
-                        verify=settings.verify,
-                        cache=settings.cache,
-                        state=state,
+                        settings, data.manifest, data.owned, batch_size=self.config.batch_size, seed=seed, state=state
                     ),
                 )
         if self.config.natural_images:
             yield (
                 "natural_images",
                 image_loader(
-                    settings.root,
+                    settings.model_copy(update={"workers": min(1, settings.workers)}),
                     data.manifest,
                     part=data.natural_images,
                     batch_size=self.config.natural_images,
                     seed=seed,
-                    shuffle=settings.shuffle,
-                    repeat=True,
-                    workers=min(1, settings.workers),
-                    verify=settings.verify,
-                    cache=settings.cache,
                     state=StreamState(*divmod(self.consumed["natural_images"], len(data.natural_images))),
                 ),
             )
@@ -275,21 +260,8 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
             noise[i].normal_(generator=generator)
         return posterior.sample(noise.to(device))
 
-    settings = recipe.data
-    with closing(
-        view_loader(
-            settings.root,
-            data.manifest,
-            data.owned,
-            batch_size=ENCODE_BATCH,
-            shuffle=0,
-            repeat=False,
-            workers=settings.workers,
-            background=settings.background,
-            verify=settings.verify,
-            cache=settings.cache,
-        )
-    ) as loader:
+    in_order = recipe.data.model_copy(update={"shuffle": 0})
+    with closing(view_loader(in_order, data.manifest, data.owned, batch_size=ENCODE_BATCH, repeat=False)) as loader:
         return LatentCache(loader, encode, device)
 
 
@@ -297,31 +269,12 @@ def encode_views(recipe: Recipe, model: IGAE, data: Data, device: torch.device) 
 def fit_scale(recipe: Recipe, model: IGAE, data: Data, device: torch.device, channel: Channel) -> None:
     """Fit the normalizer's scale to the latents of some views of each rank (of natural images where there are no
     scenes). Collective."""
-    settings, seed = recipe.data, derive_seed(recipe.seed, "scale")
+    settings, seed = recipe.data.model_copy(update={"workers": 0}), derive_seed(recipe.seed, "scale")
     loader: Any
     if data.owned:
-        loader = view_loader(
-            settings.root,
-            data.manifest,
-            data.owned,
-            batch_size=ENCODE_BATCH,
-            seed=seed,
-            shuffle=settings.shuffle,
-            workers=0,
-            background=settings.background,
-            cache=settings.cache,
-        )
+        loader = view_loader(settings, data.manifest, data.owned, batch_size=ENCODE_BATCH, seed=seed)
     else:
-        loader = image_loader(
-            settings.root,
-            data.manifest,
-            part=data.natural_images,
-            batch_size=ENCODE_BATCH,
-            seed=seed,
-            shuffle=settings.shuffle,
-            workers=0,
-            cache=settings.cache,
-        )
+        loader = image_loader(settings, data.manifest, part=data.natural_images, batch_size=ENCODE_BATCH, seed=seed)
     squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
     with closing(loader):
         for _ in range(4):
