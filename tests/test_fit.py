@@ -23,7 +23,7 @@ from torch import Tensor
 import train
 from igae import checkpoint, config
 from igae.checkpoint import Loaded, Parts
-from igae.data.manifest import Manifest, Scene, Shard
+from igae.data import Manifest, Scene, Shard
 from igae.export.pretrained import take_settings
 from igae.models.igae import Views
 from igae.scenes import SceneBank

@@ -23,7 +23,7 @@ from torch import Tensor
 from view_models import CPU, NAMES, Made, make, open_as_run
 
 from igae.cli.view import main
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.evaluation.pictures import latent_to_rgb
 from igae.export import Export
 from igae.viewer.cameras import (

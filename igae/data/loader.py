@@ -215,12 +215,16 @@ def _close_all() -> None:  # before multiprocessing's exit, which sends workers 
 
 
 class Loader(Generic[B]):
-    """An iterator over batches; `state` is where it is after the batch that was yielded last."""
+    """An iterator over batches; `state` is where it is after the batch that was yielded last.
+
+    Attributes:
+        plan: what it reads.
+    """
 
     def __init__(self, plan: Plan, decoder: Decoder[B], batch_size: int, workers: int, state: StreamState | None):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1")
-        self._plan = plan
+        self.plan = plan
         self._state = replace(state) if state else StreamState()
         if self._state.epoch < 0 or not 0 <= self._state.position <= plan.samples:
             raise ValueError(f"{self._state} does not fit this stream, which has {plan.samples} samples an epoch")
@@ -247,7 +251,7 @@ class Loader(Generic[B]):
     @property
     def samples(self) -> int:
         """Number of samples of an epoch."""
-        return self._plan.samples
+        return self.plan.samples
 
     def __iter__(self) -> "Loader[B]":
         return self
@@ -282,8 +286,8 @@ class Loader(Generic[B]):
             raise LostWorker(str(error) or type(error).__name__) from error
 
     def _advance(self, number: int) -> None:
-        epochs, position = divmod(self._state.position + number, self._plan.samples)
-        if self._plan.repeat:
+        epochs, position = divmod(self._state.position + number, self.plan.samples)
+        if self.plan.repeat:
             self._state = StreamState(self._state.epoch + epochs, position)
         else:
             self._state.position += number
