@@ -206,7 +206,7 @@ def test_refusals_are_one_sentence(rendered, meshes, tmp_path):
         ((root, "--output", output, *OPTIONS[:-1], "6"), {}, "choose another --output, or remove that folder"),
         ((tmp_path / "none", *new), {}, "there is no .glb, .gltf or .obj file in"),
         ((root, *new), {"GLCONTEXT_LINUX_LIBEGL": "libnone.so"}, "apt-get install libegl1 libgl1"),
-        ((root, *new), {"PYTHONPATH": str(tmp_path)}, "pip install -e '.[objects]'"),
+        ((root, *new), {"PYTHONPATH": f"{tmp_path}{os.pathsep}{TOOLS.parent}"}, "pip install -e '.[objects]'"),
         ((root / "bad", *new), {}, "nothing was rendered"),
     ]:
         done = tool(*arguments, **variables)

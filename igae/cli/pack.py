@@ -106,8 +106,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     heldout = sum(scene.heldout for scene in manifest.scenes)
     print(
         f"{redact(arguments.output)}: {len(manifest.scenes)} scenes with {views} training and "
-        f"{heldout} held-out views, {manifest.images} natural images, {width}x{height} pixels, {len(manifest.shards)} shards, "
-        f"{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
+        f"{heldout} held-out views, {manifest.images} natural images, {width}x{height} pixels, "
+        f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if left_out:
         say(f"left out {len(left_out)}:")

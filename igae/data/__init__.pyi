@@ -5,6 +5,7 @@ from .cameras import opengl_to_opencv as opengl_to_opencv
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
 from .config import DataConfig as DataConfig
+from .config import PackOptions as PackOptions
 from .decoding import ViewBatch as ViewBatch
 from .decoding import decode_image as decode_image
 from .decoding import to_device as to_device
@@ -17,7 +18,6 @@ from .manifest import Manifest as Manifest
 from .manifest import Scene as Scene
 from .manifest import Shard as Shard
 from .manifest import name_problem as name_problem
-from .packing import PackOptions as PackOptions
 from .packing import Refused as Refused
 from .packing import pack as pack
 from .packing import verify_packed as verify_packed

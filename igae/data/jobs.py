@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
+from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
 from igae.data.shards import ShardWriter
@@ -28,34 +29,25 @@ NOTE = ".done"
 
 
 @dataclass(frozen=True)
-class JobOptions:
-    """What all jobs have in common.
+class Output:
+    """Where shards are written: folder or URL, end of the names until all is packed, (height, width) of all images."""
 
-    Attributes:
-        output: folder or URL of the shards.
-        staged: ends the names of files until all is packed.
-        size: (height, width) of all images.
-        resize: whether images of other sizes are brought to it.
-        seed: of the orders.
-        skip_bad: whether bad scenes and natural images are left out.
-    """
-
-    output: str
+    url: str
     staged: str
     size: tuple[int, int]
-    resize: bool
-    seed: int
-    skip_bad: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """Shards to write: those of some scenes, or one of natural images (key, file below `root`); bytes of the input."""
+    """Shards to write: those of some scenes, or one of natural images (key, file).
 
-    options: JobOptions
+    `options` has of the run's only what the shards depend on; `bytes` is the size of the input.
+    """
+
+    output: Output
+    options: PackOptions
     index: int
     scenes: Sequence[SceneRef] = ()
-    root: str = ""
     images: Sequence[tuple[str, str]] = ()
     bytes: int = 0
 
@@ -69,35 +61,31 @@ class Job:
     @property
     def note(self) -> str:
         """Name of its note."""
-        return next(iter(self.names.values())) + NOTE + self.options.staged
+        return next(iter(self.names.values())) + NOTE + self.output.staged
 
     @property
     def digest(self) -> str:
-        """Of all that its shards depend on, but for the bytes of the input, of which their number stands here."""
+        """Of all that its shards depend on; of the bytes of the input their number alone."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def open(self, kind: ShardKind) -> ShardWriter:
         """Begins a shard."""
-        return ShardWriter(join(self.options.output, self.names[kind] + self.options.staged), self.names[kind], kind)
+        return ShardWriter(join(self.output.url, self.names[kind] + self.output.staged), self.names[kind], kind)
 
 
 @dataclass
 class JobResult:
-    """What a job wrote.
-
-    Attributes:
-        shards: their manifest entries.
-        scenes: name -> numbers of training and of held-out views.
-        distances: smallest, sum and largest of the cameras' distances from the origin, for each scene.
-        focal: sum of the views' normalized focal lengths.
-        bad: scene or natural image -> what is wrong with it.
-    """
+    """What a job wrote."""
 
     shards: list[Shard] = field(default_factory=list)
     scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name -> numbers of training and of held-out views."""
     distances: list[tuple[float, float, float]] = field(default_factory=list)
+    """Smallest, sum and largest of the cameras' distances from the origin, for each scene."""
     focal: float = 0.0
+    """Sum of the views' normalized focal lengths."""
     bad: dict[str, str] = field(default_factory=dict)
+    """Scene or natural image -> what is wrong with it."""
 
 
 def do_job(job: Job, progress: ProgressCallback) -> JobResult:
@@ -117,20 +105,15 @@ def do_job(job: Job, progress: ProgressCallback) -> JobResult:
 
 
 def _write_scenes(job: Job, progress: ProgressCallback) -> JobResult:
-    """Writes the training and held-out shard of the scenes that are not bad; without `skip_bad` a bad scene ends it."""
-    bad: dict[str, str] = {}
-    while True:
-        result = _try_scenes(job, [ref for ref in job.scenes if ref.name not in bad], progress)
-        bad |= result.bad
-        if not result.bad or not job.options.skip_bad:
-            result.bad = bad
-            return result
+    """Writes the shards of the scenes that are not bad; without `skip_bad` shards that are not usable if one is bad."""
+    result = _try_scenes(job, job.scenes, progress)
+    bad = dict(result.bad)
+    while result.bad and job.options.skip_bad:
         # The views of a shard are interleaved: leaving a scene out means to write the shard again.
-        progress = _ignore
-
-
-def _ignore(_: int) -> None:
-    pass
+        result = _try_scenes(job, [ref for ref in job.scenes if ref.name not in bad], lambda _: None)
+        bad |= result.bad
+    result.bad = bad
+    return result
 
 
 def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) -> JobResult:
@@ -174,7 +157,7 @@ def _write_views(
         if name in result.bad:
             continue
         try:
-            suffix, body, found = check_image(data, view.file, job.options.size, job.options.resize)
+            suffix, body, found = check_image(data, view.file, job.output.size, bool(job.options.resize))
             intrinsics = view.intrinsics(found)
         except BadInput as error:
             result.bad[name] = f"scene {name!r}: {error}"
@@ -188,11 +171,11 @@ def _write_views(
 def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
     result = JobResult()
     with job.open("images") as out:
-        contents = read_files((job.root, file) for _, file in job.images)
+        contents = read_files((job.options.images or "", file) for _, file in job.images)
         for (key, file), data in zip(job.images, contents, strict=True):
             progress(1)
             try:
-                suffix, body, _ = check_image(data, file, job.options.size, job.options.resize, crop=True)
+                suffix, body, _ = check_image(data, file, job.output.size, bool(job.options.resize), crop=True)
             except BadInput as error:
                 result.bad[file] = f"natural image {error}"
                 continue
@@ -219,7 +202,7 @@ _NOTE = TypeAdapter(_Note)
 def _read_note(job: Job) -> JobResult | None:
     """What an earlier run wrote for this very job, if its shards are there in their sizes. Otherwise the note is
     removed, so that it is never taken for one about the shards that are written now."""
-    fs, root = file_system(job.options.output)
+    fs, root = file_system(job.output.url)
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
@@ -235,19 +218,19 @@ def _read_note(job: Job) -> JobResult | None:
 
 
 def _write_note(job: Job, result: JobResult) -> None:
-    fs, root = file_system(job.options.output)
+    fs, root = file_system(job.output.url)
     fs.invalidate_cache(root)
     if name := _incomplete(job, result):
-        raise OSError(f"{name} in {redact(job.options.output)} is not as large as what was written to it")
+        raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
     fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, result)))
 
 
 def _incomplete(job: Job, result: JobResult) -> str | None:
-    fs, root = file_system(job.options.output)
+    fs, root = file_system(job.output.url)
     for shard in result.shards:
         size = None
         with contextlib.suppress(FileNotFoundError):
-            size = fs.info(join(root, shard.name + job.options.staged))["size"]
+            size = fs.info(join(root, shard.name + job.output.staged))["size"]
         if size != shard.bytes:
             return shard.name
     return None

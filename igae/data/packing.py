@@ -5,6 +5,7 @@ The layout of the shards is planned from the sizes of the input files before any
 by one process, and every order comes from the seed: the result does not depend on the number of processes.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,8 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from igae.data.jobs import NOTE, Job, JobOptions, JobResult, do_job, seeded
+from igae.data.config import PackOptions
+from igae.data.jobs import NOTE, Job, JobResult, Output, do_job, seeded
 from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
 from igae.data.shards import ShardReader
@@ -34,40 +36,11 @@ T = TypeVar("T")
 
 
 class Refused(ValueError):
-    """The input is bad and nothing was packed; `problems` has a sentence for each scene or natural image."""
+    """The input is bad and nothing was packed; `problems` has a sentence for each bad scene or natural image."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__(f"nothing was packed because of {len(problems)} bad input(s), first: {problems[0]}")
         self.problems = list(problems)
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """What is packed, and how.
-
-    Attributes:
-        scenes: folder or URL of the scenes, in one of the formats of `igae.data.sources`; None: natural images only.
-        subset: folder below `scenes` that has the scenes' folders (`square128`).
-        categories: category -> [start, stop) in its list in dataset_map.json; None: all scenes.
-        images: folder or URL of natural images; None: scenes only.
-        resize: side in pixels of the square that images of other sizes are brought to; None: image bytes are copied.
-        shard_size: bytes a shard should not exceed; a scene is never split.
-        seed: of the order of views and natural images in the shards.
-        workers: processes; 1 works in this one.
-        skip_bad: leave bad scenes and natural images out instead of refusing.
-        overwrite: replace what a manifest in the output describes.
-    """
-
-    scenes: str | None = None
-    subset: str | None = None
-    categories: Mapping[str, tuple[int, int]] | None = None
-    images: str | None = None
-    resize: int | None = None
-    shard_size: int = 500_000_000
-    seed: int = 0
-    workers: int = 1
-    skip_bad: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,17 +87,16 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         if size is None:
             raise Refused(problems or [f"no readable image in {redact(options.images or '')}"])
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
-        settings = JobOptions(output, staged, size, bool(options.resize), options.seed, options.skip_bad)
-        jobs = _plan(options, settings, scanned, natural_images)
+        jobs = _plan(options, Output(output, staged, size), scanned, natural_images)
         fs.makedirs(root, exist_ok=True)
         if not staged and fs.exists(join(root, NAME)):
             # An object store has no renaming: the manifest is the marker, so it is removed before its shards are.
             fs.rm_file(join(root, NAME))
-        names = {name for job in jobs for name in job.names.values()}
         total = sum(entry.views for entry in scanned) + len(natural_images)
         results = _run(pool, "packing", do_job, jobs, total)
     problems += [sentence for result in results for sentence in result.bad.values()]
-    manifest = _manifest(settings, dataset, [entry.ref for entry in scanned], results)
+    manifest = _manifest(dataset, size, options.seed, [entry.ref for entry in scanned], results)
+    names = {name for job in jobs for name in job.names.values()}
     if problems and not options.skip_bad or not manifest.shards:
         _remove(fs, root, [*(name + staged for name in names), *(job.note for job in jobs)])
         raise Refused(problems)
@@ -201,26 +173,25 @@ def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
 
 
 def _plan(
-    options: PackOptions, settings: JobOptions, scanned: Sequence[_Scanned], natural_images: Mapping[str, int]
+    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, int]
 ) -> list[Job]:
     """Divides scenes, in their order, and natural images, in a seeded order, over shards."""
-    pixels = settings.size[0] * settings.size[1]
 
     def stored(entry: _Scanned) -> int:
-        ratio = pixels / (entry.size[0] * entry.size[1]) if settings.resize else 1.0
+        ratio = math.prod(output.size) / math.prod(entry.size) if options.resize else 1.0
         return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
 
+    shared = PackOptions(images=options.images, resize=options.resize, seed=options.seed, skip_bad=options.skip_bad)
     jobs = [
-        Job(settings, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
+        Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
         for index, group in enumerate(_groups(scanned, stored, options.shard_size))
     ]
     files = list(natural_images)
-    seeded(settings.seed, "images").shuffle(files)
+    seeded(options.seed, "images").shuffle(files)
     keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
     groups = _groups(keyed, lambda entry: natural_images[entry[1]] + TAR_OVERHEAD, options.shard_size)
-    root = options.images or ""
     return jobs + [
-        Job(settings, index, root=root, images=group, bytes=sum(natural_images[file] for _, file in group))
+        Job(output, shared, index, images=group, bytes=sum(natural_images[file] for _, file in group))
         for index, group in enumerate(groups)
     ]
 
@@ -238,7 +209,9 @@ def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterato
         yield group
 
 
-def _manifest(settings: JobOptions, dataset: str, refs: Sequence[SceneRef], results: Sequence[JobResult]) -> Manifest:
+def _manifest(
+    dataset: str, size: tuple[int, int], seed: int, refs: Sequence[SceneRef], results: Sequence[JobResult]
+) -> Manifest:
     counts = {name: number for result in results for name, number in result.scenes.items()}
     packed = [ref for ref in refs if ref.name in counts]
     scenes = [Scene(i, ref.name, ref.category, *counts[ref.name]) for i, ref in enumerate(packed)]
@@ -246,16 +219,12 @@ def _manifest(settings: JobOptions, dataset: str, refs: Sequence[SceneRef], resu
     shards.sort(key=lambda shard: (("scenes", "heldout", "images").index(shard.kind), shard.name))
     cameras = None
     if scenes:
-        distances = [entry for result in results for entry in result.distances]
+        nearest, sums, farthest = zip(*(entry for result in results for entry in result.distances), strict=True)
         views = sum(scene.views + scene.heldout for scene in scenes)
-        cameras = CameraSummary(
-            min_distance=min(entry[0] for entry in distances),
-            mean_distance=sum(entry[1] for entry in distances) / views,
-            max_distance=max(entry[2] for entry in distances),
-            mean_focal=sum(result.focal for result in results) / views,
-        )
+        focal = sum(result.focal for result in results) / views
+        cameras = CameraSummary(min(nearest), sum(sums) / views, max(farthest), focal)
     images = sum(shard.samples for shard in shards if shard.kind == "images")
-    return Manifest(FORMAT, settings.size, settings.seed, dataset, shards, scenes, images, cameras)
+    return Manifest(FORMAT, size, seed, dataset, shards, scenes, images, cameras)
 
 
 def _remove(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> None:

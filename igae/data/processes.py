@@ -19,9 +19,8 @@ ItemFunction = Callable[[Any, ProgressCallback], Any]
 class ItemFailed(OSError):
     """Why there is no result for an item, in one sentence.
 
-    Attributes:
-        error: what the function raised (a ValueError or OSError, any other as a RuntimeError with the traceback in its
-            text); None where the process died.
+    `error` is what the function raised (a ValueError, an OSError, or a RuntimeError with the traceback of any other);
+    None where the process died.
     """
 
     error: Exception | None = None
@@ -117,10 +116,9 @@ class ProcessPool:
         process = self._processes.pop(connection)
         process.join()
         code = process.exitcode or 0
-        if code >= 0:
-            return f"exit code {code}"
-        name = signal.Signals(-code).name
-        return f"{name}{', which is how the system ends what takes too much memory' if name == 'SIGKILL' else ''}"
+        if code == -signal.SIGKILL:
+            return "SIGKILL, which is how the system ends what takes too much memory"
+        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def _serve(connection: Connection, start: Callable[..., ItemFunction], arguments: Sequence[Any]) -> None:
