@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_step import alone, model_of, prepare, recipe_of, write_data
-from igae.data.manifest import Manifest
+from igae.data import Manifest
 from igae.training import Engine, Stage
 
 SLOW = {

@@ -11,11 +11,7 @@ import torch
 from PIL import Image
 
 from igae import config
-from igae.data.cameras import orbit
-from igae.data.latents import LatentCache
-from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
-from igae.data.shards import ShardWriter
-from igae.data.streams import ViewBatch
+from igae.data import CameraSummary, LatentCache, Manifest, Scene, Shard, ShardWriter, ViewBatch, orbit
 from igae.models.igae import IGAE
 from igae.scenes import SceneStore
 from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy

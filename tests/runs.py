@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from scene_files import write_data
 
-from igae.data.pack import pack
+from igae.data import PackOptions, pack
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig
 from igae.training import CapturedStep, Stage, StageName, Trainer
@@ -65,7 +65,8 @@ def packed_data(folder: Path) -> str:
     """Pack four scenes (35 training and 3 held-out views) and 11 natural images; returns the shards' folder."""
     source = write_data(folder / "source", images=11)
     pack(
-        str(folder / "shards"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")
+        str(folder / "shards"),
+        PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),
     )
     return str(folder / "shards")
 

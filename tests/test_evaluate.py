@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from igae.cli import evaluate
-from igae.data.cameras import orbit_like
-from igae.data.pack import pack
+from igae.data import PackOptions, orbit_like, pack
 from igae.export import Export, read_run, write
 from igae.models.losses import LPIPS
 
@@ -234,7 +233,7 @@ def test_lpips_where_its_weights_are(
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = str(folder / "outputs/run"), ["--output", str(tmp_path / "out")]
     source = folder / "source"
-    pack(str(tmp_path / "natural_images"), images=str(source / "natural_images"))
+    pack(str(tmp_path / "natural_images"), PackOptions(images=str(source / "natural_images")))
     (tmp_path / "file").touch()
 
     def sentence(*arguments: str) -> str:

@@ -15,8 +15,7 @@ from runs import create_autoencoder as create
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
+from igae.data import Manifest, PackOptions, pack
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
 from igae.models.autoencoder import Autoencoder, load_autoencoder
@@ -223,7 +222,7 @@ def test_a_single_image_has_figures(data: Path) -> None:
 def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
     source = tmp_path / "source" / "scenes"
     shutil.copytree(data / "source/scenes/square16/scene_2", source / "square16/scene_2")
-    pack(str(tmp_path / "shards"), scenes=str(source), subset="square16")
+    pack(str(tmp_path / "shards"), PackOptions(scenes=str(source), subset="square16"))
     model, bank = build()
     found = evaluator(tmp_path)
     assert set(found.splits) == {"train"}
@@ -233,7 +232,7 @@ def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
 
 
 def test_natural_images_alone(data: Path, tmp_path: Path) -> None:
-    pack(str(tmp_path / "shards"), images=str(data / "source/natural_images"))
+    pack(str(tmp_path / "shards"), PackOptions(images=str(data / "source/natural_images")))
     model, bank = build()
     found = evaluator(tmp_path, natural_images=4)
     assert found.measure(model, bank).keys() == {"natural/ae_psnr", "natural/ae_ssim"}

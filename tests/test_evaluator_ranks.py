@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
+from igae.data import Manifest, PackOptions, pack
 from igae.evaluation import evaluator
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
@@ -95,10 +94,13 @@ def evaluate_rank(cases: list[Case], owners: list[list[int]], folders: list[Path
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder = tmp_path_factory.mktemp("data")
     shards = runs.packed_data(folder)
-    pack(str(folder / "natural_images"), images=str(folder / "source/natural_images"))
+    pack(str(folder / "natural_images"), PackOptions(images=str(folder / "source/natural_images")))
     source = folder / "one" / "scenes"
     shutil.copytree(folder / "source/scenes/square16/scene_2", source / "square16/scene_2")
-    pack(str(folder / "train"), scenes=str(source), subset="square16", images=str(folder / "source/natural_images"))
+    pack(
+        str(folder / "train"),
+        PackOptions(scenes=str(source), subset="square16", images=str(folder / "source/natural_images")),
+    )
     return {
         "all": Case(shards, {"scenes": None, "natural_images": 7}),
         "few": Case(shards, {"scenes": 2, "natural_images": 2}),  # scenes 0 and 2

@@ -25,7 +25,7 @@ from torch import Tensor
 import train
 from igae import checkpoint
 from igae.cli.export import main
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.export import Content, Export, load_model, read_run, write, writer
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig

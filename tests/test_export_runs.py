@@ -14,7 +14,7 @@ from scene_files import write_data
 from test_export_faults import sentence
 
 import train
-from igae.data.pack import pack
+from igae.data import PackOptions, pack
 from igae.export import Export, read_run, write
 
 
@@ -61,7 +61,7 @@ def test_what_moved_is_found_where_it_is_said_to_be(folder: Path, run: Path, tmp
 def test_what_does_not_belong_to_the_run_is_refused(run: Path, tmp_path: Path) -> None:
     assert sentence(lambda: read_run(str(run), [f"data.root={tmp_path}"])).startswith(f"no manifest.json in {tmp_path}")
     source = write_data(tmp_path / "source", views=(3, 3))
-    pack(str(tmp_path / "other"), scenes=str(source / "scenes"), subset="square16")
+    pack(str(tmp_path / "other"), PackOptions(scenes=str(source / "scenes"), subset="square16"))
     text = sentence(lambda: read_run(str(run), [f"data.root={tmp_path / 'other'}"]))
     assert f"was trained on other scenes than those at {tmp_path}/other: say where they are" in text
     text = sentence(lambda: read_run(str(run), ["autoencoder={path: demo}"]))

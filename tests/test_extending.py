@@ -19,8 +19,7 @@ import yaml
 from documents import ROOT
 
 from igae import checkpoint
-from igae.data.cameras import orbit
-from igae.data.manifest import Manifest
+from igae.data import Manifest, orbit
 from igae.storage import TensorFile
 
 PAGE = ROOT / "docs" / "extending.md"

@@ -20,8 +20,7 @@ from documents import ROOT
 
 from igae import config
 from igae.checkpoint import list_complete
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
+from igae.data import Manifest, PackOptions, pack
 from igae.models.autoencoder import load_autoencoder
 from igae.models.config import AutoencoderConfig
 from igae.models.losses import LPIPS
@@ -118,18 +117,21 @@ def without_images(folder: Path, *_: object) -> None:
     source = folder / "source"
     runs.write_data(source, views=(3,))
     (source / "scenes" / "square16" / "scene_0" / "images" / "001.png").unlink()
-    pack(str(folder / "bad"), scenes=str(source / "scenes"), subset="square16")
+    pack(str(folder / "bad"), PackOptions(scenes=str(source / "scenes"), subset="square16"))
 
 
 def scenes_alone(folder: Path, *_: object) -> None:
     source = runs.write_data(folder / "source", views=(3,))
-    pack(str(folder / "alone"), scenes=str(source / "scenes"), subset="square16")
+    pack(str(folder / "alone"), PackOptions(scenes=str(source / "scenes"), subset="square16"))
     Trainer(load(folder, str(folder / "alone"), "train.warmup.epochs=0")).run()
 
 
 def one_natural_image(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = runs.write_data(folder / "source", views=(3, 3), images=1)
-    pack(str(folder / "few"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images"))
+    pack(
+        str(folder / "few"),
+        PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),
+    )
     other_world(monkeypatch, 2)
     RankData.split(load(folder, str(folder / "few")))
 

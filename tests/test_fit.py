@@ -23,7 +23,7 @@ from torch import Tensor
 import train
 from igae import checkpoint, config
 from igae.checkpoint import Checkpoint
-from igae.data.manifest import Manifest, Scene, Shard
+from igae.data import Manifest, Scene, Shard
 from igae.export.pretrained import take_settings
 from igae.models.igae import Views
 from igae.scenes import SceneStore
@@ -212,7 +212,7 @@ def wait_for(path: Path, running: ranks.Ranks) -> None:
 
 
 @pytest.mark.parametrize(("how", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
-def test_a_fit_goes_on_after_its_finished_waves(
+def test_a_fit_resumes_after_its_finished_waves(
     folder: Path, fitted: Checkpoint, how: signal.Signals, world: int
 ) -> None:
     """On as many ranks as before, or more."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from runs import create_autoencoder as create
 from torch import Tensor, nn
 
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig, LossWeights
 from igae.models.igae import IGAE, Views, to_signed

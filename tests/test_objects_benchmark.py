@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import objects
 from benchmarks.objects_table import flat_from
 from igae import config
-from igae.data.manifest import Manifest, Scene, Shard
+from igae.data import Manifest, Scene, Shard
 from igae.training import Recipe
 
 

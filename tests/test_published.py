@@ -16,7 +16,7 @@ import yaml
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.export import Export
 from igae.export.published import architecture, main, read_published
 from igae.models.igae import Views

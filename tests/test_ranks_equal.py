@@ -9,11 +9,11 @@ import pytest
 import ranks
 import runs
 import torch
+from scene_files import open_images, open_views
 from torch import Tensor
 
 from igae import config
-from igae.data.manifest import Manifest
-from igae.data.streams import ViewBatch, image_loader, view_loader
+from igae.data import Manifest, ViewBatch
 from igae.models.igae import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import BasePlanes, SceneStore
@@ -33,7 +33,7 @@ def small_recipe(folder: Path, *overrides: str) -> Recipe:
 
 def every_view(recipe: Recipe, manifest: Manifest) -> dict[int, ViewBatch]:
     """All training views by scene."""
-    loader = view_loader(
+    loader = open_views(
         recipe.data.root, manifest, manifest.scenes, batch_size=1000, shuffle=0, repeat=False, workers=0
     )
     views = next(loader)
@@ -97,7 +97,7 @@ def train(
     stage = Stage("joint", recipe, engine, model, store, data, StageState())
     stage.close()
     views = every_view(recipe, data.manifest)
-    natural_images = image_loader(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
+    natural_images = open_images(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
     images = next(natural_images)
     natural_images.close()
     mine = [rank()] if world_size() > 1 else list(range(len(parts)))
@@ -171,12 +171,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def owned(folder: Path, world: int) -> list[list[int]]:
-    from igae.scenes import ownership
+    from igae.scenes import assign_scenes
 
     manifest = Manifest.load(str(folder / "shards"))
     ids = {scene.name: scene.id for scene in manifest.scenes}
     shards = [{ids[name]: n for name, n in shard.scenes.items()} for shard in manifest.shards if shard.kind == "scenes"]
-    return ownership.assign(shards, world)
+    return assign_scenes(shards, world)
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:

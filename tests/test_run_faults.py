@@ -13,8 +13,7 @@ import ranks
 import runs
 
 from igae import checkpoint
-from igae.data.manifest import Manifest
-from igae.data.shards import read_records
+from igae.data import Manifest, ShardReader
 
 TIMEOUT = 10
 LONG = ["train.warmup.epochs=0", "train.joint.epochs=2000", "checkpoint.every=5", f"train.timeout={TIMEOUT}"]
@@ -105,7 +104,7 @@ def test_a_damaged_shard(recipe: str) -> None:
     """The rank that reads it names it and the byte; the others end too."""
     root = str(Path(recipe).parent / "shards")
     shard = next(shard for shard in Manifest.load(root).shards if shard.kind == "scenes")
-    offset = list(read_records(root, shard))[7].image_offset
+    offset = list(ShardReader(root).read(shard))[7].image_offset
     raw = bytearray((Path(root) / shard.name).read_bytes())
     raw[offset + 5] ^= 1  # in the name, under the header's checksum
     (Path(root) / shard.name).write_bytes(raw)

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igae.data.latents import LatentCache, LatentLoader
-from igae.data.streams import StreamState, ViewBatch
+from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
 from igae.ranks import derive_seed, rank, world_size
 from igae.scenes import PlanesConfig, SceneStore, make_row_adam
 

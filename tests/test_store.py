@@ -18,9 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scene_files import write_data
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
-from igae.data.shards import Record, ShardError, read_records
+from igae.data import Manifest, PackOptions, RawSample, ShardError, ShardReader, pack
 from igae.storage import LIMITS, File, Missing, StoreError, join, read_whole, retry
 
 DATA = bytes(range(256)) * 40
@@ -289,7 +287,7 @@ def test_clients_that_are_not_installed(scheme, client, monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     with pytest.raises(ValueError, match=f"^x:// cannot be used: ImportError: not installed; pip install {client}$"):
         try:
-            pack(f"{scheme}://bucket/out", images="natural_images")
+            pack(f"{scheme}://bucket/out", PackOptions(images="natural_images"))
         except ValueError as error:
             raise ValueError(str(error).replace(f"{scheme}://bucket/out", "x://")) from None
     with pytest.raises(ValueError, match=f"manifest.json cannot be read: ImportError: .*; pip install {client}$"):
@@ -300,11 +298,11 @@ def test_clients_that_are_not_installed(scheme, client, monkeypatch):
 def packed(tmp_path: Path) -> Manifest:
     data = write_data(tmp_path, views=(9, 9), images=3)
     arguments = {"scenes": str(data / "scenes"), "images": str(data / "natural_images"), "shard_size": 32_000}
-    return pack("memory://packed", subset="square16", **arguments)[0]
+    return pack("memory://packed", PackOptions(subset="square16", **arguments))[0]
 
 
-def read(root: str, manifest: Manifest) -> list[Record]:
-    return [record for shard in manifest.shards for record in read_records(root, shard, verify="sha256")]
+def read(root: str, manifest: Manifest) -> list[RawSample]:
+    return [record for shard in manifest.shards for record in ShardReader(root, verify="sha256").read(shard)]
 
 
 @pytest.mark.parametrize("fault", [*PASSING, *ANSWERS])
@@ -314,7 +312,7 @@ def test_shards_and_manifest(fault, packed):
     for plan in ((info, None, fault, None), (info, info, None, fault, fault, fault, None)):
         for shard in packed.shards:
             reset(plan)
-            found = list(read_records("flaky:///packed", shard))
+            found = list(ShardReader("flaky:///packed").read(shard))
             assert found == [record for record in plain if record.shard == shard.name]
             assert not Flaky.plan
     reset((info, info, fault, fault, None))
@@ -325,7 +323,7 @@ def test_shards_and_manifest_of_a_store_that_is_down(packed):
     reset(after="io")
     shard = packed.shards[0]
     with pytest.raises(ShardError, match=f"shard {shard.name} in flaky:///packed cannot be read, it was tried 6 times"):
-        next(read_records("flaky:///packed", shard))
+        next(ShardReader("flaky:///packed").read(shard))
     with pytest.raises(ValueError, match="flaky:///packed/manifest.json cannot be read, it was tried 6 times: OSError"):
         Manifest.load("flaky:///packed")
 

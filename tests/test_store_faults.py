@@ -13,12 +13,9 @@ import object_store
 import pytest
 import torch
 from object_store import Proxy
-from scene_files import write_data
+from scene_files import open_images, open_views, write_data
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack, verify
-from igae.data.shards import ShardError
-from igae.data.streams import image_loader, view_loader
+from igae.data import Manifest, PackOptions, ShardError, pack, verify_packed
 from igae.storage import LIMITS
 
 pytest.importorskip("moto")
@@ -36,7 +33,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("remote")
     data = write_data(folder / "data", views=(5, 3, 5), images=4)
     sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-    pack(str(folder / "out"), **sources, subset="square16", shard_size=15_000)
+    pack(str(folder / "out"), PackOptions(**sources, subset="square16", shard_size=15_000))
     return str(folder / "out")
 
 
@@ -71,8 +68,8 @@ def roots(proxy: Proxy) -> dict[str, str]:
 def epoch(root: str, manifest: Manifest, **options) -> list[torch.Tensor]:
     """All that an epoch of views and natural images gives, in order."""
     arguments = {"seed": 3, "workers": 0, "repeat": False, **options}
-    views = view_loader(root, manifest, manifest.scenes, batch_size=5, shuffle=6, **arguments)
-    natural_images = image_loader(root, manifest, batch_size=2, **arguments)
+    views = open_views(root, manifest, manifest.scenes, batch_size=5, shuffle=6, **arguments)
+    natural_images = open_images(root, manifest, batch_size=2, **arguments)
     return [tensor for batch in views for tensor in vars(batch).values()] + list(natural_images)
 
 
@@ -181,4 +178,4 @@ def test_credentials_are_in_no_message(proxy, local, caplog):
 def verify_with(root: str, manifest: Manifest) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Manifest, "load", lambda root: manifest)
-        return verify(root, workers=4)
+        return verify_packed(root, workers=4)

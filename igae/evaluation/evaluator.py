@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from igae.data import Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
+from igae.data import DataConfig, Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.models import IGAE, LPIPS, Views, psnr, to_signed
@@ -64,23 +64,12 @@ class Evaluator:
         self.image_size = manifest.image_size
         self.splits: dict[str, ViewBatch] = {}
         means: dict[int, tuple[Tensor, int]] = {}
+        data = DataConfig(root=root, background=background, workers=workers, shuffle=0, verify=verify, cache=cache)
         for split in SPLITS:
             if not any(_count(scene, split) for scene in own):
                 continue
             chosen: dict[int, list[ViewBatch]] = {scene.id: [] for scene in own}
-            loader = view_loader(
-                root,
-                manifest,
-                own,
-                batch_size=CHUNK,
-                split=split,
-                shuffle=0,
-                repeat=False,
-                workers=workers,
-                background=background,
-                verify=verify,
-                cache=cache,
-            )
+            loader = view_loader(data, manifest, own, batch_size=CHUNK, split=split, repeat=False)
             for batch in loader:
                 for i, scene in enumerate(batch.scene.tolist()):
                     if split == "train":
@@ -95,17 +84,8 @@ class Evaluator:
         self.natural_count = min(config.natural_images, manifest.images)
         self.part = part(self.natural_count, rank(), world_size())
         if self.part:
-            natural_images = image_loader(
-                root,
-                manifest,
-                batch_size=len(self.part),
-                shuffle=0,
-                repeat=False,
-                workers=0,
-                part=self.part,
-                verify=verify,
-                cache=cache,
-            )
+            here = data.model_copy(update={"workers": 0})
+            natural_images = image_loader(here, manifest, batch_size=len(self.part), repeat=False, part=self.part)
             self.natural_images = next(natural_images)
             natural_images.close()
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from . import ownership as ownership
 from .config import PlanesConfig as PlanesConfig
+from .ownership import assign_scenes as assign_scenes
+from .ownership import ownership_table as ownership_table
 from .ownership import part as part
+from .ownership import share_images as share_images
 from .planes import BasePlanes as BasePlanes
 from .row_adam import RowAdam as RowAdam
 from .row_adam_cuda import CudaRowAdam as CudaRowAdam

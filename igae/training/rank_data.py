@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from igae.data import DataConfig, ImageLoader, Manifest, Scene, StreamState, ViewLoader, image_loader, view_loader
 from igae.ranks import rank, world_size
-from igae.scenes import ownership
+from igae.scenes import assign_scenes, ownership_table, share_images
 from igae.training.recipe import Recipe, StageConfig
 
 log = logging.getLogger("igae")
@@ -46,7 +46,7 @@ class RankData:
             for shard in manifest.shards
             if shard.kind == "scenes"
         ]
-        parts = ownership.assign(shards, world_size()) if scenes else [[] for _ in range(world_size())]
+        parts = assign_scenes(shards, world_size()) if scenes else [[] for _ in range(world_size())]
         data = cls(recipe.data, manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
         if manifest.images and any(stage.natural_images for stage in recipe.train.stages.values()):
             len(data.natural_images)  # refuses more ranks than natural images
@@ -65,7 +65,7 @@ class RankData:
     @property
     def natural_images(self) -> range:
         """The natural images of this rank, by their place in the shards."""
-        return ownership.share(self.manifest.images, self.rank, self.world)
+        return share_images(self.manifest.images, self.rank, self.world)
 
     @property
     def digest(self) -> str:
@@ -86,45 +86,24 @@ class RankData:
         Args:
             consumed: views that were taken before.
         """
-        config = self.config
+        config = self.config if repeat else self.config.model_copy(update={"shuffle": 0})
+        state = StreamState(*divmod(consumed, sum(scene.views for scene in self.owned)))
         return view_loader(
-            config.root,
-            self.manifest,
-            self.owned,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=config.shuffle if repeat else 0,
-            repeat=repeat,
-            workers=config.workers,
-            background=config.background,
-            verify=config.verify,
-            cache=config.cache,
-            state=StreamState(*divmod(consumed, sum(scene.views for scene in self.owned))),
+            config, self.manifest, self.owned, batch_size=batch_size, seed=seed, repeat=repeat, state=state
         )
 
     def open_natural_images(self, batch_size: int, seed: int = 0, *, consumed: int = 0) -> ImageLoader:
         """Endless shuffled batches uint8 [batch_size, 3, H, W] of this rank's natural images."""
-        config, part = self.config, self.natural_images
-        return image_loader(
-            config.root,
-            self.manifest,
-            part=part,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=config.shuffle,
-            repeat=True,
-            workers=min(1, config.workers),
-            verify=config.verify,
-            cache=config.cache,
-            state=StreamState(*divmod(consumed, len(part))),
-        )
+        config, part = self.config.model_copy(update={"workers": min(1, self.config.workers)}), self.natural_images
+        state = StreamState(*divmod(consumed, len(part)))
+        return image_loader(config, self.manifest, part=part, batch_size=batch_size, seed=seed, state=state)
 
     def log_parts(self, strategy: str, scene_bytes: int) -> None:
         """Say how many ranks there are, and what each owns (``scene_bytes`` of memory for each scene)."""
         log.info("%d rank%s, %s; %d scenes", self.world, "s" * (self.world > 1), strategy, len(self.scenes))
         if self.world > 1 and self.scenes:
             sizes = [(len(part), sum(scene.views for scene in part)) for part in self.parts]
-            log.info("%s", ownership.table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
+            log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
 
 
 def select(config: DataConfig) -> tuple[Manifest, list[Scene]]:
