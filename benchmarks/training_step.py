@@ -17,9 +17,8 @@ from igae.data.latents import LatentCache
 from igae.data.manifest import CameraSummary, Manifest, Scene, Shard
 from igae.data.shards import ShardWriter
 from igae.data.streams import ViewBatch
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.scenes import SceneBank
-from igae.training.assembly import build_model
 from igae.training.parallel.engine import Engine
 from igae.training.parallel.strategies import Strategy
 from igae.training.recipe import Recipe
@@ -97,7 +96,7 @@ def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache
 
 
 def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
-    model = build_model(recipe, image_size, device)
+    model = IGAE.from_recipe(recipe, image_size, device)
     model.refresh_background()
     return model
 

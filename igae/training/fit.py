@@ -20,9 +20,9 @@ from igae.data import Scene
 from igae.errors import TrainingError
 from igae.evaluation import Evaluator, pictures, spread
 from igae.export import load_weights
+from igae.models import IGAE
 from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import SceneBank
-from igae.training.assembly import build_model
 from igae.training.meter import Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import check_memory, compare_settings, open_run, public_settings
@@ -79,7 +79,7 @@ class Fit:
         self.channel = Channel(LONGEST_WAIT)
         device = self.engine.device
         check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
-        self.model = build_model(recipe, self.manifest.image_size, device)
+        self.model = IGAE.from_recipe(recipe, self.manifest.image_size, device)
         load_weights(recipe.model, self.model)
         self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         self.parts = Parts(checkpoint.folder_of(recipe.checkpoint.root or str(self.folder / "checkpoints"), 0, True))

@@ -20,9 +20,9 @@ from igae.checkpoint import Progress
 from igae.errors import LostRank, TrainingError
 from igae.evaluation import Evaluator, pictures
 from igae.export import load_weights
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
-from igae.training.assembly import build_model
 from igae.training.meter import Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import check_memory, open_run, public_settings
@@ -73,7 +73,7 @@ class Trainer:
         if rank() == 0:
             log_ranks(recipe, self.data, self.engine.strategy)
         found = find(self.checkpoints, resume, self.channel)
-        self.model = build_model(recipe, self.data.manifest.image_size, device)
+        self.model = IGAE.from_recipe(recipe, self.data.manifest.image_size, device)
         if self.engine.replicated:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         check_memory(len(owned) * scene_bytes(recipe), device)
