@@ -97,9 +97,7 @@ def measure(
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            out = render(
-                planes, mlp, cameras, options, background=background, scene=scene, seed=seed, backend=backend
-            )
+            out = render(planes, mlp, cameras, options, background=background, scene=scene, seed=seed, backend=backend)
         return out.features
 
     def both() -> None:

@@ -22,7 +22,7 @@ from igae.cli import evaluate
 from igae.data.cameras import orbit_like
 from igae.data.pack import pack
 from igae.export import Export, read_run, write
-from igae.models.losses import LPIPS
+from igae.models import LPIPS
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
