@@ -21,8 +21,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -134,8 +134,14 @@ class Library(kernels.Library):
     reverse = False
     launched: set[str] = set()
 
-    def __init__(self, source: Path, defines: dict[str, int], device: torch.device) -> None:
-        self._library = ctypes.CDLL(str(compiled(source, defines, self.folder)))
+    def __init__(
+        self, source: Path, defines: dict[str, int], device: torch.device, names: Sequence[str], shared: int = 0
+    ) -> None:
+        library, self._shared = ctypes.CDLL(str(compiled(source, defines, self.folder))), shared
+        self._functions = {name: library[f"emulate_{name}"] for name in names}
+        for function in self._functions.values():
+            function.restype = ctypes.c_char_p
+            function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
@@ -145,26 +151,12 @@ class Library(kernels.Library):
     def architecture(device: torch.device) -> int:
         return ARCH
 
-    def kernel(self, name: str, shared: int = 0) -> "Kernel":
-        function = self._library[f"emulate_{name}"]
-        function.restype = ctypes.c_char_p
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
-        return Kernel(self, function, shared)
-
-
-class Kernel(kernels.Kernel):
-    """On a device that runs three blocks."""
-
-    def __init__(self, library: Library, function: Any, shared: int) -> None:
-        self._library, self._function, self._shared = library, function, shared
-
-    def resident_blocks(self, threads: int) -> int:
+    def resident_blocks(self, name: str, threads: int) -> int:
         return 3
 
-    def launch(self, blocks: int, threads: int, params: ctypes.Structure) -> None:
+    def launch(self, name: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
         """Raises RuntimeError with what went wrong in the kernel."""
-        name = self._function.__name__
-        Library.launched.add(name.removeprefix("emulate_"))
-        failure = self._function(ctypes.addressof(params), blocks, threads, self._shared, Library.reverse)
+        self.launched.add(name)
+        failure = self._functions[name](ctypes.addressof(params), blocks, threads, self._shared, self.reverse)
         if failure is not None:
             raise RuntimeError(f"{name}: {failure.decode()}")

@@ -241,11 +241,11 @@ def test_ptx_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_faults_of_a_kernel_are_errors(library: type[emulated_cuda.Library], tmp_path: Path) -> None:
     source = tmp_path / "part.cu"
     source.write_text(FAULTS)
-    kernel = library(source, {}, CPU).kernel("part", 4 * 64)
+    kernels = library(source, {}, CPU, ["part"], 4 * 64)
     out = torch.zeros(64, dtype=torch.int32)
 
     def go(fault: int) -> None:
-        kernel.launch(2, 64, Params(out.data_ptr(), fault))
+        kernels.launch("part", 2, 64, Params(out.data_ptr(), fault))
 
     for library.reverse in (False, True):
         out.zero_()

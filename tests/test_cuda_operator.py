@@ -3,6 +3,7 @@
 
 import ctypes
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ class Library(kernels.Library):
 
     launched: list[str] = []
 
-    def __init__(self, source: Path, defines: dict[str, int], device: torch.device) -> None:
-        self.variant = build.Variant(*(defines[name] for name in build.MACROS))
+    def __init__(
+        self, source: Path, defines: dict[str, int], device: torch.device, names: Sequence[str], shared: int = 0
+    ) -> None:
+        self._variant = build.Variant(*(defines[name] for name in build.MACROS))
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
@@ -42,26 +45,17 @@ class Library(kernels.Library):
     def architecture(device: torch.device) -> int:
         return 90
 
-    def kernel(self, name: str, shared: int = 0) -> "Kernel":
-        return Kernel(self, name)
-
-
-class Kernel(kernels.Kernel):
-    """The kernels' definition by way of `render_torch`."""
-
-    def __init__(self, library: Library, name: str) -> None:
-        self._variant, self._name = library.variant, name
-
-    def resident_blocks(self, threads: int) -> int:
+    def resident_blocks(self, name: str, threads: int) -> int:
         return 3
 
-    def launch(self, blocks: int, threads: int, params: ctypes.Structure) -> None:
-        Library.launched.append(self._name)
+    def launch(self, name: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+        self.launched.append(name)
         # Autograd is switched off, thread by thread, where an operator's kernel is called.
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(self._run, params).result()
+            pool.submit(self._run, name, params).result()
 
-    def _run(self, p: Any) -> None:
+    def _run(self, name: str, p: Any) -> None:
+        """The kernels' definition by way of `render_torch`."""
         made, size = self._variant, (p.height, p.width)
         views, hidden, out = p.rays // math.prod(size), build.HIDDEN, 1 + made.colors
         scene = tensor_at(p.scene, views, dtype=torch.int64)
@@ -87,7 +81,7 @@ class Kernel(kernels.Kernel):
         seed = (None, p.seed_value, p.jitter == 2 and tensor_at(p.seed, dtype=torch.int64))[p.jitter]
         images = render_torch(leaves["planes"], decode, cameras, options, background, scene, seed)  # type: ignore[arg-type]
         kept = tensor_at(p.kept, p.rays, build.kept_size(made)) if p.kept else None
-        if self._name == "render_forward":
+        if name == "render_forward":
             for address, image in zip((p.features, p.depth, p.opacity), images, strict=True):
                 tensor_at(address, *image.shape).copy_(image.detach())
             if kept is not None:

@@ -5,7 +5,6 @@ from .compile import cached_cubin as cached_cubin
 from .compile import compile_source as compile_source
 from .launch import INSTALLED as INSTALLED
 from .launch import LIBRARIES as LIBRARIES
-from .launch import Kernel as Kernel
 from .launch import Library as Library
 from .launch import pointer as pointer
 from .launch import unavailable as unavailable

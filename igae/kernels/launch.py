@@ -2,6 +2,7 @@
 """Loads compiled kernels into a device and launches them on PyTorch's current stream."""
 
 import ctypes
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,32 @@ INSTALLED = find_spec("cuda") is not None and find_spec("cuda.core") is not None
 
 
 class Library:
-    """The kernels of a source file on one CUDA device, which must be the current one while it is loaded.
+    """Kernels of a source file on one CUDA device, which must be the current one while they are loaded.
 
     Args:
-        source: file with kernels, each `extern "C"` with one struct as its argument.
+        source: file with the kernels, each `extern "C"` with one struct as its argument.
         defines: macros.
+        names: of the kernels.
+        shared: bytes of dynamic shared memory that each block gets.
     """
 
-    def __init__(self, source: Path, defines: dict[str, int], device: torch.device) -> None:
+    def __init__(
+        self, source: Path, defines: dict[str, int], device: torch.device, names: Sequence[str], shared: int = 0
+    ) -> None:
         from cuda.bindings import driver
 
-        self.driver, self.device = driver, driver.CUdevice(device.index)
-        self.processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-        # Autograd's threads have no current context until the CUDA runtime has been used in them.
-        self.context = self.check(driver.cuDevicePrimaryCtxRetain(self.device))
-        self.check(driver.cuCtxSetCurrent(self.context))
+        self._driver, self._shared = driver, shared
+        self._processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         code = cached_cubin(source, defines, self.architecture(device))
-        self._handle = self.check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        # Autograd's threads have no current context until the CUDA runtime has been used in them.
+        self._context = self._check(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device.index)))
+        self._check(driver.cuCtxSetCurrent(self._context))
+        library = self._check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        kernels = {name: self._check(driver.cuLibraryGetKernel(library, name.encode())) for name in names}
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for kernel in kernels.values() if shared else ():
+            self._check(driver.cuKernelSetAttribute(attribute, shared, kernel, driver.CUdevice(device.index)))
+        self._functions = {name: self._check(driver.cuKernelGetFunction(kernel)) for name, kernel in kernels.items()}
 
     @staticmethod
     def missing(device: torch.device) -> str | None:
@@ -49,40 +59,24 @@ class Library:
         properties = torch.cuda.get_device_properties(device)
         return 10 * properties.major + properties.minor
 
-    def kernel(self, name: str, shared: int = 0) -> "Kernel":
-        """A kernel by its name, with the bytes of dynamic shared memory that each of its blocks gets."""
-        return Kernel(self, self.check(self.driver.cuLibraryGetKernel(self._handle, name.encode())), shared)
+    def resident_blocks(self, name: str, threads: int) -> int:
+        """Blocks of so many threads that the device runs at once."""
+        count = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._functions[name], threads, self._shared)
+        return int(self._check(count)) * self._processors
+
+    def launch(self, name: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
+        self._check(self._driver.cuCtxSetCurrent(self._context))
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        stream = torch.cuda.current_stream().cuda_stream
+        launch = (self._functions[name], blocks, 1, 1, threads, 1, 1, self._shared)
+        self._check(self._driver.cuLaunchKernel(*launch, stream, ctypes.addressof(pointer), 0))
 
     @staticmethod
-    def check(result: tuple[Any, ...]) -> Any:
+    def _check(result: tuple[Any, ...]) -> Any:
         """What a call of the driver returns besides its status; RuntimeError where it failed."""
         if int(result[0]) != 0:
             raise RuntimeError(f"a CUDA driver call failed: {result[0]}")
         return result[1] if len(result) > 1 else None
-
-
-class Kernel:
-    """See :meth:`Library.kernel`."""
-
-    def __init__(self, library: Library, handle: Any, shared: int) -> None:
-        self._library, self._shared, driver = library, shared, library.driver
-        if shared:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            library.check(driver.cuKernelSetAttribute(attribute, shared, handle, library.device))
-        self._function = library.check(driver.cuKernelGetFunction(handle))
-
-    def resident_blocks(self, threads: int) -> int:
-        """Blocks of so many threads that the device runs at once."""
-        count = self._library.driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, self._shared)
-        return int(self._library.check(count)) * self._library.processors
-
-    def launch(self, blocks: int, threads: int, params: ctypes.Structure) -> None:
-        library = self._library
-        library.check(library.driver.cuCtxSetCurrent(library.context))
-        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream().cuda_stream
-        launch = (self._function, blocks, 1, 1, threads, 1, 1, self._shared)
-        library.check(library.driver.cuLaunchKernel(*launch, stream, ctypes.addressof(pointer), 0))
 
 
 LIBRARIES = {"cuda": Library}

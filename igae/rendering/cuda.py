@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from igae.kernels import LIBRARIES, Kernel, Library, pointer, unavailable
+from igae.kernels import LIBRARIES, Library, pointer, unavailable
 from igae.rendering import build
 from igae.rendering.config import RenderOptions
 from igae.rendering.mlp import DecodingMLP
@@ -124,7 +124,10 @@ def render_cuda(
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
     call = Call(
         planes=planes.contiguous(),
-        **{name: getattr(mlp, name).float().contiguous() for name in ("w1", "b1", "w2", "b2")},
+        w1=mlp.w1.float().contiguous(),
+        b1=mlp.b1.float().contiguous(),
+        w2=mlp.w2.float().contiguous(),
+        b2=mlp.b2.float().contiguous(),
         cam2world=cameras.cam2world.detach().float().contiguous(),
         intrinsics=cameras.intrinsics.detach().float().contiguous(),
         background=background.float().contiguous(),
@@ -147,38 +150,40 @@ def render_cuda(
 
 @functools.cache
 def _load(
-    library: type[Library], name: build.Pass, variant: build.Variant, device: torch.device
-) -> tuple[Kernel, int, int]:
+    kind: type[Library], name: build.Pass, variant: build.Variant, device: torch.device
+) -> tuple[Library, int, int]:
     """A kernel, compiled if need be, the warps of its blocks, and how many blocks the device, which must be the current
     one, runs at once."""
-    arch = library.architecture(device)
+    arch, entry = kind.architecture(device), f"render_{name}"
     warps, _, shared = build.shape(name, variant, arch)
-    loaded = library(build.SOURCES / f"{name}.cu", build.macros(name, variant, arch), device)
-    kernel = loaded.kernel(f"render_{name}", shared)
-    return kernel, warps, kernel.resident_blocks(32 * warps)
+    library = kind(build.SOURCES / f"{name}.cu", build.macros(name, variant, arch), device, (entry,), shared)
+    return library, warps, library.resident_blocks(entry, 32 * warps)
 
 
-def _prepare(kernel: build.Pass, call: Call) -> tuple[Params, int, Callable[[], None]]:
+def _prepare(name: build.Pass, call: Call) -> tuple[Params, int, Callable[[], None]]:
     """The argument of a kernel, but for what it writes; the number of its blocks; what launches it."""
     params = Params(
         seed_value=(call.seed_value or 0) % 2**64,
         jitter=2 if call.seed is not None else int(call.seed_value is not None),  # the enumeration in common.cuh
         rays=len(call.cam2world) * call.height * call.width,
+        height=call.height,
+        width=call.width,
         resolution=call.planes.shape[2],
         background_stride=0 if call.background.ndim == 1 else call.background.shape[-1],
-        **{name: getattr(call, name) for name in ("height", "width", "near", "far", "box")},
+        near=call.near,
+        far=call.far,
+        box=call.box,
     )
     tensors: Any = call[:TENSORS]
-    for name, tensor in zip(Call._fields, tensors, strict=False):
-        setattr(params, name, pointer(tensor))
+    for field, tensor in zip(Call._fields, tensors, strict=False):
+        setattr(params, field, pointer(tensor))
     device = call.planes.device
-    loaded, warps, resident = _load(LIBRARIES[device.type], kernel, build.Variant(*call.variant), device)
+    library, warps, resident = _load(LIBRARIES[device.type], name, build.Variant(*call.variant), device)
     blocks = min(resident, -(-params.rays // warps))
-    return params, blocks, lambda: loaded.launch(blocks, 32 * warps, params)
+    return params, blocks, lambda: library.launch(f"render_{name}", blocks, 32 * warps, params)
 
 
-def _empty_results(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*flat)
+def _empty_results(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, variant = (call.cam2world.shape[0], call.height, call.width), build.Variant(*call.variant)
     rays = images[0] * call.height * call.width if call.keep else 0
     new = call.cam2world.new_empty
@@ -190,7 +195,7 @@ def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*flat)
     with torch.cuda.device_of(call.planes):
         params, _, launch = _prepare("forward", call)
-        results = _empty_results(*flat)
+        results = _empty_results(call)
         params.features, params.depth, params.opacity, kept = map(pointer, results)
         params.kept = kept if call.keep else None
         launch()
@@ -242,19 +247,18 @@ def _backward(
     run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, _: Tensor | None
 ) -> Any:
     *inputs, opacity, kept = ctx.saved_tensors
-    call = Call(*inputs, *ctx.numbers)
+    weights, background = inputs[1:5], inputs[7]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *call)
-        weights = call[1:5]
+        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *inputs, *ctx.numbers)
         parts = flat.split([weight.numel() for weight in weights])
         g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, weights, strict=True))
     g_background = None
     if ctx.needs_input_grad[7] and g_features is not None:
         share = 2 * (1 - opacity)[..., None] * g_features
-        g_background = share.sum(0) if call.background.ndim == 3 else share.flatten(0, 2).sum(0)
-    return (g_planes, *g_mlp, None, None, g_background, *(None,) * (len(call) - 8))
+        g_background = share.sum(0) if background.ndim == 3 else share.flatten(0, 2).sum(0)
+    return (g_planes, *g_mlp, None, None, g_background, *(None,) * (len(Call._fields) - 8))
 
 
 class _Render(torch.autograd.Function):
@@ -279,7 +283,7 @@ _operator_backward.register_fake(_fake_gradients)
 _operator = torch.library.custom_op(
     "igae::render", _forward, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_operator.register_fake(_empty_results)
+_operator.register_fake(lambda *flat: _empty_results(Call(*flat)))
 _operator.register_autograd(
     lambda ctx, *grads: _backward(torch.ops.igae.render_backward, ctx, *grads), setup_context=_setup_context
 )

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from igae.kernels import LIBRARIES, Kernel, Library, pointer, unavailable
+from igae.kernels import LIBRARIES, Library, pointer, unavailable
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
 SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"
@@ -34,10 +34,9 @@ class Params(ctypes.Structure):
 
 
 @functools.cache
-def _load(library: type[Library], device: torch.device) -> dict[str, Kernel]:
-    """The kernels, compiled if need be, by name. The device must be the current one."""
-    loaded = library(SOURCE, {}, device)
-    return {name: loaded.kernel(name) for name in ("plan", "begin", "move1", "move4", "update1", "update4")}
+def _load(kind: type[Library], device: torch.device) -> Library:
+    """The kernels, compiled if need be. The device must be the current one."""
+    return kind(SOURCE, {}, device, ("plan", "begin", "catch_up1", "catch_up4", "update1", "update4"))
 
 
 def most_parts(betas: tuple[float, float], horizon: int) -> int:
@@ -161,7 +160,7 @@ class CudaRowAdam(RowAdam):
                 slots = len(self.parameters) if there is None else len(there)
                 records = self._find(there, slots, settle=True)
                 self._params.copies = None
-                self._launch("move", slots)
+                self._launch("catch_up", slots)
                 del records  # after the launches
 
     @torch.no_grad()
@@ -172,7 +171,7 @@ class CudaRowAdam(RowAdam):
             copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
             records = self._find(there, len(rows))
             self._params.copies = pointer(copies)
-            self._launch("move", len(rows), copies)
+            self._launch("catch_up", len(rows), copies)
         self._visit = _Plan(rows, rows._version, there, records, torch.cuda.is_current_stream_capturing())
         return copies
 
@@ -212,7 +211,7 @@ class CudaRowAdam(RowAdam):
                 params.lr, params.lr_value = None, float(lr)
             apply = apply if apply is None or apply.dtype == torch.bool else apply != 0
             params.apply, params.scale, params.gradient = pointer(apply), scale, pointer(gradient)
-            self._kernels["begin"].launch(1, min(1024, max(32, len(rows))), params)
+            self._kernels.launch("begin", 1, min(1024, max(32, len(rows))), params)
             self._launch("update", len(rows), gradient)
             del plan, there, records  # after the launches
 
@@ -227,7 +226,7 @@ class CudaRowAdam(RowAdam):
         self._point_to(rows, slots, records)
         self._params.settle = settle
         if slots > 0:
-            self._kernels["plan"].launch(slots, 32, self._params)
+            self._kernels.launch("plan", slots, 32, self._params)
         return records
 
     def _point_to(self, rows: Tensor | None, slots: int, records: Tensor) -> None:
@@ -242,7 +241,7 @@ class CudaRowAdam(RowAdam):
         tensors = [self.parameters] if other is None else [self.parameters, other]
         width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
         blocks = slots * -(-self._size // (THREADS * ITEMS * width))
-        self._kernels[f"{kernel}{width}"].launch(blocks, THREADS, self._params)
+        self._kernels.launch(f"{kernel}{width}", blocks, THREADS, self._params)
 
     def _on_device(self, rows: Tensor) -> Tensor:
         if rows.dtype != torch.int64 or rows.ndim != 1:
