@@ -241,12 +241,12 @@ class IGAE(nn.Module):
         latents = None if images is None else drawn[:count]
         if natural is None:
             return latents, None, {}
-        losses = {}
+        natural_latents, losses = drawn[count:], {}
         if weights.natural_kl > 0 and posterior.logvar is not None:
             losses["natural_kl"] = kl_divergence(posterior.mean[count:], posterior.logvar[count:])
         if weights.natural_tv > 0:
-            losses["natural_tv"] = total_variation(drawn[count:], (-2, -1))
-        return latents, drawn[count:], losses
+            losses["natural_tv"] = total_variation(natural_latents, (-2, -1))
+        return latents, natural_latents, losses
 
     def _render_losses(
         self, rows: Tensor, views: Views, latents: Tensor | None, weights: LossWeights, seed: int | None

@@ -74,17 +74,16 @@ class LPIPS(nn.Module):
     def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Distance of each image: [B]."""
         x, y = (prediction - self.shift) / self.scale, (target - self.shift) / self.scale
-        taken = []
+        total, level = prediction.new_zeros(len(prediction), dtype=torch.float32), 0
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                taken.append((x, y))
+                total, level = total + self._distance(x, y, level), level + 1
             x, y = layer(x), layer(y)
-        total = prediction.new_zeros(len(prediction), dtype=torch.float32)
-        for level, pair in enumerate([*taken, (x, y)]):
-            unit_x, unit_y = (F.normalize(f.float(), dim=1, eps=1e-10) for f in pair)
-            head = getattr(self, f"head{level}")
-            total = total + torch.einsum("bchw,c->bhw", (unit_x - unit_y).square(), head).mean((1, 2))
-        return total
+        return total + self._distance(x, y, level)
+
+    def _distance(self, x: Tensor, y: Tensor, level: int) -> Tensor:
+        difference = (F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)).square()
+        return torch.einsum("bchw,c->bhw", difference, getattr(self, f"head{level}")).mean((1, 2))
 
 
 def _read_vgg(weights: str | Path | None) -> dict[str, Tensor]:
