@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.training import ASYNC_STEPS, Engine, Outcome, RankData
 

@@ -12,10 +12,9 @@ from PIL import Image
 
 from igae import config
 from igae.data import CameraSummary, LatentCache, Manifest, Scene, Shard, ShardWriter, ViewBatch, orbit
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.scenes import SceneStore
 from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy
-from igae.training.assembly import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,7 +87,7 @@ def random_latents(model: IGAE, data: RankData, device: torch.device) -> LatentC
 
 
 def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
-    model = build_model(recipe, image_size, device)
+    model = IGAE.from_recipe(recipe, image_size, device)
     model.refresh_background()
     return model
 

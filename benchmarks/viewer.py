@@ -24,9 +24,7 @@ import torch
 import viser
 
 from igae.export.pretrained import find_model
-from igae.export.reader import bare_model
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
+from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 from igae.viewer import (
@@ -66,7 +64,7 @@ def made(name: str, size: int, device: torch.device) -> Subject:
         options = RenderOptions(coarse_samples=16, fine_samples=16)
     else:
         config, planes, options = AutoencoderConfig(create=LARGE), PlanesConfig(), RenderOptions()
-    model = bare_model(load_autoencoder(config), planes, options, (size, size), (1.0, 1.0, 1.0), "auto")
+    model = IGAE(load_autoencoder(config), planes, options, (size, size))
     model.refresh_background()
     row = torch.randn(planes.row_shape, generator=torch.Generator().manual_seed(0))
     return Subject(f"{name}, {size} x {size}", model.to(device).eval(), ["scene"], 1.3, 49.0, lambda _: row)

@@ -21,7 +21,7 @@ from torch import Tensor
 from igae.cli import evaluate
 from igae.data import PackOptions, orbit_like, pack
 from igae.export import Export, read_run, write
-from igae.models.losses import LPIPS
+from igae.models import LPIPS
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 

@@ -18,9 +18,7 @@ from torch import Tensor
 from igae.data import Manifest, PackOptions, pack
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE, Views
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.ranks import Channel
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig, SceneStore
@@ -51,9 +49,10 @@ def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
 def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneStore]:
     options = RenderOptions(coarse_samples=5, fine_samples=5)
     autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
-    model = IGAE(autoencoder, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
+    model = IGAE(autoencoder, planes, options, (16, 16), seed=3).eval()
     model.refresh_background()
-    return model, SceneStore(PlanesConfig(resolution=6, features=8, init_std=2.0), range(4), 0, CPU)
+    return model, SceneStore(planes, range(4), 0, CPU)
 
 
 def raw(data: Path, scene: int, view: int) -> Pixels:

@@ -20,9 +20,7 @@ from igae.data import Manifest, PackOptions, pack
 from igae.evaluation import evaluator
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.evaluator import Evaluator
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE
+from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.ranks import Channel, rank
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig, SceneStore
@@ -63,10 +61,10 @@ def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneStore]:
         else runs.create_autoencoder("AutoencoderKL", scale=0.2)
     )
     options = RenderOptions(coarse_samples=5, fine_samples=5)
-    model = IGAE(net, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
+    model = IGAE(net, planes, options, (16, 16), seed=3).eval()
     model.refresh_background()
-    bank = SceneStore(PlanesConfig(resolution=6, features=8, init_std=2.0), owned, 0, CPU)
-    return found, model, bank
+    return found, model, SceneStore(planes, owned, 0, CPU)
 
 
 def evaluate(case: Case, owned: list[int], folder: Path) -> Result:

@@ -27,10 +27,8 @@ from igae import checkpoint
 from igae.cli.export import main
 from igae.data import orbit
 from igae.export import Content, Export, load_model, read_run, write, writer
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE
-from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.scenes import PlanesConfig, RowAdam
 
 NAMES = ["scene_0", "scene_1", "scene_2", "scene_3"]
@@ -82,9 +80,7 @@ def expected_latents(made: Made) -> Tensor:
     rendered = render(
         planes,
         mlp,
-        CAMERAS.repeat(4, 1, 1),
-        LENS.expand(12, 3, 3),
-        (8, 8),
+        Cameras(CAMERAS.repeat(4, 1, 1), LENS.expand(12, 3, 3), (8, 8)),
         RenderOptions(coarse_samples=6, fine_samples=6),
         background=shared["background"],
         scene=torch.arange(4).repeat_interleave(3),
@@ -281,9 +277,9 @@ def test_scenes_that_share_base_planes(made: Made, tmp_path: Path) -> None:
     torch.testing.assert_close(scene.planes, torch.cat([micro, macro], -1))
 
     # The same as a scene with planes of its own.
-    plain = IGAE(export.model.autoencoder, torch.Generator(), 8, export.model.options, (16, 16))
-    plain.mlp, plain.background = export.model.mlp, export.model.background
     own = PlanesConfig(resolution=8, features=8)
+    plain = IGAE(export.model.autoencoder, own, export.model.options, (16, 16))
+    plain.mlp, plain.background = export.model.mlp, export.model.background
     write(Content(plain, (1.0, 1.0, 1.0), ["a"], own, lambda a, b: scene.planes[None], ""), str(tmp_path / "plain"))
     image = Export(str(tmp_path / "plain")).scene("a").image(CAMERAS, LENS)
     difference = image.int() - scene.image(CAMERAS, LENS).int()
@@ -326,7 +322,7 @@ def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path
 
 
 def test_rgb_scenes(tmp_path: Path) -> None:
-    model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
+    model = IGAE(Autoencoder(None, 1.0), PLANES, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
     model.refresh_background()
     planes = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     names = ["Stuhl, grün", "b"]

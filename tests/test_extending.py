@@ -174,14 +174,20 @@ def test_the_kernels_leave_other_networks_alone(monkeypatch: pytest.MonkeyPatch)
     """A subclass of what the kernels know, with a forward of its own."""
     import torch
 
+    from igae.kernels import LIBRARIES, Library
     from igae.rendering import DecodingMLP, RenderOptions, cuda
+
+    class Anywhere(Library):
+        @staticmethod
+        def missing(device: torch.device) -> str | None:
+            return None
 
     class Other(DecodingMLP):
         def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             density, color = super().forward(features)
             return density + 1, color
 
-    monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
+    monkeypatch.setitem(LIBRARIES, "cpu", Anywhere)
     planes = torch.zeros(1, 3, 4, 4, 8)
-    assert cuda.unsupported(planes, DecodingMLP(8, 4), (2, 2), RenderOptions()) is None
-    assert "64 hidden units" in str(cuda.unsupported(planes, Other(8, 4), (2, 2), RenderOptions()))
+    assert cuda.unsupported(planes, DecodingMLP(8, 4), RenderOptions()) is None
+    assert "64 hidden units" in str(cuda.unsupported(planes, Other(8, 4), RenderOptions()))

@@ -21,12 +21,9 @@ from documents import ROOT
 from igae import config
 from igae.checkpoint import list_complete
 from igae.data import Manifest, PackOptions, pack
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.losses import LPIPS
-from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.models import IGAE, LPIPS, AutoencoderConfig, load_autoencoder
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.training import Engine, RankData, Recipe, Tracker, TrackingConfig, Trainer
-from igae.training.assembly import build_model
 
 PAGE = ROOT / "docs" / "faq.md"
 # What torch and fsspec say.
@@ -148,7 +145,8 @@ def on_cpu(*_: object) -> None:
     eye = torch.eye(4)[None]
     mlp, options = DecodingMLP(8, 4), RenderOptions()
     planes = torch.zeros(1, 3, 4, 4, 8)
-    render(planes, mlp, eye, eye[:, :3, :3], (2, 2), options, background=torch.ones(4), backend="cuda")
+    cameras = Cameras(eye, eye[:, :3, :3], (2, 2))
+    render(planes, mlp, cameras, options, background=torch.ones(4), backend="cuda")
 
 
 def truncated(folder: Path, *_: object) -> None:
@@ -159,7 +157,7 @@ def truncated(folder: Path, *_: object) -> None:
 
 
 def odd_size(folder: Path, shards: str, _: object) -> None:
-    build_model(load(folder, shards), (15, 15), torch.device("cpu"))
+    IGAE.from_recipe(load(folder, shards), (15, 15))
 
 
 PROVOKED: dict[str, Call] = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from igae import config
 from igae.data import Manifest, ViewBatch
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
-from igae.scenes import BasePlanes, SceneStore
+from igae.scenes import SceneStore
 from igae.training import Engine, RankData, Recipe, Stage, StageState
 
 STEPS = 20
@@ -149,16 +149,9 @@ def train(
 
 
 def build(recipe: Recipe, manifest: Manifest) -> IGAE:
-    from igae.models.autoencoder import load_autoencoder
+    from igae.models import load_autoencoder
 
-    model = IGAE(
-        load_autoencoder(recipe.autoencoder, 1),
-        torch.Generator().manual_seed(2),
-        recipe.planes.features,
-        recipe.render,
-        manifest.image_size,
-        base=BasePlanes(recipe.planes, torch.Generator().manual_seed(3)) if recipe.planes.base_planes else None,
-    )
+    model = IGAE(load_autoencoder(recipe.autoencoder, 1), recipe.planes, recipe.render, manifest.image_size, seed=2)
     model.refresh_background()
     return model
 

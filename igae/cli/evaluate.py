@@ -28,8 +28,8 @@ from igae import checkpoint, config, export
 from igae.data import Manifest, Scene
 from igae.errors import in_one_sentence, log_to_stderr, redact, say
 from igae.evaluation import FIGURES, Evaluator, spread
-from igae.export import bare_model, find_model, load_weights, take_settings
-from igae.models import IGAE, LPIPS, load_autoencoder
+from igae.export import find_model, load_weights, take_settings
+from igae.models import IGAE, LPIPS
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneStore
 from igae.training import Engine, Recipe, check_memory, waves
@@ -83,14 +83,7 @@ def open_subject(where: str, overrides: Sequence[str] = ()) -> Subject:
             f"{redact(where)} has none of the {len(candidates)} scenes at "
             f"{redact(recipe.data.root)}: say where its own are, data.root=..."
         )
-    model = bare_model(
-        load_autoencoder(recipe.autoencoder),
-        recipe.planes,
-        recipe.render,
-        manifest.image_size,
-        recipe.data.background,
-        recipe.train.kernels,
-    )
+    model = IGAE.from_recipe(recipe, manifest.image_size, losses=False)
     load_weights(where, model)
     return Subject(recipe, manifest, scenes, model, lambda s: found.rows([x.name for x in s]))
 

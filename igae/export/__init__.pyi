@@ -5,7 +5,6 @@ from .pretrained import take_settings as take_settings
 from .published import main as main
 from .reader import Export as Export
 from .reader import Scene as Scene
-from .reader import bare_model as bare_model
 from .reader import is_export as is_export
 from .reader import load_config as load_config
 from .reader import load_model as load_model

@@ -38,8 +38,7 @@ from torch import Tensor
 
 from igae.errors import redact
 from igae.export import Content, check_target, write
-from igae.export.reader import bare_model
-from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
@@ -81,7 +80,7 @@ def read_published(path: Path, settings: Mapping[str, Any] | None = None, config
         )
     size = int(_get(settings, "dataset.img_size", 128))
     autoencoder = _autoencoder(vae, config, float(_get(settings, "vae.normalization.scale", SCALE)), path)
-    model = bare_model(autoencoder, planes, options, (size, size), (1.0, 1.0, 1.0))
+    model = IGAE(autoencoder, planes, options, (size, size), renderer="torch")
     if model.latent_shape[0] != channels:
         raise ValueError(f"{path}: its decoder makes {channels} channels and its latents have {model.latent_shape[0]}")
     model.mlp.load_state_dict(mlp)

@@ -28,9 +28,8 @@ from igae.export.layout import (
     parse_description,
     parse_scenes,
 )
-from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
-from igae.rendering import RenderOptions
-from igae.scenes import BasePlanes, PlanesConfig
+from igae.models import IGAE, AutoencoderConfig, Views, load_autoencoder
+from igae.scenes import PlanesConfig
 from igae.storage import Missing, StoreError, TensorFile, join, read_whole
 
 PLANES = "planes"
@@ -173,8 +172,13 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
         path = "identity" if described.autoencoder is None else folder
         try:
             autoencoder = load_autoencoder(AutoencoderConfig(path=path))
-            model = bare_model(
-                autoencoder, described.planes, described.render, described.image_size, described.background, renderer
+            model = IGAE(
+                autoencoder,
+                described.planes,
+                described.render,
+                described.image_size,
+                described.background,
+                renderer=renderer,
             )
         except ValueError as error:
             raise ValueError(f"the autoencoder of {redact(url)} can't be loaded: {error}") from error
@@ -215,21 +219,6 @@ def is_export(url: str) -> bool:
         return False
     except StoreError as error:
         raise ValueError(str(error)) from None
-
-
-def bare_model(
-    autoencoder: Autoencoder,
-    planes: PlanesConfig,
-    render: RenderOptions,
-    image_size: tuple[int, int],
-    background: tuple[float, float, float],
-    renderer: Literal["auto", "cuda", "torch"] = "torch",
-) -> IGAE:
-    """A model without losses, whose weights (but the autoencoder's) are still to be put in."""
-    base = BasePlanes(planes, torch.Generator()) if planes.base_planes else None
-    return IGAE(
-        autoencoder, torch.Generator(), planes.features, render, image_size, background, renderer=renderer, base=base
-    )
 
 
 def sizes(planes: PlanesConfig) -> dict[str, tuple[int, ...]]:

@@ -18,9 +18,8 @@ from igae.checkpoint import CONFIG, LEARNING_RATES, Checkpoint
 from igae.data import Manifest, Scene
 from igae.errors import redact
 from igae.export.layout import MAX_JSON
-from igae.export.reader import bare_model
 from igae.export.writer import Content
-from igae.models import IGAE, load_autoencoder
+from igae.models import IGAE
 from igae.scenes import SceneStore
 from igae.storage import Missing, StoreError, join, read_whole
 from igae.training import Recipe
@@ -86,15 +85,7 @@ def load_run(run: Run) -> IGAE:
     Raises:
         ValueError: its autoencoder can't be found or is another one.
     """
-    recipe = run.recipe
-    model = bare_model(
-        load_autoencoder(recipe.autoencoder),
-        recipe.planes,
-        recipe.render,
-        run.manifest.image_size,
-        recipe.data.background,
-        recipe.train.kernels,
-    )
+    model = IGAE.from_recipe(run.recipe, run.manifest.image_size, losses=False)
     try:
         model.load_state_dict(run.loaded.shared)
     except RuntimeError as error:

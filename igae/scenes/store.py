@@ -11,7 +11,7 @@ from igae.ranks import derive_seed
 from igae.scenes.config import PlanesConfig
 from igae.scenes.planes import initial_row
 from igae.scenes.row_adam import RowAdam
-from igae.scenes.row_adam_cuda import Backend, CudaRowAdam, make_row_adam
+from igae.scenes.row_adam_cuda import CudaRowAdam, make_row_adam
 
 
 class SceneStore:
@@ -65,7 +65,9 @@ class SceneStore:
         rows, index = torch.unique(self._rows_of(scenes.tolist()), return_inverse=True)
         return rows, index
 
-    def start_optimizer(self, mode: Literal["exact", "lazy"] = "exact", backend: Backend = "auto") -> None:
+    def start_optimizer(
+        self, mode: Literal["exact", "lazy"] = "exact", backend: Literal["auto", "cuda", "torch"] = "auto"
+    ) -> None:
         """Drop the optimizer state, if there is some, and start with moments of zero; see `make_row_adam`."""
         self._adam = None  # first: moments are as large as the rows
         self._adam = make_row_adam(self.rows, mode=mode, backend=backend)

@@ -8,9 +8,9 @@ from contextlib import closing, contextmanager
 import yaml
 
 from igae.evaluation import EvaluationConfig, Evaluator, pictures
+from igae.models import IGAE
 from igae.ranks import Channel, rank
 from igae.scenes import SceneStore
-from igae.training.assembly import build_model
 from igae.training.loop import ASYNC_STEPS, StopSignals
 from igae.training.parallel.engine import Engine
 from igae.training.rank_data import RankData
@@ -40,7 +40,7 @@ class Job:
         self.signals = StopSignals()
         self.evaluation: EvaluationConfig = recipe.evaluation
         self._evaluator: Evaluator | None = None
-        self.model = build_model(recipe, data.manifest.image_size, engine.device)
+        self.model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
         if engine.replicated:
             self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
 

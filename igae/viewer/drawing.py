@@ -14,7 +14,7 @@ from torch import Tensor
 
 from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, to_uint8
 from igae.models import IGAE
-from igae.rendering import render
+from igae.rendering import Cameras, render
 
 RGB, LATENTS, CHANNELS, DEPTH, ALL = "decoded RGB", "latents", "latent channels", "depth", "side by side"
 VIEWS = {**{view: (view,) for view in (RGB, LATENTS, CHANNELS, DEPTH)}, ALL: (RGB, LATENTS, DEPTH)}
@@ -71,9 +71,7 @@ def draw(
     rendered = render(
         scene.planes,
         model.mlp,
-        cam2world[None].to(scene.planes),
-        intrinsics[None].to(scene.planes),
-        (height, width),
+        Cameras(cam2world[None].to(scene.planes), intrinsics[None].to(scene.planes), (height, width)),
         model.options,
         background=background,
         backend=model.renderer,
