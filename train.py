@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from igae import config
         from igae import ranks as distributed
-        from igae.export.pretrained import take_settings
+        from igae.export import take_settings
         from igae.training.fit import Fit
         from igae.training.recipe import Recipe
         from igae.training.trainer import Trainer

@@ -27,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from igae.errors import did_you_mean
+
 Key = tuple[str, ...]
 log = logging.getLogger("igae")
 SEARCH = (Path("configs"), Path(__file__).resolve().parent.parent / "configs")
@@ -79,6 +81,7 @@ def load(
     overrides: Sequence[str] = (),
     search: Sequence[Path] = SEARCH,
     complete: Callable[[dict[str, Any]], None] | None = None,
+    saved: str | None = None,
 ) -> S:
     """Read a configuration file, apply overrides and validate the result.
 
@@ -86,22 +89,26 @@ def load(
         source: a path, or a name that is then looked up in the folders of `search`.
         overrides: `a.b.c=VALUE` with VALUE in YAML. VALUE replaces what the key had, and missing sections are created.
         complete: may add to the keys and values before they are validated.
+        saved: text that :func:`dump` wrote, instead of the file: data without `base`, which sees no environment.
 
     Raises:
         ConfigError: anything wrong with the file, the overrides or the values.
     """
-    path = _find(str(source), list(search))
     origins: dict[Key, str] = {}
-    data = _read(path, search, origins, ())
+    where = str(_find(str(source), list(search)) if saved is None else source)
+    data = _read(Path(where), search, origins, ()) if saved is None else _parse(saved, where)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys and values at the top, got {_kind(data)}")
     for override in overrides:
         _override(data, override, origins)
-    data = _interpolate(data, (), origins, str(path))
+    unescape = lambda text: text.replace("$${", "${")  # noqa: E731
+    data = _interpolate(data, (), origins, where) if saved is None else _map_strings(data, unescape)
     if complete is not None:
         complete(data)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, cls, data, origins, str(path)) from None
+        raise _explain(error, cls, data, origins, where) from None
 
 
 def dump(section: Section) -> str:
@@ -175,9 +182,8 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
         if path.is_file():
             return path
     names = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
-    near = difflib.get_close_matches(Path(name).name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
-    raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}; {hint}")
+    hint = did_you_mean(Path(name).name, names) or f"; there are: {', '.join(names) or 'none'}"
+    raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}{hint}")
 
 
 def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...]) -> dict[str, Any]:
@@ -291,10 +297,8 @@ def _explain(
     if first["type"] in ("value_error", "assertion_error"):
         return ConfigError(f"{where}: {name + ': ' if name else ''}{first['msg'].split(', ', 1)[-1]}")
     choices = re.findall(r"'([^']*)'", " ".join(str(item.get("ctx", {}).get("expected")) for item in items))
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     expected = " or ".join(dict.fromkeys(_expected(item["type"], item["msg"]) for item in items))
-    return ConfigError(f"{where}: {name}: {got}, expected {expected}{hint}")
+    return ConfigError(f"{where}: {name}: {got}, expected {expected}{did_you_mean(str(value), choices)}")
 
 
 _EXPECTED = {

@@ -13,7 +13,7 @@ from runs import create_autoencoder
 
 from igae.cli.export import main
 from igae.export import Content, Export, load_model, read_run, write
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 from igae.storage import reading as store

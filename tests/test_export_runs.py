@@ -33,15 +33,15 @@ def run(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder / "outputs/run", tmp_path / "run"))
 
 
-def test_figures_of_another_step_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_of_another_step_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    assert read_run(str(run)).figures == metrics["warmup"] and "heldout/rgb_psnr" in metrics["warmup"]
+    assert read_run(str(run)).metrics == metrics["warmup"] and "heldout/rgb_psnr" in metrics["warmup"]
     metrics["warmup"]["step"] += 1
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert read_run(str(run)).figures == {}
+    assert read_run(str(run)).metrics == {}
     with caplog.at_level(logging.WARNING):
         (run / "metrics.json").write_text("{")
-        assert read_run(str(run)).figures == {}
+        assert read_run(str(run)).metrics == {}
     assert "metrics.json is damaged" in caplog.text
 
 

@@ -24,7 +24,7 @@ import train
 from igae import checkpoint, config
 from igae.checkpoint import Loaded, Parts
 from igae.data.manifest import Manifest, Scene, Shard
-from igae.export.pretrained import take_settings
+from igae.export import take_settings
 from igae.models.igae import Views
 from igae.scenes import SceneBank
 from igae.training.fit import Fit

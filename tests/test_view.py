@@ -24,7 +24,7 @@ from view_models import CPU, NAMES, Made, make, open_as_run
 
 from igae.cli.view import main
 from igae.data.cameras import orbit
-from igae.evaluation.pictures import latent_to_rgb
+from igae.evaluation import latent_to_rgb
 from igae.export import Export
 from igae.viewer.cameras import (
     Camera,
@@ -275,10 +275,9 @@ def test_a_run_is_followed(made: Made, tmp_path: Path, caplog: pytest.LogCapture
     assert not Followed(str(target), made.overrides, CPU).is_run and not Followed(str(made.export), [], CPU).is_run
 
 
-def test_few_planes_stay_in_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("igae.viewer.subject.KEPT", 2)
-    monkeypatch.setattr("igae.viewer.subject.KEPT_THUMBNAILS", 3)
+def test_few_planes_stay_in_memory(made: Made) -> None:
     subject = open_subject(str(made.export), [], CPU)
+    subject.kept, subject.kept_thumbnails = 2, 3
     first = subject.scene("scene_0")
     assert subject.scene("scene_0") is first
     for name in NAMES:

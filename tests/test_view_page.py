@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from view_models import CPU, Made, make, open_as_run, write_many
 
-from igae.export import load_run, open_run
-from igae.export.reader import Scene
+from igae.export import load_trained
 from igae.viewer.drawing import arrange
 from igae.viewer.server import Viewer
 from igae.viewer.session import Session
@@ -191,9 +190,8 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
 
 def picture_of(made: Made, session: Session) -> Pixels:
     """What the page should show of scene_0 in the older checkpoint, by the renderer's other way to it."""
-    run = open_run(str(made.older), made.overrides)
     camera = session.camera()
-    scene = Scene("scene_0", run.rows([0])[0], load_run(run).eval())
+    scene = load_trained(str(made.older), made.overrides).scene("scene_0")
     image = scene.image(camera.cam2world, camera.intrinsics)[0].numpy()
     window = (session.client.camera.image_height, session.client.camera.image_width)
     sheet = arrange([image], ["decoded RGB"], window, 1280).picture

@@ -11,8 +11,7 @@ import torch
 import train
 from igae import checkpoint
 from igae.export import Content, read_run, write
-from igae.models.autoencoder import Autoencoder
-from igae.models.igae import IGAE
+from igae.models import IGAE, Autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 

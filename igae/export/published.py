@@ -25,9 +25,7 @@ Two things are otherwise than there. Samples by importance are stratified and dr
 moves a pixel by no more than another draw does; and the decoder gets latents clamped at 1 - 1e-3, not 1 - 1e-4.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +34,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from igae.errors import redact
-from igae.export import Content, check_target, write
-from igae.export.reader import bare_model
+from igae.export.model import Content, bare_model
 from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
@@ -229,7 +225,8 @@ def architecture(vae: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """The published code's configuration. Raises ValueError where the file is none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -238,30 +235,3 @@ def _settings(path: Path) -> Mapping[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no configuration of the published code: it has no keys")
     return tree
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.published", description=__doc__.splitlines()[0])
-    parser.add_argument("file", metavar="FILE", type=Path, help="gvae_latest.pt")
-    parser.add_argument("target", metavar="TARGET", help="as of python -m igae.export")
-    parser.add_argument("--config", type=Path, help="the published code's config.yaml (default: the one beside FILE)")
-    parser.add_argument("--autoencoder", help="diffusers folder or hub id with the architecture of FILE's autoencoder")
-    arguments = parser.parse_args(argv)
-    try:
-        beside = arguments.file.parent / "config.yaml"
-        found = arguments.config or (beside if beside.is_file() else None)
-        if found is None:
-            print(f"no {beside}: rays are sampled as the published default configuration says", file=sys.stderr)
-        check_target(arguments.target)
-        settings = {} if found is None else _settings(found)
-        description = write(read_published(arguments.file, settings, arguments.autoencoder), arguments.target)
-    except (ValueError, OSError, ImportError) as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return 2
-    print(redact(f"{arguments.target}: {description.scenes} scenes"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

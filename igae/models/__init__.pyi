@@ -7,4 +7,3 @@ from .igae import IGAE as IGAE
 from .igae import Views as Views
 from .igae import to_signed as to_signed
 from .losses import LPIPS as LPIPS
-from .losses import psnr as psnr

@@ -18,8 +18,8 @@ from igae import checkpoint
 from igae.checkpoint import Parts, Progress
 from igae.data import Scene
 from igae.errors import TrainingError
-from igae.evaluation import Evaluator, pictures, spread
-from igae.export import load_weights
+from igae.evaluation import Evaluator, save_png, spread
+from igae.export import load_trained
 from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import SceneBank
 from igae.training.assembly import build_model
@@ -80,7 +80,7 @@ class Fit:
         device = self.engine.device
         check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
         self.model = build_model(recipe, self.manifest.image_size, device)
-        load_weights(recipe.model, self.model)
+        load_trained(recipe.model).load_into(self.model)
         self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
         self.parts = Parts(checkpoint.folder_of(recipe.checkpoint.root or str(self.folder / "checkpoints"), 0, True))
         self.digest = self._data(self.scenes).digest
@@ -211,29 +211,17 @@ class Fit:
     def _evaluate(self) -> dict[str, float]:
         """Figures of the scenes that evaluation chooses, as they were written; each rank has some of them."""
         recipe, config = self.recipe, self.recipe.evaluation.model_copy(update={"natural_images": 0})
-        chosen = self.scenes if config.scenes is None else spread(self.scenes, config.scenes)
-        ids = [scene.id for scene in chosen[rank() :: world_size()]]
+        ids = [scene.id for scene in spread(self.scenes, config.scenes)[rank() :: world_size()]]
         bank = SceneBank(recipe.planes, ids, recipe.seed, self.engine.device)
         bank.planes.copy_(checkpoint.load(self.parts.folder, moments=False).rows(ids)["planes"])
-        evaluator = Evaluator(
-            config,
-            recipe.data.root,
-            self.manifest,
-            self.scenes,
-            frozenset(ids),
-            recipe.data.background,
-            recipe.data.workers,
-            self.engine.device,
-            self.channel,
-            recipe.data.verify,
-            recipe.data.cache,
-        )
+        device = self.engine.device
+        evaluator = Evaluator(config, recipe.data, self.manifest, self.scenes, frozenset(ids), device, self.channel)
         self.model.eval()
         figures = evaluator.measure(self.model, bank)
         step = len(self.waves)
         grids = evaluator.grids(self.model, bank) if config.pictures else {}
         for name, grid in grids.items():
-            pictures.save_png(self.folder / "pictures" / f"fit-{name}.png", grid)
+            save_png(self.folder / "pictures" / f"fit-{name}.png", grid)
         self.tracker.images(step, grids)
         if config.orbits:
             videos = evaluator.orbits(self.model, bank, self.folder / "orbits" / "fit")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from igae import checkpoint
 from igae.checkpoint import Progress
 from igae.errors import LostRank, TrainingError
-from igae.evaluation import Evaluator, pictures
-from igae.export import load_weights
+from igae.evaluation import Evaluator, current_name, save_png
+from igae.export import load_trained
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
 from igae.training.assembly import build_model
@@ -84,7 +84,7 @@ class Trainer:
         if found is not None:
             self.progress, self._restored = restore(found, recipe, self.data, self.model, self.bank, digest)
         elif recipe.model is not None:
-            load_weights(recipe.model, self.model)
+            load_trained(recipe.model).load_into(self.model)
         else:
             if not self.model.autoencoder.scale_is_fitted:
                 fit_scale(recipe, self.model, self.data, device, self.channel)
@@ -200,7 +200,8 @@ class Trainer:
 
     def _read_metrics(self) -> dict[str, dict[str, float]]:
         path = self.folder / "metrics.json"
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        stages = json.loads(path.read_text()) if path.is_file() else {}
+        return {stage: {current_name(n): v for n, v in metrics.items()} for stage, metrics in stages.items()}
 
     def _loop(self, stage: Stage) -> None:
         recipe, progress = self.recipe, self.progress
@@ -257,19 +258,15 @@ class Trainer:
 
     def _evaluator(self) -> Evaluator:
         if not hasattr(self, "_kept_evaluator"):
-            data = self.recipe.data
+            owned = frozenset(self.bank.scene_ids.tolist())
             self._kept_evaluator = Evaluator(
                 self.recipe.evaluation,
-                data.root,
+                self.recipe.data,
                 self.data.manifest,
                 self.data.scenes,
-                frozenset(self.bank.scene_ids.tolist()),
-                data.background,
-                data.workers,
+                owned,
                 self.engine.device,
                 self.channel,
-                data.verify,
-                data.cache,
             )
         return self._kept_evaluator
 
@@ -282,7 +279,7 @@ class Trainer:
             if evaluator.config.pictures and (self.data.scenes or self.data.manifest.images):
                 grids = evaluator.grids(self.model, self.bank)
                 for name, grid in grids.items():
-                    pictures.save_png(self.folder / "pictures" / f"{stage}-{name}-{step:08d}.png", grid)
+                    save_png(self.folder / "pictures" / f"{stage}-{name}-{step:08d}.png", grid)
                 self.tracker.images(step, grids)
             if last and evaluator.config.orbits:
                 videos = evaluator.orbits(self.model, self.bank, self.folder / "orbits" / stage)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from igae.errors import redact
+from igae.evaluation import current_name
 
 Values = dict[str, float]
 SPAN = ("step", "time")  # numbers of a record that are not measured
@@ -106,7 +107,7 @@ def _values(data: Any, path: Path) -> Values:
 def _numbers(data: dict[str, Any]) -> Values:
     """The finite numbers."""
     numbers = {k: v for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {k: float(v) for k, v in numbers.items() if abs(v) < 1e300}
+    return {current_name(k): float(v) for k, v in numbers.items() if abs(v) < 1e300}
 
 
 def _damaged(path: Path) -> ValueError:
