@@ -2,8 +2,9 @@
 """Measures and draws a model: deterministic, on views that are chosen once, whatever the number of ranks."""
 
 from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = ("heldout", "train")
 COLUMNS = ["truth", "autoencoder", "decoded render", "latents: encoded", "latents: rendered", "depth"]
 Means = dict[str, float]
+T = TypeVar("T")
 
 
 class Evaluator:
@@ -62,7 +64,7 @@ class Evaluator:
                 self.splits[split] = self._read_views(data, manifest, own, split)
         self.natural_count = min(config.natural_images, manifest.images)
         self.part = part(self.natural_count, rank(), world_size())
-        self.natural_images = self._read_natural_images(data, manifest) if self.part else None
+        self.natural_images = self._read_natural_images(data, manifest)
 
     def _read_views(self, data: DataConfig, manifest: Manifest, own: list[Scene], split: Split) -> ViewBatch:
         """The first views of each scene; takes the mean of all training views on the way."""
@@ -92,7 +94,9 @@ class Evaluator:
         self.mean_views |= {scene: total / seen / 127.5 - 1.0 for scene, (total, seen) in sums.items()}
         return _join([view for scene in own for view in chosen[scene.id]])
 
-    def _read_natural_images(self, data: DataConfig, manifest: Manifest) -> Tensor:
+    def _read_natural_images(self, data: DataConfig, manifest: Manifest) -> Tensor | None:
+        if not self.part:
+            return None
         loader = image_loader(
             data.root,
             manifest,
@@ -124,30 +128,31 @@ class Evaluator:
             perceptual: the network of LPIPS, on all ranks or on none.
             orbits: measure ``orbit/latent_psnr`` too.
         """
-        totals = _Totals(self.scenes, perceptual)
+        totals, at = _Totals(self.scenes, perceptual), _Renderer(model, bank, self.device)
+        has_autoencoder = not model.autoencoder.is_identity
         for split, views in self.splits.items():
             for chunk in _chunks(views):
                 scene, truth = int(chunk.scene[0]), to_signed(chunk.images.to(self.device))
-                latents, rendered, _, _ = self._latents(model, bank, chunk, truth)
+                latents, rendered = at.encode(truth), at.render(chunk)[0]
                 totals.compare(scene, f"{split}/latent", rendered, model.autoencoder.normalize(latents))
-                decoded = _decode_normalized(model, rendered)
+                decoded = at.decode_normalized(rendered)
                 totals.compare(scene, f"{split}/rgb", decoded, truth)
-                if not model.autoencoder.is_identity:
-                    again = _decode(model, latents)
+                if has_autoencoder:
+                    again = at.decode(latents)
                     totals.compare(scene, f"{split}/ae", again, truth)
                     totals.compare(scene, f"{split}/rgb_ae", decoded, again)
                 if split == "heldout":
                     mean = self.mean_views[scene].expand(truth.shape).to(self.device)
                     totals.compare(scene, "heldout/baseline", mean, truth)
-        if orbits and not model.autoencoder.is_identity:
+        if orbits and has_autoencoder:
             for scene in sorted(self.owned):
-                for rendered in torch.split(self._orbit(model, bank, scene)[0], CHUNK):
-                    again = model.autoencoder.posterior(_decode_normalized(model, rendered)).mean
-                    totals.compare(scene, "orbit/latent", model.autoencoder.normalize(again), rendered)
-        if self.natural_images is not None and not model.autoencoder.is_identity:
+                for rendered in torch.split(at.render(self._orbit(scene))[0], CHUNK):
+                    again = model.autoencoder.normalize(at.encode(at.decode_normalized(rendered)))
+                    totals.compare(scene, "orbit/latent", again, rendered)
+        if has_autoencoder and self.natural_images is not None:
             for images in torch.split(self.natural_images, 1):  # as in _chunks
                 truth = to_signed(images.to(self.device))
-                totals.compare(None, "natural/ae", _autoencode(model, truth), truth)
+                totals.compare(None, "natural/ae", at.decode(at.encode(truth)), truth)
         return totals.means(self.channel)
 
     @torch.no_grad()
@@ -163,53 +168,47 @@ class Evaluator:
         """
         split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
         shown = spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
+        at = _Renderer(model, bank, self.device)
         if not shown:
-            return self._natural_grid(model)
-        # Each rank fills in its scenes. They are drawn together, because they share the ranges of their colors. One at
-        # a time, because the last bits of a result can depend on what else is in its batch.
-        cells = torch.zeros(len(shown), 3, *self.image_size, 3, dtype=torch.uint8)
-        latents = torch.zeros(2, len(shown), *model.latent_shape)
-        depths = torch.zeros(2, len(shown), *model.latent_shape[1:])
+            return self._natural_grid(at)
+        # Each rank has its scenes. They are drawn together, because they share the ranges of their colors. One at a
+        # time, because the last bits of a result can depend on what else is in its batch.
+        found = {}
         for i, scene in enumerate(shown):
-            if scene.id not in self.owned:
-                continue
-            views = self.splits[split]
-            view = _take(views, (views.scene == scene.id).nonzero()[0])
-            truth = to_signed(view.images.to(self.device))
-            encoded, rendered, depth, opacity = self._latents(model, bank, view, truth)
-            for j, image in enumerate((truth, _decode(model, encoded), _decode_normalized(model, rendered))):
-                cells[i, j] = torch.from_numpy(pictures.to_uint8(image[0]))
-            latents[:, i] = torch.cat([model.autoencoder.normalize(encoded), rendered]).cpu()
-            depths[:, i] = torch.cat([depth, opacity]).cpu()
-        cells, latents, depths = (self.channel.sum(filled) for filled in (cells, latents, depths))
+            if scene.id in self.owned:
+                views = self.splits[split]
+                view = _take(views, (views.scene == scene.id).nonzero()[0])
+                truth = to_signed(view.images.to(self.device))
+                latents, (rendered, depth, opacity) = at.encode(truth), at.render(view)
+                images = [truth, at.decode(latents), at.decode_normalized(rendered)]
+                both = torch.cat([model.autoencoder.normalize(latents), rendered]).cpu()
+                found[i] = [pictures.to_uint8(image[0]) for image in images], both, torch.cat([depth, opacity]).cpu()
+        cells = self._gather(found)
         if rank() != 0:
             return {}
-        encoded, rendered = pictures.latent_to_rgb(latents.flatten(0, 1), self.image_size).reshape(
-            2, -1, *self.image_size, 3
+        both = torch.cat([cell[1] for cell in cells])  # encoded and rendered in turns
+        depth, opacity = torch.stack([cell[2] for cell in cells], 1)
+        colors, near = (
+            pictures.latent_to_rgb(both, self.image_size),
+            pictures.depth_to_rgb(depth, opacity, self.image_size),
         )
-        near = pictures.depth_to_rgb(depths[0], depths[1], self.image_size)
-        rows = [[*cells[i].numpy(), encoded[i], rendered[i], near[i]] for i in range(len(shown))]
+        rows = [[*cell[0], *colors[2 * i : 2 * i + 2], near[i]] for i, cell in enumerate(cells)]
         grids = {"views": self.draw(rows, COLUMNS)}
         if not model.autoencoder.is_identity:
-            gray = pictures.channels_to_gray(latents.flatten(0, 1), self.image_size)
-            channels = range(len(gray[0]))
-            pairs = [[gray[k, c] for c in channels for k in (i, len(shown) + i)] for i in range(len(shown))]
-            labels = [f"{c + 1} {way}" for c in channels for way in ("encoded", "rendered")]
-            grids["latents"] = self.draw(pairs, labels)
+            gray = pictures.channels_to_gray(both, self.image_size)
+            channels = range(gray.shape[1])
+            pairs = [[gray[2 * i + k, c] for c in channels for k in (0, 1)] for i in range(len(cells))]
+            grids["latents"] = self.draw(pairs, [f"{c + 1} {way}" for c in channels for way in ("encoded", "rendered")])
         return grids
 
-    def _natural_grid(self, model: IGAE) -> dict[str, Picture]:
-        count = min(self.config.pictures, self.natural_count)
-        if not count:
-            return {}
-        cells = torch.zeros(count, 2, *self.image_size, 3, dtype=torch.uint8)
+    def _natural_grid(self, at: "_Renderer") -> dict[str, Picture]:
+        found = {}
         for i, place in enumerate(self.part):
-            if place < count and self.natural_images is not None:
+            if place < self.config.pictures and self.natural_images is not None:
                 truth = to_signed(self.natural_images[i : i + 1].to(self.device))
-                for j, image in enumerate((truth, _autoencode(model, truth))):
-                    cells[place, j] = torch.from_numpy(pictures.to_uint8(image[0]))
-        cells = self.channel.sum(cells)
-        return {"views": self.draw([list(row.numpy()) for row in cells], COLUMNS[:2])} if rank() == 0 else {}
+                found[place] = [pictures.to_uint8(image[0]) for image in (truth, at.decode(at.encode(truth)))]
+        cells = self._gather(found)
+        return {"views": self.draw(cells, COLUMNS[:2])} if cells and rank() == 0 else {}
 
     @torch.no_grad()
     def orbits(self, model: IGAE, bank: SceneBank, folder: Path) -> dict[str, Path]:
@@ -219,47 +218,60 @@ class Evaluator:
         Returns:
             Scene's name -> file, of all ranks, on the first rank; nothing on the others.
         """
-        chosen = spread(self.scenes, self.config.orbits)
+        chosen, at = spread(self.scenes, self.config.orbits), _Renderer(model, bank, self.device)
         written = {}
-        for scene in chosen:
-            if scene.id not in self.owned:
-                continue
-            rendered, depth, opacity = self._orbit(model, bank, scene.id)
-            images = [
-                pictures.to_uint8(x) for chunk in torch.split(rendered, CHUNK) for x in _decode_normalized(model, chunk)
-            ]
-            latents = pictures.latent_to_rgb(rendered, self.image_size)
-            depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
-            written[scene.name] = folder / f"{scene.name}.mp4"
-            pictures.write_video(written[scene.name], np.concatenate([np.stack(images), latents, depths], axis=2))
-        everywhere = {name: path for of_rank in self.channel.gather(written) for name, path in of_rank.items()}
-        return {scene.name: everywhere[scene.name] for scene in chosen} if rank() == 0 else {}
+        for i, scene in enumerate(chosen):
+            if scene.id in self.owned:
+                rendered, depth, opacity = at.render(self._orbit(scene.id))
+                chunks = torch.split(rendered, CHUNK)
+                images = [pictures.to_uint8(image) for chunk in chunks for image in at.decode_normalized(chunk)]
+                latents = pictures.latent_to_rgb(rendered, self.image_size)
+                depths = pictures.depth_to_rgb(depth, opacity, self.image_size)
+                written[i] = folder / f"{scene.name}.mp4"
+                pictures.write_video(written[i], np.concatenate([np.stack(images), latents, depths], axis=2))
+        paths = self._gather(written)
+        return {scene.name: path for scene, path in zip(chosen, paths, strict=True)} if rank() == 0 else {}
 
-    def _orbit(self, model: IGAE, bank: SceneBank, scene: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Renders an owned scene from cameras around it that are like those of its views."""
+    def _orbit(self, scene: int) -> ViewBatch:
+        """Cameras around an owned scene that are like those of its views."""
         every = _join(list(self.splits.values()))
-        own = (every.scene == scene).nonzero()[:, 0]
-        cam2world = orbit_like(every.cam2world[own], self.config.orbit_frames)
-        ids = torch.full((len(cam2world),), scene)
-        return self._render(model, bank, ids, cam2world, every.intrinsics[own[:1]].expand(len(cam2world), 3, 3))
+        own = _take(every, every.scene == scene)
+        cam2world = orbit_like(own.cam2world, self.config.orbit_frames)
+        first = _take(own, torch.zeros(len(cam2world), dtype=torch.int64))
+        return replace(first, cam2world=cam2world)
 
-    def _latents(
-        self, model: IGAE, bank: SceneBank, chunk: ViewBatch, truth: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Encoded latents, rendered normalized latents, depth, opacity."""
-        latents = model.autoencoder.posterior(truth).mean
-        return latents, *self._render(model, bank, chunk.scene, chunk.cam2world, chunk.intrinsics)
+    def _gather(self, found: dict[int, T]) -> list[T]:
+        """What all ranks have found, in the order of the keys. Collective."""
+        every = {key: value for of_rank in self.channel.gather(found) for key, value in of_rank.items()}
+        return [every[key] for key in sorted(every)]
 
-    def _render(
-        self, model: IGAE, bank: SceneBank, scene: Tensor, cam2world: Tensor, intrinsics: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized latents, depth and opacity of views of owned scenes."""
+
+@dataclass
+class _Renderer:
+    """A model with the planes of this rank's scenes. Images are [B, 3, H, W] in [-1, 1]."""
+
+    model: IGAE
+    bank: SceneBank
+    device: torch.device
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.model.autoencoder.posterior(images).mean
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.model.autoencoder.decode(latents).clamp(-1.0, 1.0)
+
+    def decode_normalized(self, latents: Tensor) -> Tensor:
+        return self.decode(self.model.autoencoder.denormalize(latents))
+
+    def render(self, batch: ViewBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalized latents, depth and opacity."""
         parts = []
-        for start in range(0, len(scene), CHUNK):
+        for start in range(0, len(batch.scene), CHUNK):
             chunk = slice(start, start + CHUNK)
-            rows, index = bank.rows_of(scene[chunk])
-            views = Views(*(part.to(self.device) for part in (index, cam2world[chunk], intrinsics[chunk])))
-            parts.append(model.render(bank.planes[rows.to(self.device)], views, None))
+            rows, index = self.bank.rows_of(batch.scene[chunk])
+            cameras = (index, batch.cam2world[chunk], batch.intrinsics[chunk])
+            views = Views(*(part.to(self.device) for part in cameras))
+            parts.append(self.model.render(self.bank.planes[rows.to(self.device)], views, None))
         latents, depth, opacity = zip(*parts, strict=True)
         return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
 
@@ -294,18 +306,6 @@ class _Totals:
 
         of_scenes = {scene.name: means(sums[row], counts[row]) for row, scene in enumerate(self._scenes)}
         return means(sums.sum(0), counts.sum(0)), of_scenes
-
-
-def _decode(model: IGAE, latents: Tensor) -> Tensor:
-    return model.autoencoder.decode(latents).clamp(-1.0, 1.0)
-
-
-def _decode_normalized(model: IGAE, latents: Tensor) -> Tensor:
-    return _decode(model, model.autoencoder.denormalize(latents))
-
-
-def _autoencode(model: IGAE, images: Tensor) -> Tensor:
-    return _decode(model, model.autoencoder.posterior(images).mean)
 
 
 def _take(batch: ViewBatch, which: slice | Tensor) -> ViewBatch:

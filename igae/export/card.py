@@ -49,7 +49,7 @@ def model_card(description: Description, where: str, content: Content) -> str:
         pretrained=pretrained,
         options=options,
     )
-    return f"{card}\n"
+    return str(card)
 
 
 def _of_diffusers(where: str) -> tuple[str, str]:

@@ -70,7 +70,7 @@ class SceneFile:
 
 
 T = TypeVar("T")
-_DESCRIPTION, _SCENE_FILES = TypeAdapter(Description), TypeAdapter(list[SceneFile])
+_DESCRIPTION, _SCENE_FILES, _ANY = TypeAdapter(Description), TypeAdapter(list[SceneFile]), TypeAdapter(dict[str, Any])
 
 
 def dump_description(description: Description) -> bytes:
@@ -83,11 +83,10 @@ def dump_scenes(files: list[SceneFile]) -> bytes:
 
 def parse_description(data: bytes, where: str) -> Description:
     """Read back :func:`dump_description`; ValueError where it is damaged or of another format."""
-    tree = _json(data, where)
-    found = tree.get("format") if isinstance(tree, dict) else None
+    found = _parsed(_ANY, data, where).get("format")
     if found != FORMAT:
         raise ValueError(f"{where} can't be read: its format is {found!r}, and this version reads {FORMAT}")
-    result = _validated(_DESCRIPTION, tree, where)
+    result = _parsed(_DESCRIPTION, data, where)
     sides = (*result.image_size, result.planes.resolution, result.planes.features)
     if not {SCENES, SHARED} <= set(result.files) or not all(map(_NAME.fullmatch, result.files)):
         problem = "the files that it lists are not those of an export"
@@ -104,23 +103,16 @@ def parse_description(data: bytes, where: str) -> Description:
 
 def parse_scenes(data: bytes, count: int, where: str) -> list[SceneFile]:
     """Read back :func:`dump_scenes`; ValueError where it is damaged or does not hold ``count`` scenes."""
-    files = _validated(_SCENE_FILES, _json(data, where), where)
+    files = _parsed(_SCENE_FILES, data, where)
     names = [name for file in files for name in file.scenes]
     if len(names) != count or len(set(names)) != count or not all(_SCENE_FILE.fullmatch(file.name) for file in files):
         raise ValueError(f"{where} is damaged: it does not list {count} scenes, each once")
     return files
 
 
-def _json(data: bytes, where: str) -> Any:
+def _parsed(adapter: TypeAdapter[T], data: bytes, where: str) -> T:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where} is damaged: it is no JSON") from None
-
-
-def _validated(adapter: TypeAdapter[T], tree: Any, where: str) -> T:
-    try:
-        return adapter.validate_python(tree)
+        return adapter.validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

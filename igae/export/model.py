@@ -3,7 +3,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -43,9 +43,9 @@ class Trained(ABC):
     background: tuple[float, float, float]
 
     @property
-    @abstractmethod
     def title(self) -> str:
         """What it is, in a few words."""
+        return redact(self.where)
 
     @property
     @abstractmethod
@@ -69,13 +69,25 @@ class Trained(ABC):
 
     @property
     @abstractmethod
+    def _places(self) -> Mapping[str, Any]:
+        """Name of each scene -> where it is."""
+
+    @property
     def names(self) -> list[str]:
         """Names of all scenes, in the order of the run."""
+        return list(self._places)
 
-    @abstractmethod
     def rows(self, names: Sequence[str]) -> Tensor:
         """Planes of scenes, in the order asked: [len(names), *row_shape] (see `igae.scenes`). Of others nothing is
-        read."""
+        read. A ValueError names the nearest where there is none of this name."""
+        for name in names:
+            if name not in self._places:
+                hint = did_you_mean(name, self._places, 0.0)
+                raise ValueError(f"{redact(self.where)} has no scene {name}{hint}")
+        return self._read_rows(names)
+
+    @abstractmethod
+    def _read_rows(self, names: Sequence[str]) -> Tensor: ...
 
     @cached_property
     @abstractmethod
@@ -83,7 +95,7 @@ class Trained(ABC):
         """Autoencoder, decoding MLP and render options, in evaluation mode."""
 
     def scene(self, name: str) -> "Scene":
-        """A scene by its name; a ValueError names the nearest where there is none."""
+        """A scene by its name. Raises as :meth:`rows`."""
         return Scene(name, self.rows([name])[0], self.model)
 
     def state(self) -> dict[str, Tensor]:
@@ -138,9 +150,6 @@ class Trained(ABC):
         if trained.shape == model.background.shape and torch.allclose(trained, model.background, rtol=0, atol=1e-3):
             model.background.copy_(trained)
         log.info("the model is %s", redact(self.where))
-
-    def no_scene(self, name: str) -> ValueError:
-        return ValueError(f"{redact(self.where)} has no scene {name}{did_you_mean(name, self.names, 0.0)}")
 
 
 @dataclass

@@ -21,7 +21,6 @@ from igae.export.format import (
     PLANES,
     SCENES,
     SHARED,
-    Description,
     SceneFile,
     parse_description,
     parse_scenes,
@@ -54,14 +53,13 @@ class Export(Trained):
         renderer: Literal["auto", "cuda", "torch"] = "torch",
     ) -> None:
         self.where, self.device, self.renderer = url, torch.device(device), renderer
-        self.description = _describe(url)
+        data = read_small(join(url, INDEX))
+        if data is None:
+            raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export")
+        self.description = parse_description(data, redact(join(url, INDEX)))
         self.planes, self.render = self.description.planes, self.description.render
         self.background = self.description.background
         self._open: dict[str, TensorFile] = {}
-
-    @property
-    def title(self) -> str:
-        return redact(self.where)
 
     @cached_property
     def config(self) -> str | None:
@@ -98,13 +96,7 @@ class Export(Trained):
         model.renderer = self.renderer
         return model.to(self.device).eval()
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._places)
-
-    def rows(self, names: Sequence[str]) -> Tensor:
-        if unknown := [name for name in names if name not in self._places]:
-            raise self.no_scene(unknown[0])
+    def _read_rows(self, names: Sequence[str]) -> Tensor:
         places = [self._places[name] for name in names]
         files = {scenes.name: self._file(scenes) for scenes, _ in places}  # of which the sizes are right
         out = torch.empty(len(names), *self.planes.row_shape)
@@ -176,10 +168,3 @@ def _sizes(planes: PlanesConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the shared tensors that follow from the planes' sizes."""
     shape = (planes.base_planes, 3, planes.resolution, planes.resolution, planes.macro_features)
     return {"mlp.w1": (HIDDEN, planes.features), **({"base.planes": shape} if planes.base_planes else {})}
-
-
-def _describe(url: str) -> Description:
-    data = read_small(join(url, INDEX))
-    if data is None:
-        raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export")
-    return parse_description(data, redact(join(url, INDEX)))

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict
 from torch import Tensor
@@ -64,7 +64,7 @@ def find_checkpoint(where: str) -> str:
     settings = read_small(join(where, CONFIG))
     if settings is not None:
         text = settings.decode(errors="replace")
-        elsewhere = load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.root
+        elsewhere = load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.get("root")
         roots = [elsewhere] if elsewhere else roots
     for root in roots:
         if complete := checkpoint.list_complete(root):
@@ -92,28 +92,18 @@ def take_settings(data: dict[str, Any]) -> None:
     trained.complete(data)
 
 
-class _Part(Section):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Optimizer(_Part):
-    plane_optimizer: Literal["exact", "lazy"] = "exact"
-
-
-class _Checkpoints(_Part):
-    root: str | None = None
-
-
-class RunSettings(_Part):
+class RunSettings(Section):
     """What of a run's configuration its model depends on. The rest is not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
 
     experiment: str
     autoencoder: AutoencoderConfig
     data: DataConfig
     planes: PlanesConfig = PlanesConfig()
     render: RenderOptions = RenderOptions()
-    train: _Optimizer = _Optimizer()
-    checkpoint: _Checkpoints = _Checkpoints()
+    train: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
 
 
 class TrainedRun(Trained):
@@ -168,24 +158,18 @@ class TrainedRun(Trained):
         cameras = self.manifest.cameras
         return (cameras.mean_distance, cameras.mean_focal) if cameras else super().camera
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._ids)
-
     @cached_property
-    def _ids(self) -> dict[str, int]:
+    def _places(self) -> dict[str, int]:
         return {scene.name: scene.id for scene in self.manifest.select(self.settings.data.categories)}
 
-    def rows(self, names: Sequence[str]) -> Tensor:
-        if unknown := [name for name in names if name not in self._ids]:
-            raise self.no_scene(unknown[0])
-        ids = [self._ids[name] for name in names]
+    def _read_rows(self, names: Sequence[str]) -> Tensor:
+        ids = [self._places[name] for name in names]
         if self.loaded.progress.finished:
             return self.loaded.rows(ids, {"planes"})["planes"]
         # In the middle of a stage updates are deferred of scenes that steps did not visit.
         rows = self._with_moments.rows(ids)
         planes = rows.pop("planes")
-        optimizer = make_row_adam(planes, mode=self.settings.train.plane_optimizer, backend="torch")
+        optimizer = make_row_adam(planes, mode=self.settings.train.get("plane_optimizer", "exact"), backend="torch")
         optimizer.load_state({**rows, "learning_rates": self._with_moments.optimizer[RATES]})
         optimizer.catch_up()
         return planes
