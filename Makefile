@@ -42,11 +42,11 @@ data/demo-shards/manifest.json: data/demo/demo.json | .venv/quickstart.stamp
 		--images data/demo/train/imagenet/square64 --output $(@D)
 	@touch $@
 
-.venv/quickstart.stamp: .venv/made.stamp setup.cfg constraints.txt
+.venv/quickstart.stamp: .venv/made.stamp setup.py setup.cfg constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,tracking]'
 	@touch $@
 
-.venv/dev.stamp: .venv/made.stamp setup.cfg constraints.txt
+.venv/dev.stamp: .venv/made.stamp setup.py setup.cfg constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -6,39 +6,30 @@ A configuration file may start from another one (`base: other.yaml`) and use the
 the key.
 """
 
-import difflib
 import logging
 import os
 import re
 import reprlib
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from igae.errors import did_you_mean
+from igae.errors import UNKNOWN, Key, did_you_mean, explain, kind_of, origin_of, sections_at
+from igae.errors import ConfigError as ConfigError
 
-Key = tuple[str, ...]
 log = logging.getLogger("igae")
-SEARCH = (Path("configs"), Path(__file__).resolve().parent.parent / "configs")
 
 
-class ConfigError(ValueError):
-    """A mistake in a configuration; its text is one line that names the key (dotted), the mistake and the way out."""
+def shipped(folder: str) -> Path:
+    """A folder that comes with igae (configs, launch, data_tools): of the source tree, or of the installed package."""
+    package = Path(__file__).resolve().parent
+    return package / folder if (package / folder).is_dir() else package.parent / folder
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+
+SEARCH = (Path("configs"), shipped("configs"))
 
 
 class Section(BaseModel):
@@ -58,14 +49,11 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
-        old = [key for key in cls.RENAMED if isinstance(data, dict) and key in data]
-        for key in old:
-            log.warning("the key %s is called %s now: rename it", key, cls.RENAMED[key])
-        return {cls.RENAMED.get(key, key): value for key, value in data.items()} if old else data
+        return {_current([cls], key): value for key, value in data.items()} if isinstance(data, dict) else data
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    def _booleans_are_no_numbers(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
         result = handler(value)
         if isinstance(value, bool) and type(result) in (int, float):
             raise ValueError(f"got {value}, expected a number")
@@ -89,46 +77,57 @@ def load(
         source: a path, or a name that is then looked up in the folders of `search`.
         overrides: `a.b.c=VALUE` with VALUE in YAML. VALUE replaces what the key had, and missing sections are created.
         complete: may add to the keys and values before they are validated.
-        saved: text that :func:`dump` wrote, instead of the file: data without `base`, which sees no environment.
+        saved: text that :func:`dump` wrote, instead of the file, which is then a name for messages. It is data, somebody
+            else's perhaps: it has no `base` and sees nothing of the environment.
 
     Raises:
         ConfigError: anything wrong with the file, the overrides or the values.
     """
     origins: dict[Key, str] = {}
-    where = str(_find(str(source), list(search)) if saved is None else source)
-    data = _read(Path(where), search, origins, ()) if saved is None else _parse(saved, where)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{where}: expected keys and values at the top, got {_kind(data)}")
+    path = str(source if saved is not None else _find(str(source), list(search)))
+    data: dict[str, Any] = {}
+    if saved is None:
+        data = _read(cls, Path(path), search, origins)
+    else:
+        _merge(cls, data, _parse_keys(saved, path), (), origins, path)
     for override in overrides:
-        _override(data, override, origins)
-    unescape = lambda text: text.replace("$${", "${")  # noqa: E731
-    data = _interpolate(data, (), origins, where) if saved is None else _map_strings(data, unescape)
+        _override(cls, data, override, origins)
+    if saved is None:
+        data = _interpolate(data, origins, path)
+    else:
+        data = _map_strings(data, lambda text, _: text.replace("$${", "${"))
     if complete is not None:
+        _refuse_unknown_keys(cls, data, origins, path)  # at once: completing may read files from far away
         complete(data)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, cls, data, origins, where) from None
+        raise explain(error, cls, data, origins, path) from None
+
+
+def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapping[Key, str], path: str) -> None:
+    try:
+        cls.model_validate(data)
+    except ValidationError as error:
+        if any(item["type"] in UNKNOWN for item in error.errors(include_url=False)):
+            raise explain(error, cls, data, origins, path) from None
 
 
 def dump(section: Section) -> str:
     """YAML text of the whole section, defaults included; loading it gives an equal section."""
-    tree = _map_strings(section.model_dump(mode="json"), lambda text: text.replace("${", "$${"))
+    tree = _map_strings(section.model_dump(mode="json"), lambda text, _: text.replace("${", "$${"))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 # ---- YAML: the scalars of YAML 1.2 (PyYAML's are those of 1.1, where 1e-4 is a string and `no` a boolean)
 
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _SCALARS = [
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
 ]
 
 
@@ -160,7 +159,7 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 for _tag, _pattern, _first in _SCALARS:
     for _yaml in (_Loader, _Dumper):
-        _yaml.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})\Z"), _first)
+        _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
@@ -172,6 +171,13 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}:{line} {error.problem or error.context}; mend the YAML") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{where}: this is not YAML: {error}") from None
+
+
+def _parse_keys(text: str, where: str) -> dict[Any, Any]:
+    data = _parse(text, where)
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys and values at the top, got {kind_of(data)}")
+    return data or {}
 
 
 # ---- Files, overrides, environment
@@ -186,15 +192,13 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
     raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}{hint}")
 
 
-def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(
+    cls: type[Section], path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = _parse_keys(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    data = _parse(text, str(path))
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top, got {_kind(data)}")
     above = (*above, path.resolve())
     base = data.pop("base", None)
     merged: dict[str, Any] = {}
@@ -204,28 +208,31 @@ def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tu
         found = _find(base, [path.parent, *search]) if not (path.parent / base).is_file() else path.parent / base
         if found.resolve() in above:
             raise ConfigError(f"{path}: base: {base} starts from this file again; break the circle")
-        merged = _read(found, search, origins, above)
-    _merge(merged, data, (), origins, str(path))
+        merged = _read(cls, found, search, origins, above)
+    _merge(cls, merged, data, (), origins, str(path))
     return merged
 
 
-def _merge(into: dict[str, Any], data: Mapping[Any, Any], prefix: Key, origins: dict[Key, str], origin: str) -> None:
+def _merge(
+    cls: type[Section], into: dict[str, Any], data: Mapping[Any, Any], prefix: Key, origins: dict[Key, str], origin: str
+) -> None:
     for name, value in data.items():
-        key = (*prefix, str(name))
+        key = _renamed(cls, (*prefix, str(name)))
         origins[key] = origin
         if isinstance(value, dict):
-            if not isinstance(into.get(name), dict):
-                into[name] = {}
-            _merge(into[name], value, key, origins, origin)
+            if not isinstance(into.get(key[-1]), dict):
+                into[key[-1]] = {}
+            _merge(cls, into[key[-1]], value, key, origins, origin)
         else:
-            into[name] = value
+            into[key[-1]] = value
 
 
-def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> None:
+def _override(cls: type[Section], data: dict[str, Any], override: str, origins: dict[Key, str]) -> None:
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
         raise ConfigError(f"command line: {override!r} is not an override; write section.key=value")
+    key = _renamed(cls, key)
     for depth, name in enumerate(key[:-1], start=1):
         if data.get(name) is None:
             data[name] = {}
@@ -233,7 +240,7 @@ def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> N
         data = data[name]
         if not isinstance(data, dict):
             raise ConfigError(
-                f"command line: {dotted}: {'.'.join(key[:depth])} is {_kind(data)}, not a section; set it as a whole"
+                f"command line: {dotted}: {'.'.join(key[:depth])} is {kind_of(data)}, not a section; set it as a whole"
             )
     data[key[-1]] = _parse(text, f"command line: {dotted}")
     for known in [known for known in origins if known[: len(key)] == key]:
@@ -241,15 +248,30 @@ def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> N
     origins[key] = "command line"
 
 
+def _renamed(cls: type[Section], key: Key) -> Key:
+    """The key with the names that it has in this version."""
+    for i, name in enumerate(key):
+        key = (*key[:i], _current(sections_at(cls, key[:i]), name), *key[i + 1 :])
+    return key
+
+
+def _current(kinds: Sequence[Any], name: str) -> str:
+    """What a key of sections is called now; with a warning where that is another name."""
+    new: str = next((kind.RENAMED[name] for kind in kinds if name in getattr(kind, "RENAMED", {})), name)
+    if new != name:
+        log.warning("the key %s is called %s now: rename it", name, new)
+    return new
+
+
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
 
 
-def _interpolate(value: Any, key: Key, origins: Mapping[Key, str], fallback: str) -> Any:
-    def replace(match: re.Match[str]) -> str:
+def _interpolate(data: Any, origins: Mapping[Key, str], fallback: str) -> Any:
+    def replace(match: re.Match[str], key: Key) -> str:
         name, default = match[1], match[2]
         if match[0] == "$${":
             return "${"
-        where = f"{_origin(key, origins, fallback)}: {'.'.join(key)}"
+        where = f"{origin_of(key, origins, fallback)}: {'.'.join(key)}"
         if name is None:
             raise ConfigError(f"{where}: '${{' must be followed by a variable name and '}}'; write '$${{' for the text")
         if default is not None:
@@ -258,140 +280,12 @@ def _interpolate(value: Any, key: Key, origins: Mapping[Key, str], fallback: str
             raise ConfigError(f"{where}: the environment variable {name} is not set; set it or this key")
         return os.environ[name]
 
+    return _map_strings(data, lambda text, key: _VARIABLE.sub(lambda match: replace(match, key), text))
+
+
+def _map_strings(value: Any, change: Callable[[str, Key], str], key: Key = ()) -> Any:
     if isinstance(value, dict):
-        return {k: _interpolate(v, (*key, str(k)), origins, fallback) for k, v in value.items()}
+        return {k: _map_strings(v, change, (*key, str(k))) for k, v in value.items()}
     if isinstance(value, list):
-        return [_interpolate(v, (*key, str(i)), origins, fallback) for i, v in enumerate(value)]
-    return _VARIABLE.sub(replace, value) if isinstance(value, str) else value
-
-
-def _map_strings(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _map_strings(v, change) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(v, change) for v in value]
-    return change(value) if isinstance(value, str) else value
-
-
-# ---- Explaining what pydantic found
-
-
-def _explain(
-    error: ValidationError, cls: type[Section], data: Any, origins: Mapping[Key, str], fallback: str
-) -> ConfigError:
-    """The most telling of pydantic's errors: an unknown key first, else the deepest, alternatives of a union joined."""
-    found = [(_position(item["loc"], data, item["type"]), item) for item in error.errors(include_url=False)]
-    unknown = [key for key, item in found if item["type"] in ("extra_forbidden", "unexpected_keyword_argument")]
-    key = unknown[0] if unknown else max((key for key, _ in found), key=len)
-    where, name = _origin(key, origins, fallback), ".".join(key)
-    if unknown:
-        return ConfigError(f"{where}: unknown key {name}; {_nearest(cls, key)}")
-    items = [item for position, item in found if position == key]
-    first = items[0]
-    value = first["input"]
-    got = "got nothing" if value is None else f"got {reprlib.repr(value)} ({_kind(value)})"
-    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
-        return ConfigError(f"{where}: {'.'.join(key[:-1])}: {got}, expected more than {key[-1]} entries")
-    if first["type"] in ("missing", "missing_argument"):
-        return ConfigError(f"{where}: missing key {name}; set it in the file or on the command line ({name}=...)")
-    if first["type"] in ("value_error", "assertion_error"):
-        return ConfigError(f"{where}: {name + ': ' if name else ''}{first['msg'].split(', ', 1)[-1]}")
-    choices = re.findall(r"'([^']*)'", " ".join(str(item.get("ctx", {}).get("expected")) for item in items))
-    expected = " or ".join(dict.fromkeys(_expected(item["type"], item["msg"]) for item in items))
-    return ConfigError(f"{where}: {name}: {got}, expected {expected}{did_you_mean(str(value), choices)}")
-
-
-_EXPECTED = {
-    "model_type": "a section (keys and values)",
-    "dataclass_type": "a section (keys and values)",
-    "dict_type": "keys and values",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
-    "path_type": "a path",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "none_required": "null",
-}
-
-
-def _expected(kind: str, message: str) -> str:
-    return _EXPECTED.get(kind) or re.sub(r"^\w+ should (be|have) | after validation, not .*$", "", message)
-
-
-def _position(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
-    """The keys of an error's location without the names of union members, which pydantic puts among them."""
-    key: list[str] = []
-    for i, part in enumerate(loc):
-        last = i == len(loc) - 1
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif not (last and kind.startswith("missing")):
-            continue
-        key.append(str(part))
-    return tuple(key)
-
-
-def _origin(key: Key, origins: Mapping[Key, str], fallback: str) -> str:
-    for length in range(len(key), 0, -1):
-        if key[:length] in origins:
-            return origins[key[:length]]
-    return fallback
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a map"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _nearest(cls: type[Section], key: Key) -> str:
-    level: list[Any] = [cls]
-    for part in key[:-1]:
-        level = [deeper for kind in level for deeper in _children(kind, part)]
-    siblings = {(*key[:-1], name) for kind in level for name in _fields(kind)}
-    for candidates in (siblings, set(_keys(cls, ()))):
-        names = sorted({candidate[-1] for candidate in candidates})
-        near = difflib.get_close_matches(key[-1], names, n=1)
-        if near:
-            same = [candidate for candidate in candidates if candidate[-1] == near[0]]
-            path = max(sorted(same), key=lambda other: difflib.SequenceMatcher(None, other, key).ratio())
-            return f"did you mean {'.'.join(path)}?"
-    here = ".".join(key[:-1])
-    return f"the keys {'of ' + here if here else 'here'} are: {', '.join(sorted(name for *_, name in siblings))}"
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a union, `Annotated` unwrapped."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    elif hasattr(annotation, "__metadata__"):
-        yield from _members(annotation.__origin__)
-    else:
-        yield annotation
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    return get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}
-
-
-def _children(kind: Any, name: str) -> list[Any]:
-    fields, inside = _fields(kind), [a for a in get_args(kind) if a is not Ellipsis]
-    return list(_members(fields[name])) if name in fields else list(_members(inside[-1])) if inside else []
-
-
-def _keys(kind: Any, prefix: Key) -> Iterator[Key]:
-    for name, annotation in _fields(kind).items():
-        yield (*prefix, name)
-        for member in _members(annotation):
-            if len(prefix) < 8:  # a section that contains itself must end somewhere
-                yield from _keys(member, (*prefix, name))
+        return [_map_strings(v, change, (*key, str(i))) for i, v in enumerate(value)]
+    return change(value, key) if isinstance(value, str) else value

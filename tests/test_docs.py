@@ -22,6 +22,7 @@ from doc_commands import NAMES, TABLE, CoveredBy, Executed
 from documents import DOCUMENTS, ROOT
 
 from igae import config
+from igae.errors import all_keys
 from igae.training.recipe import Recipe
 
 
@@ -81,7 +82,7 @@ def test_extras_exist() -> None:
             assert set(extras.split(",")) <= set(setup["options.extras_require"]), f"{where}: {command}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(path: Path) -> None:
     for link in documents.links(path):
         if re.match(r"https?://", link):
@@ -93,11 +94,11 @@ def test_links(path: Path) -> None:
 
 
 SECTIONS = [name for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")]
-KEYS = {".".join(key) for key in config._keys(Recipe, ())}
+KEYS = {".".join(key) for key in all_keys(Recipe)}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_keys(path: Path) -> None:
     """`a.b.c=value ...` are overrides that the configuration takes, together; `a.b.c` is a key."""
     for text in {*documents.commands(path), *documents.spans(path)}:
@@ -113,7 +114,7 @@ def test_keys(path: Path) -> None:
                 assert word in KEYS, f"{word} is no key"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_names(path: Path) -> None:
     """`igae.module.name` is there, and so is `folder/file`."""
     for span in documents.spans(path):
@@ -150,6 +151,8 @@ def python_words(command: str) -> list[str]:
     for name, mine in NAMES.items():
         command = command.replace(name, mine)
     words = shlex.split(command)
+    if words[0] == "igae":
+        return ["-m", "igae.cli.main", *words[1:]]
     if words[0] != "accelerate":
         assert words[0] == "python"
         return words[1:]

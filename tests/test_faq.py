@@ -182,7 +182,7 @@ PROVOKED: dict[str, Call] = {
     "nothing was packed because of ... bad input(s), first: ...": without_images,
     "the autoencoder makes images of ... from those of ...": odd_size,
     "unknown category ...": lambda f, s, m: own_data(load(f, s, "data.categories={objaverse: [0, 500]}")),
-    "train.....natural_images is ... but ... holds no natural images: pack them": scenes_alone,
+    "train.....natural_images is ... but ... holds none: pack some": scenes_alone,
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
     "autoencoder.path: ... is no folder, and no hub repository that can be reached and read, with a diffusers "

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of the configuration, made from its types.
 
-python -m igae.reference > docs/configuration.md
+igae reference > docs/configuration.md
 """
 
+import argparse
 import ast
 import dataclasses
 import inspect
@@ -20,17 +21,30 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from igae.config import Section
+from igae.errors import command
 from igae.training import Recipe
 
 HEAD = """# Configuration
 
 Every key of a configuration file, and of the `key=value` arguments of `train.py` (`train.joint.batch_size=8`). A key
-without a default has to be in the file; `configs/` has some. Made by `python -m igae.reference`.
+without a default has to be in the file; `configs/` has some. Made by `igae reference`.
 """
 
 
-def main() -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Print the page."""
+    argparse.ArgumentParser(description="Print all configuration keys as Markdown.").parse_args(argv)
     print(text(Recipe), end="")
+
+
+def defaults(recipe: type[Any]) -> Iterator[tuple[str, str]]:
+    """All keys, dotted, with their defaults (`(required)` where there is none)."""
+    for path, fields in _sections("", recipe):
+        for name, field in fields.items():
+            if _fields(field.annotation) is None:
+                required = field.default is PydanticUndefined
+                yield f"{path}.{name}".lstrip("."), "(required)" if required else _value(field.default)
 
 
 def text(recipe: type[Any]) -> str:
@@ -103,7 +117,3 @@ def _value(value: Any) -> str:
 
 def _cell(words: str) -> str:
     return re.sub(r"\s+", " ", words).strip().replace("|", "\\|")
-
-
-if __name__ == "__main__":
-    main()

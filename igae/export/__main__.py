@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m igae.export`."""
+"""`python -m igae.export`, as in version 0.1."""
 
 from igae.cli.export import main
 from igae.errors import end
 
 if __name__ == "__main__":
-    end(main(None))
+    end(main())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from .api import render as render
+from .build import build_main as build_main
 from .config import RenderOptions as RenderOptions
 from .mlp import DecodingMLP as DecodingMLP
 from .options import Rendered as Rendered

@@ -125,7 +125,7 @@ def cubin(kernel: Kernel, variant: Variant, arch: int) -> bytes:
     return source_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
 
 
-def main() -> None:
+def build_main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
     for switch in ("eg3d", "product", "disparity", "bf16", "deterministic"):
         parser.add_argument(f"--{switch}", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for arch, features, colors, precision in itertools.product(args.arch, args.features, args.colors, args.precision):
         variant = Variant(
             features, colors, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    build_main()

@@ -5,4 +5,4 @@ from igae.cli.published import main
 from igae.errors import end
 
 if __name__ == "__main__":
-    end(main(None))
+    end(main())

@@ -2,6 +2,7 @@
 """`python -m igae.reference`, as in version 0.1."""
 
 from igae.cli.reference import main
+from igae.errors import end
 
 if __name__ == "__main__":
-    main()
+    end(main())

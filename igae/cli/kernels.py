@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`igae kernels`: compile the CUDA kernels ahead of time, also without a GPU."""
+
+from igae.errors import command
+from igae.rendering import build_main
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    build_main(argv)
+    return 0

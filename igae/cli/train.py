@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train an IG-AE: ``accelerate launch train.py --config igae.yaml data.root=SHARDS [key=value ...]``."""
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from igae import config
+from igae.errors import command, log_to_stderr, redact
+from igae.training import Recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """The options, then the recipes, and all settings with their defaults."""
+        from igae.cli import reference
+
+        recipes = [f"  {path.name:30} {_first_line(path)}" for path in sorted(config.shipped("configs").glob("*.yaml"))]
+        keys = [f"  {key} = {default}" for key, default in reference.defaults(Recipe)]
+        settings = "settings, explained in docs/configuration.md (`igae reference` prints that page):"
+        return "\n".join([super().format_help(), "recipes:", *recipes, "", settings, *keys, ""])
+
+
+def parser(default: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Of the command's arguments.
+
+    Args:
+        default: the configuration where none is named.
+    """
+    made = _Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--config", required=default is None, default=default, help="a YAML file, or a recipe's name")
+    made.add_argument("--stage", choices=["warmup", "joint"], help="run this stage only (default: what is still to do)")
+    made.add_argument("--resume", default="auto", help="auto (default), never, or the folder of a checkpoint")
+    made.add_argument("--print-config", action="store_true", help="print the resolved recipe and do nothing else")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.joint.batch_size=8")
+    return made
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").split(": ")[0]
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done (or stopped by SIGTERM after a checkpoint), 1 training failed, 2 wrong input."""
+    run(parser().parse_intermixed_args(argv))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, or fit, as the arguments say. What is wrong with them is told before anything slow is imported."""
+    log_to_stderr()
+    # What concerns all ranks is logged once; warnings and errors by each.
+    logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=_take_settings)
+    if arguments.print_config:
+        sys.stdout.write(config.dump(recipe))
+        return
+    root = recipe.data.root
+    if "://" not in root and not (Path(root) / "manifest.json").is_file():
+        raise ValueError(f"no manifest.json in {redact(root)}: pack the data first with data_tools/pack_shards.py")
+    _end_with_the_launcher()
+    # torch's own modules use names that torch has deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+    from igae import ranks
+    from igae.training import Fit, Trainer
+    from igae.viewer import try_to_write
+
+    started = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume)
+    started.run(arguments.stage)
+    if ranks.rank() == 0:
+        try_to_write(started.folder)
+
+
+def _take_settings(data: dict[str, Any]) -> None:
+    if data.get("model") is not None:
+        from igae.export import take_settings
+
+        take_settings(data)
+
+
+def _end_with_the_launcher() -> None:
+    """Get a SIGTERM, which saves and ends, when `accelerate launch` dies: it passes no signal on."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
