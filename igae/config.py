@@ -77,8 +77,8 @@ def load(
         source: a path, or a name that is then looked up in the folders of `search`.
         overrides: `a.b.c=VALUE` with VALUE in YAML. VALUE replaces what the key had, and missing sections are created.
         complete: may add to the keys and values before they are validated.
-        saved: text that :func:`dump` wrote, instead of the file, which is then a name for messages. It is data, somebody
-            else's perhaps: it has no `base` and sees nothing of the environment.
+        saved: text that :func:`dump` wrote, instead of a file; `source` names it. It is data, somebody else's perhaps:
+            it has no `base`, and sees nothing of the environment.
 
     Raises:
         ConfigError: anything wrong with the file, the overrides or the values.

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from igae import checkpoint, config
+from igae import config
+from igae.checkpoint import is_complete
 from igae.data import Manifest, Scene
 from igae.errors import command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, spread
@@ -173,7 +174,7 @@ def _output(where: str, model: str, output: str | None) -> Path:
         return Path(output)
     if "://" not in where and not is_export(model):
         for folder in (Path(where), *Path(model).parents[:2]):
-            if (folder / "config.yaml").is_file() and not checkpoint.is_complete(str(folder)):
+            if (folder / "config.yaml").is_file() and not is_complete(str(folder)):
                 return folder
     raise ValueError(f"{redact(where)} is in no run's folder: say where the results go, --output FOLDER")
 

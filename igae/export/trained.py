@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ConfigDict
 from torch import Tensor
 
-from igae import checkpoint
-from igae.checkpoint import RATES, Loaded
-from igae.config import Section, load
+from igae import config
+from igae.checkpoint import RATES, Loaded, is_complete, list_complete, load, settings
+from igae.config import Section
 from igae.data import DataConfig, Manifest
 from igae.errors import did_you_mean, redact
 from igae.evaluation import current_name
@@ -58,16 +58,16 @@ def find_model(where: str) -> str:
 
 def find_checkpoint(where: str) -> str:
     """The checkpoint that a run's folder (its newest complete one), that of its checkpoints or its own stands for."""
-    if checkpoint.is_complete(where):
+    if is_complete(where):
         return where
     roots = [join(where, "checkpoints"), where]
-    settings = read_small(join(where, CONFIG))
-    if settings is not None:
-        text = settings.decode(errors="replace")
-        elsewhere = load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.get("root")
+    found = read_small(join(where, CONFIG))
+    if found is not None:
+        text = found.decode(errors="replace")
+        elsewhere = config.load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.get("root")
         roots = [elsewhere] if elsewhere else roots
     for root in roots:
-        if complete := checkpoint.list_complete(root):
+        if complete := list_complete(root):
             return complete[-1]
     raise ValueError(
         f"{redact(where)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
@@ -119,9 +119,10 @@ class TrainedRun(Trained):
             if (section := key.partition(".")[0]) not in SECTIONS:
                 hint = did_you_mean(section, SECTIONS)
                 raise ValueError(f"{key}: only {', '.join(SECTIONS)} matter to a trained model{hint}")
-        self.where, self._text = folder, checkpoint.settings(folder)
-        self.settings = settings = load(RunSettings, redact(join(folder, CONFIG)), overrides, saved=self._text)
-        self.planes, self.render, self.background = settings.planes, settings.render, settings.data.background
+        self.where, self._text = folder, settings(folder)
+        self.settings = config.load(RunSettings, redact(join(folder, CONFIG)), overrides, saved=self._text)
+        self.planes, self.render = self.settings.planes, self.settings.render
+        self.background = self.settings.data.background
 
     @property
     def title(self) -> str:
@@ -138,7 +139,7 @@ class TrainedRun(Trained):
     @cached_property
     def loaded(self) -> Loaded:
         """The checkpoint, without the optimizer's moments."""
-        return checkpoint.load(self.where, moments=False)
+        return load(self.where, moments=False)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -179,7 +180,7 @@ class TrainedRun(Trained):
         log.warning(
             "%s is in the middle of a stage: its planes are finished as an evaluation would", redact(self.where)
         )
-        return checkpoint.load(self.where)
+        return load(self.where)
 
     def state(self) -> dict[str, Tensor]:
         return self.loaded.shared
