@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igae.data import DataConfig, Manifest
 from igae.data.pack import pack
-from igae.evaluation import EvaluationConfig, Evaluator
+from igae.evaluation import METRICS, EvaluationConfig, Evaluator, current_name
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.ranks import Channel
 from igae.rendering import RenderOptions
@@ -208,6 +208,19 @@ def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
     changed = {name for name in before if before[name] != after[name]}
     kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim")
     assert changed == {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
+
+
+def test_every_metric_has_a_definition_and_old_names_are_known() -> None:
+    assert METRICS["heldout/rgb_psnr"] == "PSNR of decoded renders, held-out views (dB)"
+    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 and all(METRICS.values())
+    old = {
+        "eval/heldout/constant_psnr": "eval/heldout/baseline_psnr",
+        "photos/ae_lpips": "natural/ae_lpips",
+        "imbalance": "straggler_factor",
+        "loss/photo_kl": "loss/natural_kl",
+    }
+    assert {name: current_name(name) for name in old} == old
+    assert all(current_name(name) == name for name in [*METRICS, "loss/total", "lr/planes", "views_per_second"])
 
 
 def test_a_single_image_has_metrics(data: Path) -> None:
