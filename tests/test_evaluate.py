@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m igae.evaluate`: metrics against numpy, the same on any number of ranks, and what it refuses."""
+"""`igae evaluate`: metrics against numpy, the same on any number of ranks, and what it refuses."""
 
 import csv
 import json

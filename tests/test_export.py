@@ -317,8 +317,8 @@ def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path
     for name, value in fitted[1].model.state_dict().items():
         assert torch.equal(value, fitted[0].model.state_dict()[name]), name
     assert not torch.equal(fitted[1].rows(NAMES), Export(str(made.export)).rows(NAMES))
-    figures = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
-    assert f"{figures['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
+    metrics = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
+    assert f"{metrics['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
     # What belongs to the model is refused, as with a checkpoint.
     arguments = ["--config", str(tmp_path / "fit.yaml"), f"model={made.export}", "planes={features: 9}"]
     assert train.main(arguments) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a model: ``python -m igae.evaluate --checkpoint CHECKPOINT|RUN|EXPORT [--scenes NAME ...] [key=value ...]``.
+"""Evaluate a model: ``igae evaluate --checkpoint CHECKPOINT|RUN|EXPORT [--scenes NAME ...] [key=value ...]``.
 
 On any number of ranks, under plain python, torchrun or accelerate. Each rank measures some of the scenes and some of
 the natural images (``evaluation`` of the configuration says how many); the first writes ``evaluation.json``, means and
@@ -100,12 +100,10 @@ def evaluate(
 
 def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
     """A model with the settings of its evaluation."""
-    sections = [override.partition("=")[0].partition(".")[0] for override in overrides]
+    of_model = [override for override in overrides if override.partition("=")[0].split(".")[0] in SECTIONS]
     if not is_export(where):
-        trained = load_trained(
-            where, [o for o, section in zip(overrides, sections, strict=True) if section in SECTIONS]
-        )
-    elif "autoencoder" in sections:
+        trained = load_trained(where, of_model)
+    elif any(override.startswith("autoencoder") for override in of_model):
         raise ValueError(f"autoencoder is that of {redact(where)}: leave it out")
     else:
         trained = load_trained(where)
@@ -130,7 +128,8 @@ def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequenc
     if unknown := [name for name in names if name not in known]:
         hint = f"{did_you_mean(unknown[0], known, 0.0)} There are {_few(list(known))}" if known else "; they have none"
         raise ValueError(f"--scenes: model and data have no scene {_few(unknown)}{hint}")
-    scenes = [known[name] for name in known if name in names] if names else spread([*known.values()], settings.scenes)
+    wanted = frozenset(names)
+    scenes = [known[name] for name in known if name in wanted] or spread([*known.values()], settings.scenes)
     if not scenes and not min(settings.natural_images, manifest.images):
         raise ValueError(
             f"{root} has neither scenes nor natural images to evaluate on: set evaluation.natural_images above 0, or "
@@ -192,7 +191,7 @@ def _write(folder: Path, scenes: list[Scene], means: Means, of_scenes: dict[str,
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 evaluation failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="igae evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="folder or URL of a checkpoint, a run or an export")
     parser.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help="default: as evaluation.scenes says")
     parser.add_argument("--output", metavar="FOLDER", help=f"of {JSON} and {CSV}; default: the run's folder")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a run: ``python -m igae.export RUN TARGET [key=value ...]``."""
+"""Export a run: ``igae export RUN TARGET [key=value ...]``."""
 
 import argparse
 
@@ -10,7 +10,7 @@ from igae.export import check_target, read_run, write
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="igae export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder or URL of a run, or of one of its checkpoints")
     parser.add_argument(
         "target", metavar="TARGET", help="empty or new folder, fsspec URL, or hf://user/name[@revision][/folder]"

@@ -62,8 +62,7 @@ class Evaluator:
         for split in SPLITS:
             if any(_count(scene, split) for scene in own):
                 self.splits[split] = self._read_views(data, manifest, own, split)
-        self.natural_count = min(config.natural_images, manifest.images)
-        self.part = part(self.natural_count, rank(), world_size())
+        self.part = part(min(config.natural_images, manifest.images), rank(), world_size())
         self.natural_images = self._read_natural_images(data, manifest)
 
     def _read_views(self, data: DataConfig, manifest: Manifest, own: list[Scene], split: Split) -> ViewBatch:

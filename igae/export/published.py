@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of the code that was published with the IG-AE paper (github.com/k-kassab/igae), as an export.
 
-``python -m igae.published gvae_latest.pt TARGET``
-
 The file is a dictionary (torch.save) of state dictionaries. N scenes, F features, planes of R x R texels, c latent
 channels; M base planes of G features and L own features where there are global planes:
 
