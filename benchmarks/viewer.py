@@ -23,27 +23,13 @@ from typing import Any
 import torch
 import viser
 
-from igae.export.pretrained import find_model
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.viewer import (
-    ALL,
-    MOVING,
-    RESTING,
-    RGB,
-    VIEWS,
-    Camera,
-    Subject,
-    arrange,
-    draw,
-    is_decoded,
-    lens_of,
-    open_subject,
-    orbit_from,
-    panels,
-    scale_for,
-)
+from igae.viewer.cameras import Camera, lens_of, orbit_from
+from igae.viewer.drawing import ALL, RGB, VIEWS, arrange, draw, is_decoded, panels
+from igae.viewer.session import MOVING, RESTING, scale_for
+from igae.viewer.subject import Subject, open_subject
 
 KINDS = ["quickstart-64", "quickstart-128", "published-128"]
 WINDOW = (900, 1280)
@@ -115,7 +101,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, median of {args.frames}")
     if args.model:
-        subjects = [lambda: open_subject(find_model(args.model), args.overrides, device)]
+        subjects = [lambda: open_subject(args.model, args.overrides, device)]
     else:
         chosen = args.made or (KINDS if args.device == "cuda" else KINDS[:2])
         kinds = [(kind.split("-")[0], int(kind.split("-")[1])) for kind in chosen]

@@ -24,7 +24,7 @@ import train
 from igae import checkpoint, config
 from igae.checkpoint import Checkpoint
 from igae.data import Manifest, Scene, Shard
-from igae.export.pretrained import take_settings
+from igae.export import take_settings
 from igae.models.igae import Views
 from igae.scenes import SceneStore
 from igae.training import Fit, Recipe, Trainer, waves

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from view_models import CPU, Made, open_as_run, write_many
 
-from igae.export import load_run, open_run
-from igae.export.reader import Scene
+from igae.export import load_trained
 from igae.viewer import Followed, Session, Viewer, arrange
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
@@ -180,9 +179,8 @@ def test_the_page(viewed: Made, shown: browser.Page, tmp_path: Path, tmp_path_fa
 
 def picture_of(viewed: Made, session: Session) -> Pixels:
     """What the page should show of scene_0 in the older checkpoint, by the renderer's other way to it."""
-    run = open_run(str(viewed.older), viewed.overrides)
     camera = session.camera()
-    scene = Scene("scene_0", run.rows([0])[0], load_run(run).eval())
+    scene = load_trained(str(viewed.older), viewed.overrides).scene("scene_0")
     image = scene.image(camera.cam2world, camera.intrinsics)[0].numpy()
     window = (session.client.camera.image_height, session.client.camera.image_width)
     sheet = arrange([image], ["decoded RGB"], window, 1280).picture

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 
 import yaml
 
-from igae.evaluation import EvaluationConfig, Evaluator, pictures
+from igae.evaluation import EvaluationConfig, Evaluator, save_png
 from igae.models import IGAE
 from igae.ranks import Channel, rank
 from igae.scenes import SceneStore
@@ -64,17 +64,7 @@ class Job:
         if self._evaluator is None:
             owned = frozenset(store.ids.tolist())
             self._evaluator = Evaluator(
-                config,
-                data.config.root,
-                data.manifest,
-                data.scenes,
-                owned,
-                data.config.background,
-                data.config.workers,
-                self.engine.device,
-                self.channel,
-                data.config.verify,
-                data.config.cache,
+                config, data.config, data.manifest, data.scenes, owned, self.engine.device, self.channel
             )
         with self.engine.weights():
             model.eval()
@@ -84,7 +74,7 @@ class Job:
                 grids = self._evaluator.grids(model, store)
                 for name, grid in grids.items():
                     number = "" if stage == "fit" else f"-{step:08d}"
-                    pictures.save_png(self.folder / "pictures" / f"{stage}-{name}{number}.png", grid)
+                    save_png(self.folder / "pictures" / f"{stage}-{name}{number}.png", grid)
                 tracker.images(step, grids)
             if orbits and config.orbits:
                 videos = self._evaluator.orbits(model, store, self.folder / "orbits" / stage)

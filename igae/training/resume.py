@@ -13,7 +13,7 @@ import yaml
 from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
 from igae.data import ViewBatch
 from igae.errors import sections_at
-from igae.export import load_weights
+from igae.export import load_trained
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
 from igae.scenes import SceneStore
@@ -101,7 +101,7 @@ def initialize(model: IGAE, recipe: Recipe, data: RankData, channel: Channel) ->
     """Without a checkpoint: take the weights of the trained model that the recipe names, or fit the scale of normalized
     latents where it is `auto`, and compute the background. The same on every rank. Collective."""
     if recipe.model is not None:
-        load_weights(recipe.model, model)
+        load_trained(recipe.model).load_into(model)
         return
     if not model.autoencoder.scale_is_fitted:
         fit_scale(model, derive_seed(recipe.seed, "scale"), data, channel)

@@ -10,17 +10,13 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from igae import export
 from igae.data import orbit
-from igae.errors import redact
 from igae.evaluation import Picture
-from igae.export import find_model
+from igae.export import find_model, load_trained
 from igae.models import IGAE
 from igae.viewer.cameras import angle_of, lens_of
 from igae.viewer.drawing import ShownScene, choose_threads, draw
 
-CAMERA = (1.3, 1.1)
-"""Distance and focal length of the first camera where nothing says what those of the data are."""
 ELEVATION = 0.4
 log = logging.getLogger("igae")
 
@@ -98,23 +94,11 @@ def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> 
     Raises:
         ValueError: it is missing or damaged, or its data or autoencoder can't be found.
     """
-    if export.is_export(where):
-        if overrides:
-            raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
-        found = export.Export(where, device, "auto")
-        size = found.description.image_size
-        box, title = found.description.render.box, redact(where)
-        rows = lambda name: found.rows([name])[0]  # noqa: E731
-        return Subject(title, found.model, found.names, CAMERA[0] * box, angle_of(CAMERA[1], size), rows)
-    run = export.open_run(where, overrides)
-    model = export.load_run(run).to(device).eval()
-    model.renderer = "auto"  # this machine is not the one that trains
-    ids = {scene.name: scene.id for scene in run.scenes}
-    cameras, size = run.manifest.cameras, run.manifest.image_size
-    distance, focal = (cameras.mean_distance, cameras.mean_focal) if cameras else CAMERA
-    title = f"{run.recipe.experiment}, step {run.loaded.progress.total}"
-    read = run.rows
-    return Subject(title, model, list(ids), distance, angle_of(focal, size), lambda name: read([ids[name]])[0])
+    trained = load_trained(where, overrides)
+    model, (distance, focal) = trained.model.to(device), trained.camera
+    size = (model.plain.shape[2], model.plain.shape[3])
+    rows = lambda name: trained.rows([name])[0]  # noqa: E731
+    return Subject(trained.title, model, trained.names, distance, angle_of(focal, size), rows)
 
 
 class Followed:

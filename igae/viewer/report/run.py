@@ -10,21 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
+from igae import evaluation
 from igae.errors import redact
 
 T = TypeVar("T")
-RENAMED = {
-    "constant_psnr": "baseline_psnr",
-    "photos": "natural",
-    "imbalance": "straggler_factor",
-    **{f"photo_{loss}": f"natural_{loss}" for loss in ("ae", "lpips", "kl", "tv")},
-}
-
-
-@functools.cache
-def current_name(name: str) -> str:
-    """What a metric that a run of version 0.1 has written is called now."""
-    return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+current_name = functools.cache(evaluation.current_name)  # asked for the same few names again and again
 
 
 def finite(data: Any) -> Any:
