@@ -106,8 +106,8 @@ class Meter:
         return outcome
 
     def read(self, taken: int, channel: Channel) -> dict[str, float]:
-        """Metrics of the steps since the last call (docs/tracking.md has them), the same on all ranks. Collective; waits
-        for the device.
+        """Metrics of the steps since the last call (they are in docs/tracking.md), the same on all ranks. Collective;
+        waits for the device.
 
         Args:
             taken: views that this rank has taken until now.
