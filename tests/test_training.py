@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -291,42 +289,6 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
     names = [Path(path).name for path in checkpoint.list_complete(str(trainer.folder / "checkpoints"))]
     assert names == [f"step-{total:08d}" for total in range(1, 6)] + ["step-00000008-end"]
     assert trainer.progress.skipped == 3
-
-
-OLD_NAMES = {"natural_images": "photos", "natural_": "photo_", "async_steps": "run_ahead"}
-
-
-class OldWriter(checkpoint.CheckpointWriter):
-    """Writes checkpoints with the names of version 0.1.0."""
-
-    def save(self, progress: checkpoint.Progress, config: str, *tensors: Any) -> str:
-        for new, old in OLD_NAMES.items():
-            config = config.replace(f" {new}", f" {old}")
-        consumed = {OLD_NAMES.get(name, name): count for name, count in progress.consumed.items()}
-        return super().save(replace(progress, consumed=consumed), config, *tensors)
-
-
-def test_a_run_of_0_1_0_resumes(recipe_file: str, caplog: pytest.LogCaptureFixture) -> None:
-    short = ["train.warmup.epochs=0.5", "train.joint.epochs=1"]
-    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=new"])).run()
-    first = Trainer(config.load(Recipe, recipe_file, [*short, "experiment=old"]))
-    first.writer = OldWriter(first.recipe.checkpoint_root, 3, first.channel)
-    _stop_after(first, 8)
-    first.run()
-    saved = (_newest(recipe_file, "old") / "config.yaml").read_text()
-    assert "photos: 2" in saved and "photo_ae: 0.1" in saved and "run_ahead" in saved
-    metrics = first.folder / "metrics.json"
-    assert '"natural/' in metrics.read_text() and '"heldout/baseline_psnr' in metrics.read_text()
-    metrics.write_text(metrics.read_text().replace('"natural/', '"photos/').replace("/baseline_psnr", "/constant_psnr"))
-    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=old", "train.joint.weights.natural_ae=0.2"]))
-    assert "train.joint.weights.natural_ae was 0.1 before this restart and is 0.2 now" in caplog.text
-    caplog.clear()
-    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=old"])).run()
-    assert "before this restart" not in caplog.text
-    new, old = _tensors(_newest(recipe_file, "new")), _tensors(_newest(recipe_file, "old"))
-    assert new.keys() == old.keys() and [name for name in new if not torch.equal(new[name], old[name])] == []
-    found = json.loads(metrics.read_text())
-    assert found["warmup"].keys() == found["joint"].keys()
 
 
 @pytest.mark.parametrize(

@@ -106,15 +106,8 @@ class Meter:
         return outcome
 
     def read(self, taken: int, channel: Channel) -> dict[str, float]:
-        """Metrics of the steps since the last call, the same on all ranks. Collective; waits for the device.
-
-        Of the last step: ``loss/...``, means over the ranks, and ``grad_norm/...``, L2 norms of the gradient of their
-        mean by part of the model. Of all these steps: ``views_per_second`` of all ranks together; ``data_wait``, the
-        share of the time in which a rank waited for data, mean over the ranks, and ``data_wait_max`` of the worst one;
-        ``straggler_factor`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits
-        for other ranks (take data, forward pass), and ``slowest_rank``. The last three only where ranks train
-        together, the last two not where steps are captured in a CUDA graph. On GPUs ``gpu_memory/allocated`` and
-        ``reserved``, in GiB, the largest of all ranks since they began.
+        """Metrics of the steps since the last call (they are in docs/tracking.md), the same on all ranks. Collective;
+        waits for the device.
 
         Args:
             taken: views that this rank has taken until now.

@@ -42,7 +42,7 @@ class StageConfig(Section):
     """Batches of batch_size and natural_images that each rank takes one after another in a step, to save memory."""
     learning_rates: LearningRates
     schedule: Literal["epoch", "multistep", "cosine"] = "epoch"
-    """Learning rates: `epoch`: times `decay` each epoch; `multistep`: after each of `milestones`; `cosine`: to 0."""
+    """`epoch`: rates times `decay` after each epoch; `multistep`: after each epoch of `milestones`; `cosine`: to 0."""
     decay: float = Field(default=0.988032, gt=0, le=1)
     milestones: list[int] = []
     mlp_epochs: float | None = None
