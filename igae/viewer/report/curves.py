@@ -6,8 +6,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from igae.viewer.report.run import LoggedStep
 
 WIDTH, HEIGHT = 420, 200  # of a chart, in pixels
@@ -124,10 +122,12 @@ def thin(points: list[Point]) -> list[Point]:
     of each of ``BUCKETS`` runs of points."""
     if len(points) <= 2 * BUCKETS:
         return points
-    values = np.array([value for _, value in points])
-    parts = np.array_split(np.arange(len(points)), BUCKETS)
-    kept = {int(part[extreme(values[part])]) for part in parts for extreme in (np.argmin, np.argmax)}
-    return [points[i] for i in sorted(kept)]
+    kept = []
+    for i in range(BUCKETS):
+        part = range(i * len(points) // BUCKETS, (i + 1) * len(points) // BUCKETS)
+        ends = {extreme(part, key=lambda k: points[k][1]) for extreme in (min, max)}
+        kept += [points[k] for k in sorted(ends)]
+    return kept
 
 
 def round_numbers(low: float, high: float) -> list[float]:
