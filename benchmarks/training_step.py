@@ -19,9 +19,8 @@ from igae.data.shards import ShardWriter
 from igae.data.streams import ViewBatch
 from igae.models.igae import IGAE
 from igae.scenes import SceneBank
+from igae.training import Engine, Strategy
 from igae.training.assembly import build_model
-from igae.training.parallel.engine import Engine
-from igae.training.parallel.strategies import Strategy
 from igae.training.recipe import Recipe
 from igae.training.shares import Data, own_data
 from igae.training.stage import Stage

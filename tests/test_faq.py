@@ -26,8 +26,8 @@ from igae.models.autoencoder import load_autoencoder
 from igae.models.config import AutoencoderConfig
 from igae.models.losses import LPIPS
 from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.training import Engine
 from igae.training.assembly import build_model
-from igae.training.parallel.engine import Engine
 from igae.training.recipe import Recipe, TrackingConfig
 from igae.training.shares import own_data
 from igae.training.trackers import Tracker
