@@ -13,8 +13,8 @@ MEASURES = {"psnr": "PSNR of {} (dB)", "ssim": "SSIM of {}", "lpips": "LPIPS of 
 VIEWS = {
     "latent": ("rendered latents", "encoded latents, both normalized"),
     "rgb": ("decoded renders", "views"),
-    "ae": ("autoencoded views", "views"),
-    "rgb_ae": ("decoded renders", "autoencoded views"),
+    "ae": ("autoencoded images", "views"),
+    "rgb_ae": ("decoded renders", "autoencoded images"),
 }
 COMPARISONS = {
     **{f"heldout/{name}": (f"{what}, held-out views", target) for name, (what, target) in VIEWS.items()},

@@ -2,14 +2,13 @@
 """Loading trained models: runs, checkpoints and exports."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from igae import config
@@ -210,16 +209,15 @@ class TrainedRun(Trained):
         progress, run = self.loaded.progress, self.where.rpartition("/")[0].rpartition("/")[0]
         data = read_small(join(run, "metrics.json")) if progress.finished else None
         try:
-            stages: Any = json.loads(data) if data is not None else {}
-            metrics = stages.get(progress.stage, {})
-            if progress.total == 0:  # scenes that were fitted to a model
-                metrics = stages.get("fit", {})
-            elif metrics.get("step") != progress.total:
-                return {}
-            return {current_name(str(name)): float(value) for name, value in metrics.items()}
-        except (ValueError, TypeError, AttributeError, RecursionError):
+            stages = {} if data is None else TypeAdapter(dict[str, dict[str, float]]).validate_json(data)
+        except ValidationError:
             log.warning("the metrics of %s are left out: metrics.json is damaged", redact(self.where))
             return {}
+        fitted = progress.total == 0  # scenes that were fitted to a model
+        metrics = stages.get("fit" if fitted else progress.stage, {})
+        if not fitted and metrics.get("step") != progress.total:
+            return {}
+        return {current_name(name): value for name, value in metrics.items()}
 
 
 def read_run(where: str, overrides: Sequence[str] = ()) -> Content:
