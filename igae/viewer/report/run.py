@@ -10,11 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
-from igae import evaluation
 from igae.errors import redact
+from igae.evaluation import current_name as renamed
 
 T = TypeVar("T")
-current_name = functools.cache(evaluation.current_name)  # asked for the same few names again and again
+current_name = functools.cache(renamed)  # asked for the same few names again and again
 
 
 def finite(data: Any) -> Any:
