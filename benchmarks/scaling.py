@@ -30,8 +30,8 @@ import torch
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
 from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
+from igae.training import Engine
 from igae.training.meter import Outcome
-from igae.training.parallel.engine import Engine
 from igae.training.shares import own_data
 from igae.training.trainer import LAG
 

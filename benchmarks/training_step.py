@@ -19,8 +19,7 @@ from igae.data.shards import ShardWriter
 from igae.data.streams import ViewBatch
 from igae.models import IGAE
 from igae.scenes import SceneBank
-from igae.training.parallel.engine import Engine
-from igae.training.parallel.strategies import Strategy
+from igae.training import Engine, Strategy
 from igae.training.recipe import Recipe
 from igae.training.shares import Data, own_data
 from igae.training.stage import Stage

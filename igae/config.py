@@ -6,24 +6,20 @@ A configuration file may start from another one (`base: other.yaml`) and use the
 the key.
 """
 
-import difflib
 import logging
 import os
 import re
 import reprlib
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from igae.errors import did_you_mean
+from igae.errors import UNKNOWN, Key, did_you_mean, explain, kind_of, origin_of, sections_at
+from igae.errors import ConfigError as ConfigError
 
-Key = tuple[str, ...]
-UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names of a key that does not exist
 log = logging.getLogger("igae")
 
 
@@ -34,13 +30,6 @@ def shipped(folder: str) -> Path:
 
 
 SEARCH = (Path("configs"), shipped("configs"))
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration; its text is one line that names the key (dotted), the mistake and the way out."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
 
 
 class Section(BaseModel):
@@ -60,10 +49,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
-        old = [key for key in cls.RENAMED if isinstance(data, dict) and key in data]
-        for key in old:
-            log.warning("the key %s is called %s now: rename it", key, cls.RENAMED[key])
-        return {cls.RENAMED.get(key, key): value for key, value in data.items()} if old else data
+        return {_current([cls], key): value for key, value in data.items()} if isinstance(data, dict) else data
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -96,9 +82,9 @@ def load(
     """
     path = _find(str(source), list(search))
     origins: dict[Key, str] = {}
-    data = _read(path, search, origins, ())
+    data = _read(cls, path, search, origins)
     for override in overrides:
-        _override(data, override, origins)
+        _override(cls, data, override, origins)
     data = _interpolate(data, origins, str(path))
     if complete is not None:
         _refuse_unknown_keys(cls, data, origins, str(path))  # at once: completing may read files from far away
@@ -106,7 +92,7 @@ def load(
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, cls, data, origins, str(path)) from None
+        raise explain(error, cls, data, origins, str(path)) from None
 
 
 def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapping[Key, str], path: str) -> None:
@@ -114,7 +100,7 @@ def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapp
         cls.model_validate(data)
     except ValidationError as error:
         if any(item["type"] in UNKNOWN for item in error.errors(include_url=False)):
-            raise _explain(error, cls, data, origins, path) from None
+            raise explain(error, cls, data, origins, path) from None
 
 
 def dump(section: Section) -> str:
@@ -189,15 +175,16 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
     raise ConfigError(f"{name}: no such configuration, neither as a path nor in {', '.join(map(str, folders))}{hint}")
 
 
-def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(
+    cls: type[Section], path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    data = _parse(text, str(path))
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top, got {_kind(data)}")
+        raise ConfigError(f"{path}: expected keys and values at the top, got {kind_of(data)}")
     above = (*above, path.resolve())
     base = data.pop("base", None)
     merged: dict[str, Any] = {}
@@ -207,28 +194,31 @@ def _read(path: Path, search: Sequence[Path], origins: dict[Key, str], above: tu
         found = _find(base, [path.parent, *search]) if not (path.parent / base).is_file() else path.parent / base
         if found.resolve() in above:
             raise ConfigError(f"{path}: base: {base} starts from this file again; break the circle")
-        merged = _read(found, search, origins, above)
-    _merge(merged, data, (), origins, str(path))
+        merged = _read(cls, found, search, origins, above)
+    _merge(cls, merged, data, (), origins, str(path))
     return merged
 
 
-def _merge(into: dict[str, Any], data: Mapping[Any, Any], prefix: Key, origins: dict[Key, str], origin: str) -> None:
+def _merge(
+    cls: type[Section], into: dict[str, Any], data: Mapping[Any, Any], prefix: Key, origins: dict[Key, str], origin: str
+) -> None:
     for name, value in data.items():
-        key = (*prefix, str(name))
+        key = _renamed(cls, (*prefix, str(name)))
         origins[key] = origin
         if isinstance(value, dict):
-            if not isinstance(into.get(name), dict):
-                into[name] = {}
-            _merge(into[name], value, key, origins, origin)
+            if not isinstance(into.get(key[-1]), dict):
+                into[key[-1]] = {}
+            _merge(cls, into[key[-1]], value, key, origins, origin)
         else:
-            into[name] = value
+            into[key[-1]] = value
 
 
-def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> None:
+def _override(cls: type[Section], data: dict[str, Any], override: str, origins: dict[Key, str]) -> None:
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
         raise ConfigError(f"command line: {override!r} is not an override; write section.key=value")
+    key = _renamed(cls, key)
     for depth, name in enumerate(key[:-1], start=1):
         if data.get(name) is None:
             data[name] = {}
@@ -236,12 +226,27 @@ def _override(data: dict[str, Any], override: str, origins: dict[Key, str]) -> N
         data = data[name]
         if not isinstance(data, dict):
             raise ConfigError(
-                f"command line: {dotted}: {'.'.join(key[:depth])} is {_kind(data)}, not a section; set it as a whole"
+                f"command line: {dotted}: {'.'.join(key[:depth])} is {kind_of(data)}, not a section; set it as a whole"
             )
     data[key[-1]] = _parse(text, f"command line: {dotted}")
     for known in [known for known in origins if known[: len(key)] == key]:
         del origins[known]
     origins[key] = "command line"
+
+
+def _renamed(cls: type[Section], key: Key) -> Key:
+    """The key with the names that it has in this version."""
+    for i, name in enumerate(key):
+        key = (*key[:i], _current(sections_at(cls, key[:i]), name), *key[i + 1 :])
+    return key
+
+
+def _current(kinds: Sequence[Any], name: str) -> str:
+    """What a key of sections is called now; with a warning where that is another name."""
+    new: str = next((kind.RENAMED[name] for kind in kinds if name in getattr(kind, "RENAMED", {})), name)
+    if new != name:
+        log.warning("the key %s is called %s now: rename it", name, new)
+    return new
 
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_]\w*)(?::-([^}]*))?\})?")
@@ -252,7 +257,7 @@ def _interpolate(data: Any, origins: Mapping[Key, str], fallback: str) -> Any:
         name, default = match[1], match[2]
         if match[0] == "$${":
             return "${"
-        where = f"{_origin(key, origins, fallback)}: {'.'.join(key)}"
+        where = f"{origin_of(key, origins, fallback)}: {'.'.join(key)}"
         if name is None:
             raise ConfigError(f"{where}: '${{' must be followed by a variable name and '}}'; write '$${{' for the text")
         if default is not None:
@@ -270,128 +275,3 @@ def _map_strings(value: Any, change: Callable[[str, Key], str], key: Key = ()) -
     if isinstance(value, list):
         return [_map_strings(v, change, (*key, str(i))) for i, v in enumerate(value)]
     return change(value, key) if isinstance(value, str) else value
-
-
-# ---- Explaining what pydantic found
-
-
-def _explain(
-    error: ValidationError, cls: type[Section], data: Any, origins: Mapping[Key, str], fallback: str
-) -> ConfigError:
-    """The most telling of pydantic's errors: an unknown key first, else the deepest, alternatives of a union joined."""
-    found = [(_position(item["loc"], data, item["type"]), item) for item in error.errors(include_url=False)]
-    unknown = [key for key, item in found if item["type"] in UNKNOWN]
-    key = unknown[0] if unknown else max((key for key, _ in found), key=len)
-    where, name = _origin(key, origins, fallback), ".".join(key)
-    if unknown:
-        return ConfigError(f"{where}: unknown key {name}; {_nearest(cls, key)}")
-    items = [item for position, item in found if position == key]
-    first = items[0]
-    value = first["input"]
-    got = "got nothing" if value is None else f"got {reprlib.repr(value)} ({_kind(value)})"
-    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
-        return ConfigError(f"{where}: {'.'.join(key[:-1])}: {got}, expected more than {key[-1]} entries")
-    if first["type"] in ("missing", "missing_argument"):
-        return ConfigError(f"{where}: missing key {name}; set it in the file or on the command line ({name}=...)")
-    if first["type"] in ("value_error", "assertion_error"):
-        return ConfigError(f"{where}: {name + ': ' if name else ''}{first['msg'].split(', ', 1)[-1]}")
-    choices = re.findall(r"'([^']*)'", " ".join(str(item.get("ctx", {}).get("expected")) for item in items))
-    hint = did_you_mean(str(value), choices)
-    expected = " or ".join(dict.fromkeys(_expected(item["type"], item["msg"]) for item in items))
-    return ConfigError(f"{where}: {name}: {got}, expected {expected}{hint}")
-
-
-_EXPECTED = {
-    "model_type": "a section (keys and values)",
-    "dataclass_type": "a section (keys and values)",
-    "dict_type": "keys and values",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
-    "path_type": "a path",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "none_required": "null",
-}
-
-
-def _expected(kind: str, message: str) -> str:
-    return _EXPECTED.get(kind) or re.sub(r"^\w+ should (be|have) | after validation, not .*$", "", message)
-
-
-def _position(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
-    """The keys of an error's location without the names of union members, which pydantic puts among them."""
-    key: list[str] = []
-    for i, part in enumerate(loc):
-        last = i == len(loc) - 1
-        if isinstance(data, dict) and part in data:
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        elif not (last and kind.startswith("missing")):
-            continue
-        key.append(str(part))
-    return tuple(key)
-
-
-def _origin(key: Key, origins: Mapping[Key, str], fallback: str) -> str:
-    for length in range(len(key), 0, -1):
-        if key[:length] in origins:
-            return origins[key[:length]]
-    return fallback
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a map"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _nearest(cls: type[Section], key: Key) -> str:
-    level: list[Any] = [cls]
-    for part in key[:-1]:
-        level = [deeper for kind in level for deeper in _children(kind, part)]
-    siblings = {(*key[:-1], name) for kind in level for name in _fields(kind)}
-    for candidates in (siblings, set(_keys(cls, ()))):
-        names = sorted({candidate[-1] for candidate in candidates})
-        near = difflib.get_close_matches(key[-1], names, n=1)
-        if near:
-            same = [candidate for candidate in candidates if candidate[-1] == near[0]]
-            path = max(sorted(same), key=lambda other: difflib.SequenceMatcher(None, other, key).ratio())
-            return f"did you mean {'.'.join(path)}?"
-    here = ".".join(key[:-1])
-    return f"the keys {'of ' + here if here else 'here'} are: {', '.join(sorted(name for *_, name in siblings))}"
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a union, `Annotated` unwrapped."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    elif hasattr(annotation, "__metadata__"):
-        yield from _members(annotation.__origin__)
-    else:
-        yield annotation
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    return get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}
-
-
-def _children(kind: Any, name: str) -> list[Any]:
-    fields, inside = _fields(kind), [a for a in get_args(kind) if a is not Ellipsis]
-    return list(_members(fields[name])) if name in fields else list(_members(inside[-1])) if inside else []
-
-
-def _keys(kind: Any, prefix: Key) -> Iterator[Key]:
-    for name, annotation in _fields(kind).items():
-        yield (*prefix, name)
-        for member in _members(annotation):
-            if len(prefix) < 8:  # a section that contains itself must end somewhere
-                yield from _keys(member, (*prefix, name))

@@ -6,14 +6,22 @@ import functools
 import logging
 import os
 import re
+import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable
-from typing import NoReturn, Protocol
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 from igae.ranks import rank, world_size
 
 MASK = "***"
+Key = tuple[str, ...]
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names of a key that does not exist
 
 # What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs.
 _URL = re.compile(r"(?<=://)(?:(?!::[A-Za-z][A-Za-z0-9+.\-]*://)\S)+")
@@ -171,3 +179,139 @@ def end(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)  # exit handlers would wait for the other ranks
     sys.exit(code)
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration; its text is one line that names the key (dotted), the mistake and the way out."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
+
+# ---- Mistakes in a configuration, as pydantic finds them
+
+
+def explain(error: "ValidationError", cls: Any, data: Any, origins: Mapping[Key, str], fallback: str) -> ConfigError:
+    """The most telling of pydantic's errors: an unknown key first, else the deepest, alternatives of a union joined."""
+    found = [(_position(item["loc"], data, item["type"]), item) for item in error.errors(include_url=False)]
+    unknown = [key for key, item in found if item["type"] in UNKNOWN]
+    key = unknown[0] if unknown else max((key for key, _ in found), key=len)
+    where, name = origin_of(key, origins, fallback), ".".join(key)
+    if unknown:
+        return ConfigError(f"{where}: unknown key {name}; {_nearest(cls, key)}")
+    items = [item for position, item in found if position == key]
+    first = items[0]
+    value = first["input"]
+    got = "got nothing" if value is None else f"got {reprlib.repr(value)} ({kind_of(value)})"
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return ConfigError(f"{where}: {'.'.join(key[:-1])}: {got}, expected more than {key[-1]} entries")
+    if first["type"] in ("missing", "missing_argument"):
+        return ConfigError(f"{where}: missing key {name}; set it in the file or on the command line ({name}=...)")
+    if first["type"] in ("value_error", "assertion_error"):
+        return ConfigError(f"{where}: {name + ': ' if name else ''}{first['msg'].split(', ', 1)[-1]}")
+    choices = re.findall(r"'([^']*)'", " ".join(str(item.get("ctx", {}).get("expected")) for item in items))
+    hint = did_you_mean(str(value), choices)
+    expected = " or ".join(dict.fromkeys(_expected(item["type"], item["msg"]) for item in items))
+    return ConfigError(f"{where}: {name}: {got}, expected {expected}{hint}")
+
+
+_EXPECTED = {
+    "model_type": "a section (keys and values)",
+    "dataclass_type": "a section (keys and values)",
+    "dict_type": "keys and values",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "none_required": "null",
+}
+
+
+def _expected(kind: str, message: str) -> str:
+    return _EXPECTED.get(kind) or re.sub(r"^\w+ should (be|have) | after validation, not .*$", "", message)
+
+
+def _position(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
+    """The keys of an error's location without the names of union members, which pydantic puts among them."""
+    key: list[str] = []
+    for i, part in enumerate(loc):
+        last = i == len(loc) - 1
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif not (last and kind.startswith("missing")):
+            continue
+        key.append(str(part))
+    return tuple(key)
+
+
+def origin_of(key: Key, origins: Mapping[Key, str], fallback: str) -> str:
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return fallback
+
+
+def kind_of(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list", dict: "a map"}
+    return "nothing" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _nearest(cls: Any, key: Key) -> str:
+    siblings = {(*key[:-1], name) for kind in sections_at(cls, key[:-1]) for name in _fields(kind)}
+    for candidates in (siblings, set(all_keys(cls, ()))):
+        names = sorted({candidate[-1] for candidate in candidates})
+        near = difflib.get_close_matches(key[-1], names, n=1)
+        if near:
+            same = [candidate for candidate in candidates if candidate[-1] == near[0]]
+            path = max(sorted(same), key=lambda other: difflib.SequenceMatcher(None, other, key).ratio())
+            return f"did you mean {'.'.join(path)}?"
+    here = ".".join(key[:-1])
+    return f"the keys {'of ' + here if here else 'here'} are: {', '.join(sorted(name for *_, name in siblings))}"
+
+
+def sections_at(cls: Any, key: Key) -> list[Any]:
+    """The types that a key of a section has: more than one where they are alternatives."""
+    level = [cls]
+    for part in key:
+        level = [deeper for kind in level for deeper in _children(kind, part)]
+    return level
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a union, `Annotated` unwrapped."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            yield from _members(member)
+    elif hasattr(annotation, "__metadata__"):
+        yield from _members(annotation.__origin__)
+    else:
+        yield annotation
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if isinstance(kind, type) and hasattr(kind, "model_fields"):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    return get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}
+
+
+def _children(kind: Any, name: str) -> list[Any]:
+    fields, inside = _fields(kind), [a for a in get_args(kind) if a is not Ellipsis]
+    return list(_members(fields[name])) if name in fields else list(_members(inside[-1])) if inside else []
+
+
+def all_keys(kind: Any, prefix: Key = ()) -> Iterator[Key]:
+    """All keys of a section, those of inner sections too."""
+    for name, annotation in _fields(kind).items():
+        yield (*prefix, name)
+        for member in _members(annotation):
+            if len(prefix) < 8:  # a section that contains itself must end somewhere
+                yield from all_keys(member, (*prefix, name))

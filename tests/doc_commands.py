@@ -77,20 +77,20 @@ TABLE: dict[str, How] = {
         "test_render_objects.py::test_two_commands_lead_to_training"
     ),
     "accelerate launch train.py --config igae.yaml data.root=data/shards": Executed([*SMALL, *SHORT], launched=True),
-    "python -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"]),
-    "python -m igae.evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),
-    "python -m igae.evaluate --checkpoint outputs/NAME/checkpoints/*": Executed(["data.workers=0"]),
+    "igae evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"]),
+    "igae evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),
+    "igae evaluate --checkpoint outputs/NAME/checkpoints/*": Executed(["data.workers=0"]),
     "accelerate launch * -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"], ranks=2),
-    "python -m igae.report outputs/NAME": Executed(),
-    "python -m igae.report outputs/NAME [--output FILE]": Executed(),
-    "python -m igae.export outputs/NAME exports/NAME": Executed(),
-    "python -m igae.export outputs/NAME exports/NAME data.root=SHARDS autoencoder.path=FOLDER": CoveredBy(
+    "igae report outputs/NAME": Executed(),
+    "igae report outputs/NAME [--output FILE]": Executed(),
+    "igae export outputs/NAME exports/NAME": Executed(),
+    "igae export outputs/NAME exports/NAME data.root=SHARDS autoencoder.path=FOLDER": CoveredBy(
         "test_export_runs.py::test_what_moved_is_found_where_it_is_said_to_be"
     ),
-    "python -m igae.export outputs/NAME s3://*": CoveredBy("test_export.py::test_an_object_store"),
-    "python -m igae.export outputs/NAME hf://*": CoveredBy("test_export_hub.py::test_a_hub_repository"),
-    "python -m igae.evaluate --checkpoint hf://*": Executed(["data.workers=0"]),
-    "python -m igae.published *": CoveredBy("test_published.py::test_renders_as_the_published_code"),
+    "igae export outputs/NAME s3://*": CoveredBy("test_export.py::test_an_object_store"),
+    "igae export outputs/NAME hf://*": CoveredBy("test_export_hub.py::test_a_hub_repository"),
+    "igae evaluate --checkpoint hf://*": Executed(["data.workers=0"]),
+    "igae published *": CoveredBy("test_published.py::test_renders_as_the_published_code"),
     "accelerate launch train.py --config igae.yaml autoencoder.path=exports/NAME data.root=SHARDS": Executed(
         [*SMALL[1:], *SHORT, "experiment=again", "train.joint.epochs=0"]
     ),
@@ -103,7 +103,11 @@ TABLE: dict[str, How] = {
     "accelerate launch train.py --config fit.yaml model=exports/NAME data.root=SHARDS": Executed(
         [*SHORT, "experiment=fit-of-an-export"]
     ),
-    "python -m igae.reference": Executed(),
+    "igae reference": Executed(),
+    "igae --help": CoveredBy("test_cli.py::test_help"),
+    "igae train --config igae.yaml --print-config": CoveredBy(
+        "test_cli.py::test_the_resolved_recipe_is_printed_and_nothing_else_happens"
+    ),
     "accelerate launch train.py --config igae.yaml data.root=SHARDS 'tracking.trackers=[wandb]'": CoveredBy(
         "test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"
     ),
@@ -121,19 +125,19 @@ TABLE: dict[str, How] = {
     ),
     "hf upload": Left("writes to the hub, with an account"),
     # -- the viewer
-    "python -m igae.view *": CoveredBy("test_view.py::test_the_command_serves_this_machine_alone_until_it_is_ended"),
+    "igae view *": CoveredBy("test_view.py::test_the_command_serves_this_machine_alone_until_it_is_ended"),
     "ssh *": Left("needs another machine"),
     # -- docs/extending.md
     "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
-    "python -m igae.export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
-    "python -m igae.evaluate --checkpoint exports/patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "igae export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
+    "igae evaluate --checkpoint exports/patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
     "python train.py --config igae.yaml experiment=solid *": CoveredBy("test_extending.py::test_a_loss"),
     "python train.py --config igae.yaml experiment=deep": CoveredBy("test_extending.py::test_a_network_and_rows"),
     "python train.py --config igae.yaml experiment=lines *": CoveredBy("test_extending.py::test_a_network_and_rows"),
     "accelerate launch * experiment=half": CoveredBy("test_extending.py::test_a_strategy"),
     "python data_tools/pack_arrays.py *": CoveredBy("test_extending.py::test_a_data_source"),
     "python train.py --config igae.yaml experiment=arrays *": CoveredBy("test_extending.py::test_a_data_source"),
-    "python -m igae.rendering.build *": CoveredBy("test_cuda_build.py::test_processes_share_the_cache"),
+    "igae kernels *": CoveredBy("test_cuda_build.py::test_processes_share_the_cache"),
     # -- many GPUs, many machines
     "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 train.py *": CoveredBy(
         "test_launch.py::test_each_file_starts_its_strategy"

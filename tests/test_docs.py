@@ -22,6 +22,7 @@ from doc_commands import NAMES, TABLE, CoveredBy, Executed
 from documents import DOCUMENTS, ROOT
 
 from igae import config
+from igae.errors import all_keys
 from igae.training.recipe import Recipe
 
 
@@ -93,7 +94,7 @@ def test_links(path: Path) -> None:
 
 
 SECTIONS = [name for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")]
-KEYS = {".".join(key) for key in config._keys(Recipe, ())}
+KEYS = {".".join(key) for key in all_keys(Recipe)}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 
@@ -150,6 +151,8 @@ def python_words(command: str) -> list[str]:
     for name, mine in NAMES.items():
         command = command.replace(name, mine)
     words = shlex.split(command)
+    if words[0] == "igae":
+        return ["-m", "igae.cli.main", *words[1:]]
     if words[0] != "accelerate":
         assert words[0] == "python"
         return words[1:]

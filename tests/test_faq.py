@@ -24,7 +24,7 @@ from igae.data.manifest import Manifest
 from igae.data.pack import pack
 from igae.models import IGAE, LPIPS, AutoencoderConfig, load_autoencoder
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
-from igae.training.parallel.engine import Engine
+from igae.training import Engine
 from igae.training.recipe import Recipe, TrackingConfig
 from igae.training.shares import own_data
 from igae.training.trackers import Tracker

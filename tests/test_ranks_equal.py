@@ -17,7 +17,7 @@ from igae.data.streams import ViewBatch, image_loader, view_loader
 from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneBank
-from igae.training.parallel.engine import Engine
+from igae.training import Engine
 from igae.training.recipe import Recipe
 from igae.training.shares import own_data
 from igae.training.stage import Stage

@@ -17,7 +17,7 @@ from test_ranks_equal import build, small_recipe
 from benchmarks.training_step import write_data
 from igae.ranks import Channel
 from igae.scenes import SceneBank
-from igae.training.parallel.engine import Engine
+from igae.training import Engine
 from igae.training.shares import own_data
 from igae.training.stage import Stage
 

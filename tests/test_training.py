@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 import train
 from igae import checkpoint, config
 from igae.errors import LostRank, TrainingError
-from igae.training import captured
-from igae.training.parallel.engine import Engine
+from igae.training import Engine, captured
 from igae.training.recipe import Recipe
 from igae.training.stage import Stage
 from igae.training.trainer import LAG, Trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import runs
-import test_exchange
+import test_all_reduce
 import torch
 from test_training_gpu import PLAIN, difference
 
@@ -36,7 +36,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("sent_as", [torch.float32, torch.bfloat16])
 def test_the_mean_over_two_gpus(sent_as: torch.dtype) -> None:
-    for step in test_exchange.means(2, 10**6, 48, 64, sent_as):
+    for step in test_all_reduce.means(2, 10**6, 48, 64, sent_as):
         assert (step.calls, step.early) == (3, 2)
 
 

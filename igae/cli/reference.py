@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference of the configuration, made from its types.
 
-python -m igae.reference > docs/configuration.md
+igae reference > docs/configuration.md
 """
 
 import argparse
@@ -27,7 +27,7 @@ from igae.training import Recipe
 HEAD = """# Configuration
 
 Every key of a configuration file, and of the `key=value` arguments of `train.py` (`train.joint.batch_size=8`). A key
-without a default has to be in the file; `configs/` has some. Made by `python -m igae.reference`.
+without a default has to be in the file; `configs/` has some. Made by `igae reference`.
 """
 
 

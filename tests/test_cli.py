@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `igae`, and what a mistake costs: a second, before anything slow is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from igae.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 1.0  # of one core, measured 0.2
+
+
+def cost(*words: str, folder: Path) -> tuple[int, str, float]:
+    """Exit code, stderr and CPU seconds of a command; wall time would be that of a busy machine."""
+    process = subprocess.Popen([sys.executable, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    text = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), text, usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.rot=x"], "error: command line: unknown key data.rot; did you mean data.root?\n"),
+        (
+            ["data.root=nowhere"],
+            "error: no manifest.json in nowhere: pack the data first with data_tools/pack_shards.py\n",
+        ),
+        (["data.root=nowhere", "train.joint.batch_size=many"], "got 'many' (a string), expected an integer\n"),
+        (["model=nowhere", "data.rot=x"], "unknown key data.rot; did you mean data.root?\n"),
+    ],
+)
+def test_mistakes_are_told_within_a_second(tmp_path: Path, arguments: list[str], message: str) -> None:
+    for script in ([str(ROOT / "train.py")], ["-m", "igae.cli.main", "train"]):
+        code, text, seconds = cost(
+            *script, "--config", str(ROOT / "configs" / "igae.yaml"), *arguments, folder=tmp_path
+        )
+        assert code == 2 and text.endswith(message) and text.count("\n") == 1
+        assert seconds < SECONDS
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_resolved_recipe_is_printed_and_nothing_else_happens(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "train.py"), "--config", "igae.yaml", "--print-config", "planes.features=8"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    recipe = yaml.safe_load(done.stdout)
+    assert recipe["planes"]["features"] == 8 and recipe["train"]["joint"]["natural_images"] == 3
+    assert list(tmp_path.iterdir()) == [] and done.stderr == ""
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(path.name in text for path in (ROOT / "configs").glob("*.yaml"))
+    assert "\n  planes.resolution = 64\n" in text and "\n  data.root = (required)\n" in text
+    assert "docs/configuration.md" in text
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: there is no command trian; did you mean train?; igae --help lists them\n"
+
+
+def test_a_fit_has_a_recipe_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IGAE_MODEL", raising=False)
+    assert main(["fit", "data.root=nowhere"]) == 2
+
+
+def test_old_keys_are_accepted_with_their_new_names(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("base: igae.yaml\ntrain: {joint: {photos: 5}, run_ahead: false}\n")
+    for overrides, expected in (([], 5), (["train.joint.photos=7"], 7), (["train.joint.natural_images=8"], 8)):
+        script = [sys.executable, str(ROOT / "train.py"), "--config", str(own), "--print-config", *overrides]
+        done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+        train = yaml.safe_load(done.stdout)["train"]
+        assert train["joint"]["natural_images"] == expected and train["async_steps"] is False
+        assert "the key photos is called natural_images now" in done.stderr

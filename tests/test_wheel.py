@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel does all that a checkout does: built, installed into an empty environment, run from an empty folder."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "autoencoder.path=demo autoencoder.scale=0.5 planes.resolution=8 planes.features=8 render.coarse_samples=4 "
+    "render.fine_samples=4 train.joint.weights.natural_lpips=0 train.warmup.epochs=1 train.warmup.batch_size=4 "
+    "train.joint.epochs=1 train.joint.batch_size=4 data.workers=0 evaluation.views=1 evaluation.natural_images=2 "
+    "evaluation.pictures=1 evaluation.orbits=0 data.categories=null"
+).split()
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with igae's wheel; what igae requires is that of this one (without this checkout)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, cwd=folder)
+    [wheel] = folder.glob("igae-*.whl")
+    made = folder / "venv"
+    venv.create(made, with_pip=False, symlinks=True)
+    [packages] = made.glob("lib/python*/site-packages")
+    pip = [sys.executable, "-m", "pip", "--python", str(made / "bin" / "python")]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, cwd=folder)
+    # A plain line: files like the one of an editable install of this checkout are not looked at there.
+    (packages / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return made
+
+
+def run(environment: Path, folder: Path, *words: str) -> str:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    command = [str(environment / "bin" / "python"), str(environment / "bin" / "igae"), *words]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_from_demo_to_export(environment: Path, tmp_path: Path) -> None:
+    where = subprocess.run(
+        [environment / "bin" / "python", "-c", "import igae; print(igae.__file__)"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert where.startswith(str(environment))
+    assert "train" in run(environment, tmp_path, "--help")
+    few = "--scenes 2 --views 4 --size 16 --natural-images 4 --supersample 1 --workers 1".split()
+    run(environment, tmp_path, "demo", "--output", "data/demo", *few)
+    folders = "--scenes data/demo/train/objaverse --images data/demo/train/imagenet/square16 --subset square16".split()
+    assert "2 scenes" in run(environment, tmp_path, "pack", *folders, "--output", "shards", "--workers", "1")
+    settings = ["--config", "igae.yaml", "data.root=shards", *SMALL]
+    assert "experiment: igae" in run(environment, tmp_path, "train", *settings, "--print-config")
+    assert not (tmp_path / "outputs").exists()
+    run(environment, tmp_path, "train", *settings)
+    assert (tmp_path / "outputs" / "igae" / "report.html").is_file()
+    run(environment, tmp_path, "evaluate", "--checkpoint", "outputs/igae", "data.workers=0")
+    assert (tmp_path / "outputs" / "igae" / "evaluation.json").is_file()
+    assert "2 scenes" in run(environment, tmp_path, "export", "outputs/igae", "exported")
+    assert (tmp_path / "exported" / "igae.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["fit", "render", "view", "report", "published", "kernels", "reference"])
+def test_help(environment: Path, tmp_path: Path, name: str) -> None:
+    assert "usage: " in run(environment, tmp_path, name, "--help")
