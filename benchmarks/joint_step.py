@@ -24,9 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_step import alone, model_of, prepare, recipe_of, write_data
-from igae.data.manifest import Manifest
-from igae.training import Engine
-from igae.training.stage import Stage
+from igae.data import Manifest
+from igae.training import Engine, Stage
 
 SLOW = {
     "train.precision": "fp32",

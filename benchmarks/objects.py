@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
 from benchmarks.objects_table import Row, table
-from igae.data.manifest import Manifest
+from igae.data import Manifest
 from igae.scenes import PlanesConfig
 
 ROOT = Path(__file__).resolve().parent.parent

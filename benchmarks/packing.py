@@ -24,10 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igae.data.cameras import orbit
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
-from igae.data.streams import view_loader
+from igae.data import DataConfig, Manifest, PackOptions, orbit, pack, view_loader
 
 
 def make_scenes(root: Path, scenes: int, views: int, size: int = 128) -> float:
@@ -87,13 +84,13 @@ def main() -> None:
             runs = [measure(number, work) for _ in range(arguments.repeats)]
             return max(runs, key=lambda run: run["views_per_core_second"])
 
-        results["packing"] = best(total, lambda: void(pack(packed, scenes=str(raw), overwrite=True)))
+        results["packing"] = best(total, lambda: void(pack(packed, PackOptions(scenes=str(raw), overwrite=True))))
         manifest = Manifest.load(packed)
         for workers in (0, 1):
 
             def read(workers: int = workers) -> None:
-                options = {"batch_size": arguments.batch_size, "repeat": False, "workers": workers}
-                loader = view_loader(packed, manifest, manifest.scenes, **options)  # type: ignore[arg-type]
+                config = DataConfig(root=packed, workers=workers)
+                loader = view_loader(config, manifest, manifest.scenes, batch_size=arguments.batch_size, repeat=False)
                 count = sum(len(batch.view) for batch in loader)
                 loader.close()
                 assert count == sum(scene.views for scene in manifest.scenes)

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import viser
 
-from igae.export.pretrained import find_model
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
@@ -102,7 +101,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, median of {args.frames}")
     if args.model:
-        subjects = [lambda: open_subject(find_model(args.model), args.overrides, device)]
+        subjects = [lambda: open_subject(args.model, args.overrides, device)]
     else:
         chosen = args.made or (KINDS if args.device == "cuda" else KINDS[:2])
         kinds = [(kind.split("-")[0], int(kind.split("-")[1])) for kind in chosen]

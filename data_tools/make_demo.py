@@ -14,13 +14,11 @@ The natural images are those that scikit-image ships. The same arguments give th
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
+if importlib.util.find_spec("igae") is None:  # in a source tree that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from demo_objects import BALL, COMPOSED, Array, Solid, column, length, make_solid, solid_name  # noqa: E402
+
+from igae.data import ItemFailed, ProcessPool, ProgressCallback  # noqa: E402
+from igae.errors import command, end, say  # noqa: E402
 
 FORMAT = 1
 RADIUS = 1.3
@@ -47,6 +50,8 @@ NATURAL_IMAGES = (
 # Directions towards the two lights, and their strengths. They are fixed in the world: all views of a point agree.
 KEY, FILL = np.array([0.48, -0.55, 0.68]), np.array([-0.75, 0.60, 0.10])
 KEY_STRENGTH, FILL_STRENGTH = 0.55, 0.22
+
+Job = tuple[Callable[..., str], tuple[Any, ...]]
 
 
 def sphere_cameras(views: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -208,17 +213,18 @@ def write_crops(root: Path, natural_image: Path, numbers: Sequence[int], size: i
     return natural_image.stem
 
 
-def finished(jobs: Sequence[tuple[Callable[..., str], tuple[Any, ...]]], workers: int) -> Iterator[str]:
+def start() -> Callable[[Job, ProgressCallback], str]:
+    """What a process does with a job."""
+    return lambda job, _: job[0](*job[1])
+
+
+def finished(jobs: Sequence[Job], workers: int) -> Iterator[str]:
     """Run the jobs and yield what they return, in no particular order."""
-    if workers == 1:
-        yield from (function(*arguments) for function, arguments in jobs)
-        return
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *arguments) for function, arguments in jobs]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ProcessPool(workers if workers > 1 else 0, start) as pool:
+        for _, result in pool.run(jobs):
+            if isinstance(result, ItemFailed):
+                raise result.error or result
+            yield result
 
 
 def make(output: Path, arguments: dict[str, int], workers: int) -> None:
@@ -233,7 +239,7 @@ def make(output: Path, arguments: dict[str, int], workers: int) -> None:
     natural.mkdir(parents=True)
 
     root = objects / f"square{size}"
-    jobs: list[tuple[Callable[..., str], tuple[Any, ...]]] = [
+    jobs: list[Job] = [
         (write_scene, (root, index, views, size, arguments["supersample"], seed)) for index in range(scenes)
     ]
     for index, source in enumerate(sources[: arguments["natural_images"]]):
@@ -262,42 +268,45 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description="Make demo data: rendered objects and crops of natural images.")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     composed = f"objects: {len(COMPOSED)} composed by hand, then random ones"
     parser.add_argument("--scenes", type=at_least(1), default=6, help=composed)
     parser.add_argument("--views", type=at_least(1), default=48, help="pictures of each object")
     parser.add_argument("--size", type=at_least(8), default=64, help="width and height of all pictures in pixels")
-    parser.add_argument("--natural-images", "--photos", type=at_least(0), default=200, help="crops of natural images")
+    parser.add_argument("--natural-images", type=at_least(0), default=200, help="crops of natural images")
+    parser.add_argument("--photos", dest="natural_images", type=at_least(0), help=argparse.SUPPRESS)  # of version 0.1
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--supersample", type=at_least(1), default=2, help="rays along each side of a pixel")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes")
-    options = parser.parse_args(argv)
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 nothing was done, 130 interrupted."""
+    options = make_parser().parse_args(argv)
     output: Path = options.output.resolve()
     arguments = {"format": FORMAT} | {k: v for k, v in vars(options).items() if k not in ("output", "workers")}
-
-    start = time.perf_counter()
+    begin = time.perf_counter()
+    if (output / "demo.json").is_file():
+        if json.loads((output / "demo.json").read_text(encoding="utf-8")) != arguments:
+            raise ValueError(f"{output} holds demo data of other arguments: remove it or choose another --output")
+        print(f"{output} is complete already: nothing to do")
+        return 0
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not demo data: choose another --output")
     try:
-        if (output / "demo.json").is_file():
-            if json.loads((output / "demo.json").read_text(encoding="utf-8")) != arguments:
-                raise ValueError(f"{output} holds demo data of other arguments: remove it or choose another --output")
-            print(f"{output} is complete already: nothing to do")
-            return 0
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"{output} exists and is not demo data: choose another --output")
         make(output, arguments, options.workers)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; {output} was not made", file=sys.stderr)
+        say(f"interrupted; {output} was not made")
         return 130
-    seconds = time.perf_counter() - start
     made = f"{options.scenes} scenes x {options.views} views, {options.natural_images} natural images"
-    print(f"{output}: {made}, {seconds:.0f} s")
+    print(f"{output}: {made}, {time.perf_counter() - begin:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

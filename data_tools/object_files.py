@@ -4,23 +4,15 @@
 import io
 import posixpath
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
 import fsspec
 from PIL import Image
 
-try:
-    from igae.errors import redact
-except ModuleNotFoundError as error:  # run from a source tree that is not installed
-    if error.name != "igae":
-        raise
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from igae.errors import redact
+from igae.errors import redact
 
 SUFFIXES = (".glb", ".gltf", ".obj")
 

@@ -5,7 +5,7 @@
     python data_tools/render_objects.py ~/.objaverse/hf-objaverse-v1/glbs --output data/objects
     python data_tools/pack_shards.py --scenes data/objects --subset square128 --images IMAGES --output data/shards
 
-The same command goes on where an earlier one ended.
+The same command continues where an earlier one ended.
 """
 
 import argparse
@@ -28,8 +28,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
 
 from make_demo import FOCAL, at_least, sphere_cameras  # noqa: E402
-from object_files import SUFFIXES, BadMesh, Mesh, find_meshes, redact  # noqa: E402
-from object_workers import Failed, in_processes  # noqa: E402
+from object_files import SUFFIXES, BadMesh, Mesh, find_meshes  # noqa: E402
+
+from igae.data import ItemFailed, ProcessPool, ProgressCallback, name_problem  # noqa: E402
+from igae.errors import command, end, redact, say  # noqa: E402
 
 FORMAT = 1
 TRANSFORMS = "transforms_opencv.json"
@@ -56,7 +58,7 @@ class Job:
         }
 
 
-def start_worker(job: Job) -> Callable[[Mesh], int]:
+def start_worker(job: Job) -> Callable[[Mesh, ProgressCallback], int]:
     """What a process does first: the slow imports and OpenGL; returns what it does with a mesh.
 
     Raises:
@@ -72,7 +74,7 @@ def start_worker(job: Job) -> Callable[[Mesh], int]:
     renderer = Renderer(job.size, job.supersample)
     fs, root = fsspec.core.url_to_fs(job.root)
 
-    def work(mesh: Mesh) -> int:
+    def work(mesh: Mesh, _: ProgressCallback) -> int:
         """Returns the number of views that were made: 0 where all were there."""
         folder = f"{root}/{mesh.name}"
         if is_complete(fs, folder, mesh, job):
@@ -166,8 +168,6 @@ def write_map(output: str, job: Job, dataset: str, lists: dict[str, Any]) -> int
 
 def render(arguments: argparse.Namespace) -> int:
     """Renders and says what there is now; returns the exit code."""
-    from igae.data.manifest import name_problem
-
     output = arguments.output.rstrip("/")
     root = f"{output}/square{arguments.size}"
     job = Job(root, arguments.views, arguments.size, arguments.supersample, arguments.seed)
@@ -189,12 +189,13 @@ def render(arguments: argparse.Namespace) -> int:
                 bar.update()
             else:
                 good.append(mesh)
-        for mesh, result in in_processes(arguments.workers, start_worker, (job,), good):
-            if isinstance(result, Failed):
-                refuse(mesh, result)
-            else:
-                rendered, views, there = rendered + (result > 0), views + result, there + (result == 0)
-            bar.update()
+        with ProcessPool(arguments.workers, start_worker, (job,)) as pool:
+            for index, result in pool.run(good):
+                if isinstance(result, ItemFailed):
+                    refuse(good[index], result)
+                else:
+                    rendered, views, there = rendered + (result > 0), views + result, there + (result == 0)
+                bar.update()
     listed = write_map(output, job, arguments.dataset, lists)
     seconds = time.perf_counter() - begin
     print(
@@ -202,7 +203,7 @@ def render(arguments: argparse.Namespace) -> int:
         f"({views / seconds:.1f} views/s), finished before: {there}, damaged: {len(damaged)}"
     )
     if damaged:
-        print(f"damaged, and left out: {len(damaged)} of {len(meshes)}", file=sys.stderr)
+        say(f"damaged, and left out: {len(damaged)} of {len(meshes)}")
     if not listed:
         raise ValueError("nothing was rendered")
     scenes = f"--scenes {redact(output)} --subset square{job.size}"
@@ -210,6 +211,7 @@ def render(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done (damaged meshes are listed), 2 nothing was done, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Render meshes into scenes for pack_shards.py.")
@@ -225,13 +227,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=at_least(1), default=cores, help="processes; default: all cores")
     try:
         return render(parser.parse_args(argv))
-    except (ValueError, OSError, ImportError, Failed) as error:
-        print(f"{parser.prog}: error: {redact(str(error))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command continues from here")
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 from scene_files import write_data
 
-from igae.data.pack import pack
+from igae.data import PackOptions, pack
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig
+from igae.training import CapturedStep, Stage, StageName, Trainer
 
 KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -64,7 +65,8 @@ def packed_data(folder: Path) -> str:
     """Pack four scenes (35 training and 3 held-out views) and 11 natural images; returns the shards' folder."""
     source = write_data(folder / "source", images=11)
     pack(
-        str(folder / "shards"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")
+        str(folder / "shards"),
+        PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),
     )
     return str(folder / "shards")
 
@@ -83,6 +85,18 @@ def create_autoencoder(name: str, seed: int = 0, **settings: object) -> Autoenco
     """A tiny AutoencoderKL or AutoencoderTiny with random weights; latents have half the images' resolution."""
     created = {"_class_name": name, **(KL if name == "AutoencoderKL" else TINY)}
     return load_autoencoder(AutoencoderConfig(create=created, **settings), seed)  # type: ignore[arg-type]
+
+
+class StaticTrainer(Trainer):
+    """Makes its steps as those that a CUDA graph is captured from, also without a GPU."""
+
+    warmup_calls = 10**9
+
+    def open_stage(self, name: StageName) -> Stage:
+        stage = super().open_stage(name)
+        stage.run = CapturedStep(stage.run, stage.config.batch_size, self.model.refresh_background, self.warmup_calls)
+        stage.meter.times_steps = False
+        return stage
 
 
 def train(recipe: str, *arguments: str) -> None:

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes small raw data sets for the tests of packing and streaming."""
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
+import pytest
 from PIL import Image
 
-from igae.data.cameras import opengl_to_opencv, orbit
+from igae.data import (
+    DataConfig,
+    ImageLoader,
+    Manifest,
+    Scene,
+    ViewLoader,
+    image_loader,
+    opengl_to_opencv,
+    orbit,
+    view_loader,
+)
 
 
 def picture(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -50,3 +64,32 @@ def write_data(root: Path, views: tuple[int, ...] = (12, 5, 1, 20), images: int 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index}.jpg").write_bytes(picture(50000 + index, kind="JPEG"))
     return root
+
+
+def open_views(root: str, manifest: Manifest, scenes: Sequence[Scene], **options: Any) -> ViewLoader:
+    """`view_loader`, with the settings of the data among the options."""
+    return view_loader(_take_config(root, options), manifest, scenes, **options)
+
+
+def open_images(root: str, manifest: Manifest, **options: Any) -> ImageLoader:
+    """`image_loader`, with the settings of the data among the options."""
+    return image_loader(_take_config(root, options), manifest, **options)
+
+
+def _take_config(root: str, options: dict[str, Any]) -> DataConfig:
+    return DataConfig(root=root, **{key: options.pop(key) for key in set(options) & set(DataConfig.model_fields)})
+
+
+@contextlib.contextmanager
+def interrupted_at(name: str) -> Iterator[None]:
+    """Ctrl-C while a file is opened for writing, on any file system."""
+    opened = fsspec.AbstractFileSystem.open
+
+    def stop(self: fsspec.AbstractFileSystem, path: str, mode: str = "rb", *rest: Any, **options: Any) -> Any:
+        if "w" in mode and name in path:
+            raise KeyboardInterrupt
+        return opened(self, path, mode, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsspec.AbstractFileSystem, "open", stop)
+        yield

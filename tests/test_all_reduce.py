@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from igae import config
 from igae.ranks import rank
-from igae.training import DDP, BucketedAllReduce, Engine
-from igae.training.recipe import Recipe
-from igae.training.trainer import Trainer
+from igae.training import DDP, BucketedAllReduce, Engine, Recipe, Trainer
 
 WORLD = 3
 SIZES = {"first": (3, 4), "kernel": (6, 5, 3, 3), "unused": (7,), "twice": (4, 4), "scalar": (), "last": (2,)}

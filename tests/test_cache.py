@@ -4,6 +4,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -14,16 +15,10 @@ import fsspec
 import pytest
 import torch
 from fsspec import AbstractFileSystem
-from scene_files import write_data
+from scene_files import open_images, open_views, write_data
 
-from igae.data import cache as caches
-from igae.data.cache import Cache
-from igae.data.manifest import Manifest, Shard
-from igae.data.pack import pack
-from igae.data.shards import ShardError, read_records
-from igae.data.streams import image_loader, view_loader
-from igae.storage import reading as store
-from igae.storage.reading import StoreError
+from igae.data import Manifest, PackOptions, Shard, ShardError, ShardReader, pack
+from igae.storage import LIMITS, Cache, StoreError
 
 
 class Far(AbstractFileSystem):
@@ -50,10 +45,10 @@ class Far(AbstractFileSystem):
             return file.read(end - start)
 
 
-def use(log: Path, pause: float = 0.0, block: int = store.REMOTE_BLOCK) -> None:
+def use(log: Path, pause: float = 0.0, block: int = LIMITS.remote_block) -> None:
     fsspec.register_implementation("far", Far, clobber=True)
     Far.noted, Far.pause = log, pause
-    store.REMOTE_BLOCK = block
+    LIMITS.remote_block = block
 
 
 def asked(log: Path) -> Counter[str]:
@@ -65,13 +60,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("packed")
     data = write_data(folder / "data", views=(9, 9, 9), images=20)
     sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-    return str(folder / "out"), pack(str(folder / "out"), **sources, subset="square16", shard_size=20_000)[0]
+    manifest, _ = pack(str(folder / "out"), PackOptions(**sources, subset="square16", shard_size=20_000))
+    return str(folder / "out"), manifest
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(store, "REMOTE_BLOCK", store.REMOTE_BLOCK)
+    monkeypatch.setattr(LIMITS, "first_wait", 0.0)
+    monkeypatch.setattr(LIMITS, "remote_block", LIMITS.remote_block)
     use(tmp_path / "log")
     yield tmp_path / "log"
     use(tmp_path / "log")
@@ -83,8 +79,8 @@ def test_samples_and_requests(packed, log, tmp_path):
     arguments = {"batch_size": 4, "shuffle": 6, "seed": 2, "workers": 0}
     folder = str(tmp_path / "new" / "cache")
     for make, name in (
-        (lambda root, **more: view_loader(root, manifest, manifest.scenes, **arguments, **more), "scenes"),
-        (lambda root, **more: image_loader(root, manifest, **arguments, **more), "images"),
+        (lambda root, **more: open_views(root, manifest, manifest.scenes, **arguments, **more), "scenes"),
+        (lambda root, **more: open_images(root, manifest, **arguments, **more), "images"),
     ):
         plain, kept = make(root), make(f"far://{root}", cache=folder)
         for _ in range(3 * plain.samples // 4):
@@ -100,7 +96,7 @@ def test_samples_and_requests(packed, log, tmp_path):
         assert all(asked(log)[f"{what} {shard}"] == 1 for what in ("info", "read") for shard in shards)
     assert set(asked(log).values()) == {1}
     log.unlink()
-    again = view_loader(f"far://{root}", manifest, manifest.scenes, batch_size=4, cache=folder, verify="sha256")
+    again = open_views(f"far://{root}", manifest, manifest.scenes, batch_size=4, cache=folder, verify="sha256")
     next(again)
     again.close()
     assert not asked(log) and sorted(Path(folder).iterdir()) == sorted(
@@ -113,10 +109,10 @@ def test_one_shard_ahead(packed, log, tmp_path):
     root, manifest = packed
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
     assert len(shards) == 3
-    loader = view_loader(
+    loader = open_views(
         f"far://{root}", manifest, manifest.scenes, batch_size=1, shuffle=0, workers=0, cache=str(tmp_path / "cache")
     )
-    records = loader._plan.records(loader.state)
+    records = loader.plan.read(loader.state)
     next(records)
     cache = Cache(str(tmp_path / "cache"), root)
     deadline = time.monotonic() + 20
@@ -131,9 +127,9 @@ def test_the_next_shard_is_begun(packed, log, tmp_path):
     """Without copies: its first block is there when the shard before is read to its end."""
     root, manifest = packed
     first, second, third = (shard.name for shard in manifest.shards if shard.kind == "scenes")
-    loader = view_loader(f"far://{root}", manifest, manifest.scenes, batch_size=1, shuffle=0, workers=0)
-    records = loader._plan.records(loader.state)
-    for _ in range(loader._plan.counts[first]):
+    loader = open_views(f"far://{root}", manifest, manifest.scenes, batch_size=1, shuffle=0, workers=0)
+    records = loader.plan.read(loader.state)
+    for _ in range(loader.plan.counts[first]):
         next(records)
     deadline = time.monotonic() + 20
     while not asked(log)[f"read {second}"] and time.monotonic() < deadline:
@@ -185,7 +181,7 @@ def test_a_killed_download(packed, log, tmp_path):
     assert Path(cache.get(shard, "it")).read_bytes() == (Path(root) / shard.name).read_bytes()
     # Half a download may be another machine's; when nothing was written for long it is nobody's.
     assert Cache(str(cache.folder), root) and partial.exists()
-    os.utime(partial, (0, time.time() - 2 * caches.STALE))
+    os.utime(partial, (0, time.time() - 2 * Cache.stale))
     assert Cache(str(cache.folder), root) and not partial.exists()
 
 
@@ -206,7 +202,7 @@ def test_a_damaged_copy(packed, log, tmp_path):
     raw[700] ^= 1
     path.write_bytes(raw)
     with pytest.raises(ShardError, match=f"{path}, a copy of shard {shard.name}, is damaged: delete it"):
-        list(read_records(f"far://{root}", shard, verify="sha256", cache=cache))
+        list(ShardReader(f"far://{root}", verify="sha256", cache=cache).read(shard))
 
 
 @pytest.mark.parametrize(("damage", "says"), [(b"x", "manifest says"), (None, "another sha256")])
@@ -218,7 +214,7 @@ def test_what_the_store_has_instead(damage, says, packed, log, tmp_path):
     (tmp_path / shard.name).write_bytes(raw + (damage or b""))
     cache = Cache(str(tmp_path / "cache"), f"far://{tmp_path}")
     with pytest.raises(ShardError, match=f"shard {shard.name} in far://.* {says}"):
-        next(read_records(f"far://{tmp_path}", shard, cache=cache))
+        next(ShardReader(f"far://{tmp_path}", cache=cache).read(shard))
     assert not any(cache.has(each) for each in manifest.shards) and not list(cache.folder.glob("*.partial"))
 
 
@@ -237,10 +233,10 @@ def test_no_room(packed, log, tmp_path, monkeypatch):
         "there, choose another folder, or leave data.cache out"
     )
     assert not any(cache.has(each) for each in manifest.shards) and not list(cache.folder.glob("*.partial"))
-    usage = caches.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: usage._replace(free=shard.bytes - 1))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=shard.bytes - 1))
     with pytest.raises(ValueError, match="0.0 GB left and 0.0 GB of shards are to be kept there"):
-        view_loader(root, manifest, manifest.scenes, batch_size=1, cache=str(tmp_path / "cache"))
+        open_views(root, manifest, manifest.scenes, batch_size=1, cache=str(tmp_path / "cache"))
     monkeypatch.undo()
     cache.get(shard, "it")
     cache.check_space([shard])

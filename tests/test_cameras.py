@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igae.data.cameras import is_rigid, normalized_intrinsics, opengl_to_opencv, orbit, orbit_like
+from igae.data import is_rigid, normalized_intrinsics, opengl_to_opencv, orbit, orbit_like
 
 VECTOR = st.tuples(*[st.floats(-2, 2)] * 3)
 

@@ -14,16 +14,14 @@ import ranks
 import runs
 import yaml
 from object_store import Proxy
-from scene_files import write_data
+from scene_files import open_images, open_views, write_data
 from test_fit import FIT
 
 from igae.cli import evaluate
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
-from igae.data.streams import image_loader, view_loader
-from igae.scenes import ownership
-from igae.storage import reading as store
-from igae.training.shares import Data
+from igae.data import DataConfig, Manifest, PackOptions, pack
+from igae.scenes import assign_scenes
+from igae.storage import LIMITS
+from igae.training import RankData
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -42,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         with pytest.MonkeyPatch.context() as patch:
             object_store.use(patch, port)
             fsspec.filesystem("s3").mkdir("bucket")
-            found = pack(ROOT, **sources, subset="square16", shard_size=12_000)[0]
+            found = pack(ROOT, PackOptions(**sources, subset="square16", shard_size=12_000))[0]
         assert [len(shard.scenes) for shard in found.shards if shard.kind == "scenes"] == [1, 1, 1, 1]
         assert sum(shard.kind == "images" for shard in found.shards) == 4
         yield proxy
@@ -88,16 +86,17 @@ def train_from(port: int, *arguments: Any) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     """The first batches of views and natural images, of which only the beginning of a shard is fetched."""
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 2000)
+    monkeypatch.setattr(LIMITS, "remote_block", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
-    owners = ownership.assign([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
+    owners = assign_scenes([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
     for rank in range(world):
-        data = Data(manifest, manifest.scenes, [[manifest.scenes[i] for i in part] for part in owners], rank, world)
+        parts = [[manifest.scenes[i] for i in part] for part in owners]
+        data = RankData(DataConfig(root=ROOT), manifest, manifest.scenes, parts, rank, world)
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}
         for loader in (
-            view_loader(ROOT, manifest, data.owned, **arguments),
-            image_loader(ROOT, manifest, part=data.natural_images, **arguments),
+            open_views(ROOT, manifest, data.owned, **arguments),
+            open_images(ROOT, manifest, part=data.natural_images, **arguments),
         ):
             next(loader)
             loader.close()

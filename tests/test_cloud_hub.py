@@ -15,16 +15,14 @@ import hub
 import pytest
 from scene_files import write_data
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
+from igae.data import Manifest, PackOptions, pack
 
 ROOT = Path(__file__).parent.parent
 CODE = """
 import json, sys
 sys.path.insert(0, "data_tools")
 import pack_shards, torch
-from igae.data.manifest import Manifest
-from igae.data.streams import image_loader, view_loader
+from igae.data import DataConfig, Manifest, image_loader, view_loader
 
 folder = sys.argv[1]
 raw, there = "hf://datasets/user/raw/train", "hf://datasets/user/shards/packed"
@@ -35,9 +33,9 @@ code = pack_shards.main()
 
 def epoch(root):
     manifest = Manifest.load(root)
-    arguments = {"batch_size": 4, "shuffle": 6, "seed": 1, "workers": 0, "repeat": False}
-    views = view_loader(root, manifest, manifest.scenes, **arguments)
-    natural_images = image_loader(root, manifest, **arguments)
+    config, arguments = DataConfig(root=root, shuffle=6, workers=0), {"batch_size": 4, "seed": 1, "repeat": False}
+    views = view_loader(config, manifest, manifest.scenes, **arguments)
+    natural_images = image_loader(config, manifest, **arguments)
     return [batch.images for batch in views] + list(natural_images)
 
 same = all(torch.equal(one, other) for one, other in zip(epoch(there), epoch(folder + "/out"), strict=True))
@@ -70,7 +68,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data", views=(6, 3, 6), images=5)
     local = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
     (data / "scenes" / "square16").rename(data / "scenes" / "square128")
-    pack(str(tmp_path / "out"), **local, subset="square128", shard_size=20_000)
+    pack(str(tmp_path / "out"), PackOptions(**local, subset="square128", shard_size=20_000))
     manifest = Manifest.load(str(tmp_path / "out"))
 
     def files(folder: Path, inside: str) -> dict[str, bytes]:
@@ -93,7 +91,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
         log = list(server.log)
         follow_the_page(tmp_path, environment)
-    pack(str(tmp_path / "whole"), **local, subset="square128")
+    pack(str(tmp_path / "whole"), PackOptions(**local, subset="square128"))
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "data/shards" / path.name).read_bytes() == path.read_bytes()
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +14,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scene_files import picture, write_data
+from scene_files import open_images, open_views, picture, write_data
 
-from igae.data import shards
-from igae.data.manifest import Manifest, Shard
-from igae.data.pack import pack, verify
-from igae.data.shards import Record, ShardError, read_records
-from igae.data.streams import image_loader, view_loader
+from igae.data import Manifest, PackOptions, RawSample, Shard, ShardError, ShardReader, pack, verify_packed
+from igae.storage import File
 
 NAME = "scenes-00001.tar"
 
@@ -40,11 +38,11 @@ class Packed:
         last = self.members[-1][2]
         return last + -last % 512
 
-    def records(self, data: bytes, check: shards.Verify = "off") -> list[Record]:
+    def records(self, data: bytes, check: str = "off") -> list[RawSample]:
         (self.root / NAME).write_bytes(data)
-        return list(read_records(str(self.root), self.shard, verify=check))
+        return list(ShardReader(str(self.root), verify=check).read(self.shard))
 
-    def error(self, data: bytes, check: shards.Verify = "off") -> str:
+    def error(self, data: bytes, check: str = "off") -> str:
         with pytest.raises(ShardError) as error:
             self.records(data, check)
         text = str(error.value)
@@ -69,7 +67,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     data = write_data(folder / "data", views=(9, 9, 9), images=4)
     root = folder / "out"
     sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-    manifest, _ = pack(str(root), **sources, subset="square16", shard_size=32_000)
+    manifest, _ = pack(str(root), PackOptions(**sources, subset="square16", shard_size=32_000))
     with tarfile.open(root / NAME) as tar:
         members = [(m.offset, m.offset_data, m.offset_data + m.size, m.name) for m in tar]
     shard = next(shard for shard in manifest.shards if shard.name == NAME)
@@ -78,7 +76,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 @pytest.fixture(autouse=True)
 def mended(packed: Packed, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards, "_verified", set())
+    monkeypatch.setattr(ShardReader, "verified", set())
     yield
     (packed.root / NAME).write_bytes(packed.raw)
 
@@ -143,7 +141,7 @@ def test_zeros_in_place_of_a_header(packed: Packed) -> None:
 @settings(max_examples=60)
 def test_sha256_finds_any_flipped_bit_before_the_first_sample(packed: Packed, byte: int, bit: int) -> None:
     (packed.root / NAME).write_bytes(flip(packed.raw, byte % len(packed.raw), bit))
-    records = read_records(str(packed.root), packed.shard, verify="sha256")
+    records = ShardReader(str(packed.root), verify="sha256").read(packed.shard)
     with pytest.raises(ShardError, match=f"{NAME} in .* has another sha256 than the manifest says; copy or pack"):
         next(records)
 
@@ -155,7 +153,7 @@ def test_flipped_content(packed: Packed, member: int, byte: int, bit: int) -> No
     header, begin, end, name = packed.members[member % len(packed.members)]
     (packed.root / NAME).write_bytes(flip(packed.raw, begin + byte % (end - begin), bit))
     scenes = packed.manifest.select(None)
-    loader = view_loader(str(packed.root), packed.manifest, scenes, batch_size=4, repeat=False, workers=0, verify="off")
+    loader = open_views(str(packed.root), packed.manifest, scenes, batch_size=4, repeat=False, workers=0, verify="off")
     try:
         assert sum(len(batch.view) for batch in loader) == sum(scene.views for scene in scenes)
     except ShardError as error:
@@ -190,15 +188,15 @@ def test_content_that_cannot_be_decoded(packed: Packed, suffix, content, match, 
     (packed.root / NAME).write_bytes(out.getvalue())
     options = {"batch_size": 4, "repeat": False, "workers": workers, "verify": "off"}
     with pytest.raises(ShardError, match=match) as error:
-        list(view_loader(str(packed.root), packed.manifest, packed.manifest.scenes, **options))
+        list(open_views(str(packed.root), packed.manifest, packed.manifest.scenes, **options))
     assert damaged_byte(str(error.value)) == place and NAME in str(error.value)
 
 
 @pytest.mark.parametrize("check", ["off", "size", "sha256"])
 def test_verification_changes_no_sample(packed: Packed, check) -> None:
     def batches(check: str) -> list[torch.Tensor]:
-        views = view_loader(str(packed.root), packed.manifest, packed.manifest.scenes, batch_size=5, verify=check)
-        natural_images = image_loader(str(packed.root), packed.manifest, batch_size=3, workers=0, verify=check)
+        views = open_views(str(packed.root), packed.manifest, packed.manifest.scenes, batch_size=5, verify=check)
+        natural_images = open_images(str(packed.root), packed.manifest, batch_size=3, workers=0, verify=check)
         try:
             return [next(views).images for _ in range(9)] + [next(natural_images) for _ in range(3)]
         finally:
@@ -211,30 +209,30 @@ def test_verification_changes_no_sample(packed: Packed, check) -> None:
 def test_each_shard_is_hashed_once(packed: Packed, monkeypatch) -> None:
     hashed: list[str] = []
 
-    def sha256(file, original=shards._sha256):
+    def rewind(file: File, original: Callable[[File], None] = File.rewind) -> None:  # to the samples, after the bytes
         hashed.append(file.what.split()[1])
-        return original(file)
+        original(file)
 
-    monkeypatch.setattr(shards, "_sha256", sha256)
+    monkeypatch.setattr(File, "rewind", rewind)
     scene = next(scene for scene in packed.manifest.scenes if scene.name in packed.shard.scenes)
     options = {"batch_size": scene.views, "workers": 0, "verify": "sha256"}
     for _ in range(2):
-        loader = view_loader(str(packed.root), packed.manifest, [scene], **options)
+        loader = open_views(str(packed.root), packed.manifest, [scene], **options)
         for _ in range(3):
             next(loader)
         loader.close()
     assert hashed == [NAME]
     for check in ("size", "off"):
-        list(read_records(str(packed.root), packed.shard, verify=check))
+        list(ShardReader(str(packed.root), verify=check).read(packed.shard))
     assert hashed == [NAME]
     with pytest.raises(ShardError, match="another sha256"):
-        list(read_records(str(packed.root), replace(packed.shard, sha256="0" * 64), verify="sha256"))
+        list(ShardReader(str(packed.root), verify="sha256").read(replace(packed.shard, sha256="0" * 64)))
 
 
 def test_size_is_compared_before_the_first_sample(packed: Packed) -> None:
     (packed.root / NAME).write_bytes(packed.raw + bytes(512))
     with pytest.raises(ShardError, match=f"has {len(packed.raw) + 512} bytes, the manifest says {len(packed.raw)}; "):
-        next(read_records(str(packed.root), packed.shard))
+        next(ShardReader(str(packed.root)).read(packed.shard))
     assert len(packed.records(packed.raw + bytes(512), "off")) == packed.shard.samples
 
 
@@ -246,7 +244,7 @@ def test_the_tool_finds_what_the_reader_finds(packed: Packed) -> None:
         (packed.raw[:-1], f"it has {len(packed.raw) - 1} bytes, the manifest says {len(packed.raw)}"),
     ):
         (packed.root / NAME).write_bytes(damaged)
-        (problem,) = verify(str(packed.root))
+        (problem,) = verify_packed(str(packed.root))
         assert NAME in problem and expected in problem
 
 
@@ -257,7 +255,7 @@ def test_samples_before_the_damage_are_given_out(packed: Packed, workers: int) -
     options = {"batch_size": 2, "shuffle": 0, "repeat": False, "workers": workers, "verify": "off"}
     first = packed.manifest.shards[0].samples
     assert first % 2 == 0
-    loader = view_loader(str(packed.root), packed.manifest, packed.manifest.scenes, **options)
+    loader = open_views(str(packed.root), packed.manifest, packed.manifest.scenes, **options)
     found = 0
     with pytest.raises(ShardError, match=NAME):
         for batch in loader:
@@ -275,13 +273,12 @@ def test_a_process_ends_after_an_error_before_the_first_batch(packed: Packed, ho
     interrupt = (
         "import os, signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background starts without it
-        "store.File._find_size = lambda self, limit: os.kill(os.getpid(), signal.SIGINT) or time.sleep(100)\n"
+        "File.read = lambda self, number: os.kill(os.getpid(), signal.SIGINT) or time.sleep(100)\n"
     )
     code = (
-        "from igae.data import streams\nfrom igae.storage import reading as store\n"
-        "from igae.data.manifest import Manifest\n"
+        "from igae.data import DataConfig, Manifest, view_loader\nfrom igae.storage import File\n"
         f"m = Manifest.load({str(tmp_path)!r})\n{interrupt if how == 'interrupt' else ''}"
-        f"next(streams.view_loader({str(tmp_path)!r}, m, m.scenes, batch_size=4, workers=2))\n"
+        f"next(view_loader(DataConfig(root={str(tmp_path)!r}), m, m.scenes, batch_size=4))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     expected = "ShardError: shard scenes-" if how == "damage" else "KeyboardInterrupt"

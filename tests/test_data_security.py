@@ -17,16 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scene_files import picture, write_data
+from scene_files import open_images, open_views, picture, write_data
 
-from igae.data import manifest as manifests
-from igae.data.decoding import decode_image
-from igae.data.manifest import Manifest
-from igae.data.pack import pack, verify
-from igae.data.shards import CAMERA_LIMIT, IMAGE_LIMIT, ShardError
-from igae.data.streams import image_loader, view_loader
+from igae.data import Manifest, PackOptions, ShardError, decode_image, pack, verify_packed
 
 NAME = "scenes-00000.tar"
+IMAGE_LIMIT, CAMERA_LIMIT = 256 << 20, 1 << 20  # bytes
 WHITE = np.full(3, 255, np.uint8)
 
 
@@ -35,7 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("security")
     data = write_data(folder / "data", views=(4,), images=3)
     sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-    return str(folder / "out"), pack(str(folder / "out"), **sources, subset="square16")[0]
+    return str(folder / "out"), pack(str(folder / "out"), PackOptions(**sources, subset="square16"))[0]
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
@@ -67,13 +63,13 @@ def error_with(packed: tuple[str, Manifest], extra: bytes, tail: bytes | None = 
     path.write_bytes(raw)
     try:
         with pytest.raises(ShardError) as error:
-            list(view_loader(root, hostile, hostile.scenes, batch_size=2, workers=0, repeat=False, verify="sha256"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Manifest, "load", lambda root: hostile)
-            problems = verify(root)
-            assert len(problems) == (not decoding) and all(NAME in problem for problem in problems)
+            list(open_views(root, hostile, hostile.scenes, batch_size=2, workers=0, repeat=False, verify="sha256"))
+        Path(root, "manifest.json").write_bytes(hostile.to_json())
+        problems = verify_packed(root)
+        assert len(problems) == (not decoding) and all(NAME in problem for problem in problems)
     finally:
         path.write_bytes(good)
+        Path(root, "manifest.json").write_bytes(manifest.to_json())
     assert f"shard {NAME} in {root} is damaged at byte " in str(error.value)
     return str(error.value)
 
@@ -103,7 +99,8 @@ def test_only_plain_files(packed, kind, match):
     "name",
     ["/etc/000.png", "../000.png", "scene_0/../../000.png", "scene_0/000.png/../x.png", "scene_0\\..\\000.png"]
     + [f"scene_0/001.{end}" for end in ("pkl", "pickle", "pyd", "pth", "pt", "npy", "cls", "json.gz", "PNG")]
-    + ["__import__.py", "scene_0", "scene_0/", "", "scene_0/-1.png"],
+    + ["__import__.py", "scene_0", "scene_0/", "", "scene_0/-1.png"]
+    + ["/a/0.png", "a/../000.png", "../a/000.png", "a/b/000.png", "000.png", "a/0.pkl", "a/0x1.png", "a"],
 )
 def test_only_our_names(packed, name, tmp_path):
     body = pickle.dumps(Touch(str(tmp_path / "touched")))
@@ -296,10 +293,11 @@ def test_hostile_manifests(packed, tmp_path, change):
     assert str(error.value).isprintable()
 
 
-def test_a_manifest_has_a_limit(packed, monkeypatch):
-    monkeypatch.setattr(manifests, "LIMIT", 100)
-    with pytest.raises(ValueError, match="more than the 100 that it may have"):
-        Manifest.load(packed[0])
+def test_a_manifest_has_a_limit(tmp_path):
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate((1 << 30) + 1)  # a hole: it takes no room
+    with pytest.raises(ValueError, match=f"more than the {1 << 30} that it may have"):
+        Manifest.load(str(tmp_path))
 
 
 def test_natural_images_have_no_cameras(packed):
@@ -310,6 +308,6 @@ def test_natural_images_have_no_cameras(packed):
     path.write_bytes(member("images/00000009.png", picture(0)) + member("images/00000009.json", b"{}") + good)
     try:
         with pytest.raises(ShardError, match=name):
-            list(image_loader(root, manifest, batch_size=2, workers=0, repeat=False, verify="off"))
+            list(open_images(root, manifest, batch_size=2, workers=0, repeat=False, verify="off"))
     finally:
         path.write_bytes(good)

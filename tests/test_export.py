@@ -25,8 +25,8 @@ from torch import Tensor
 import train
 from igae import checkpoint
 from igae.cli.export import main
-from igae.data.cameras import orbit
-from igae.export import Content, Export, load_model, read_run, write, writer
+from igae.data import orbit
+from igae.export import Content, Export, load_model, read_run, write
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.scenes import PlanesConfig, RowAdam
@@ -172,10 +172,11 @@ def test_a_scene_is_read_without_the_others(
     made: Made, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = 3 * 8 * 8 * 8 * 4
-    monkeypatch.setattr(writer, "SHARD_BYTES", 3 * row + 1)
+    fs = fsspec.filesystem("memory")
     assert main([str(last(made)), memory]) == 0
     assert f"{memory}: 4 scenes" in capsys.readouterr().out
-    fs = fsspec.filesystem("memory")
+    fs.rm("/export", recursive=True)
+    write(read_run(str(last(made))), memory, file_bytes=3 * row + 1)
     assert len(fs.glob("/export/scenes-*.safetensors")) == 2  # of three scenes and one
     expected = load_file(made.export / "scenes-00000.safetensors")["planes"]
 
@@ -228,8 +229,8 @@ def test_an_object_store(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_in_the_middle_of_a_stage_is_finished_first(made: Made) -> None:
     folder = next(path for path in (made.run / "checkpoints").iterdir() if not path.name.endswith("-end"))
     content = read_run(str(folder))
-    assert content.figures == {}  # metrics.json is of the last step
-    loaded = checkpoint.load(str(folder))
+    assert content.metrics == {}  # metrics.json is of the last step
+    loaded = checkpoint.load_checkpoint(str(folder))
     rows = loaded.rows([0, 1, 2, 3])
     planes = rows.pop("planes")
     stored = planes.clone()
@@ -314,8 +315,8 @@ def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path
     for name, value in fitted[1].model.state_dict().items():
         assert torch.equal(value, fitted[0].model.state_dict()[name]), name
     assert not torch.equal(fitted[1].rows(NAMES), Export(str(made.export)).rows(NAMES))
-    figures = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
-    assert f"{figures['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
+    metrics = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
+    assert f"{metrics['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
     # What belongs to the model is refused, as with a checkpoint.
     arguments = ["--config", str(tmp_path / "fit.yaml"), f"model={made.export}", "planes={features: 9}"]
     assert train.main(arguments) == 2

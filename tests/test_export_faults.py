@@ -16,7 +16,7 @@ from igae.export import Content, Export, load_model, read_run, write
 from igae.models import IGAE
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.storage import reading as store
+from igae.storage import LIMITS
 
 PLANES = PlanesConfig(resolution=4, features=4)
 
@@ -177,6 +177,6 @@ def test_runs_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_credentials_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "ATTEMPTS", 1)
+    monkeypatch.setattr(LIMITS, "attempts", 1)
     text = sentence(lambda: Export("https://me:hunter2@localhost:1/x?X-Amz-Signature=hunter3"))
     assert "hunter" not in text

@@ -19,9 +19,8 @@ import yaml
 from documents import ROOT
 
 from igae import checkpoint
-from igae.data.cameras import orbit
-from igae.data.manifest import Manifest
-from igae.storage.tensors import TensorFile
+from igae.data import Manifest, orbit
+from igae.storage import TensorFile
 
 PAGE = ROOT / "docs" / "extending.md"
 SMALL = (
@@ -156,7 +155,7 @@ def test_a_loss(copy: Path) -> None:
 def test_a_network_and_rows(copy: Path) -> None:
     assert shared(copy, "deep")["mlp.w3"] == (64, 64)
     folder = checkpoint.list_complete(str(copy / "outputs" / "lines" / "checkpoints"))[-1]
-    assert checkpoint.load(folder).rows([0])["planes"].shape == (1, 3, 2, 8, 8)
+    assert checkpoint.load_checkpoint(folder).rows([0])["planes"].shape == (1, 3, 2, 8, 8)
 
 
 def test_a_strategy(copy: Path) -> None:

@@ -20,15 +20,10 @@ from documents import ROOT
 
 from igae import config
 from igae.checkpoint import list_complete
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
+from igae.data import Manifest, PackOptions, pack
 from igae.models import IGAE, LPIPS, AutoencoderConfig, load_autoencoder
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
-from igae.training import Engine
-from igae.training.recipe import Recipe, TrackingConfig
-from igae.training.shares import own_data
-from igae.training.trackers import Tracker
-from igae.training.trainer import Trainer
+from igae.training import Engine, RankData, Recipe, Tracker, TrackingConfig, Trainer
 
 PAGE = ROOT / "docs" / "faq.md"
 # What torch and fsspec say.
@@ -98,7 +93,7 @@ def twice(folder: Path, shards: str) -> None:
     trainer = Trainer(load(folder, shards))
     (folder / "outputs" / "run").mkdir(parents=True)
     if (child := os.fork()) == 0:  # a lock is a process's
-        from igae.training.preflight import lock_run
+        from igae.training import lock_run
 
         held = lock_run(folder / "outputs" / "run")
         (folder / "locked").touch()
@@ -119,20 +114,23 @@ def without_images(folder: Path, *_: object) -> None:
     source = folder / "source"
     runs.write_data(source, views=(3,))
     (source / "scenes" / "square16" / "scene_0" / "images" / "001.png").unlink()
-    pack(str(folder / "bad"), scenes=str(source / "scenes"), subset="square16")
+    pack(str(folder / "bad"), PackOptions(scenes=str(source / "scenes"), subset="square16"))
 
 
 def scenes_alone(folder: Path, *_: object) -> None:
     source = runs.write_data(folder / "source", views=(3,))
-    pack(str(folder / "alone"), scenes=str(source / "scenes"), subset="square16")
+    pack(str(folder / "alone"), PackOptions(scenes=str(source / "scenes"), subset="square16"))
     Trainer(load(folder, str(folder / "alone"), "train.warmup.epochs=0")).run()
 
 
 def one_natural_image(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = runs.write_data(folder / "source", views=(3, 3), images=1)
-    pack(str(folder / "few"), scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images"))
+    pack(
+        str(folder / "few"),
+        PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),
+    )
     other_world(monkeypatch, 2)
-    own_data(load(folder, str(folder / "few")))
+    RankData.split(load(folder, str(folder / "few")))
 
 
 def no_network(_: Path, __: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +177,7 @@ PROVOKED: dict[str, Call] = {
     "no ... in ...: pack the data first with data_tools/pack_shards.py": lambda f, s, m: Manifest.load(str(f)),
     "nothing was packed because of ... bad input(s), first: ...": without_images,
     "the autoencoder makes images of ... from those of ...": odd_size,
-    "unknown category ...": lambda f, s, m: own_data(load(f, s, "data.categories={objaverse: [0, 500]}")),
+    "unknown category ...": lambda f, s, m: RankData.split(load(f, s, "data.categories={objaverse: [0, 500]}")),
     "train.....natural_images is ... but ... holds none: pack some": scenes_alone,
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
@@ -199,7 +197,7 @@ PROVOKED: dict[str, Call] = {
     ),
     "... scenes with training views can't be shared by ... processes": lambda f, s, m: (
         other_world(m, 9),
-        own_data(load(f, s)),
+        RankData.split(load(f, s)),
     ),
     "mixed_precision ... of the launch is not supported": lambda f, s, m: (
         m.setenv("ACCELERATE_MIXED_PRECISION", "fp16"),

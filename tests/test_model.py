@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from runs import create_autoencoder as create
 from torch import Tensor, nn
 
-from igae.data.cameras import orbit
+from igae.data import orbit
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, LossWeights, Views, load_autoencoder, to_signed
 from igae.rendering import Cameras, Rendered, RenderOptions, render
 from igae.scenes import PlanesConfig

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from igae.data import ItemFailed, ProcessPool, ProgressCallback
+
 pytest.importorskip("trimesh", reason="pip install -e '.[objects]'")
 pytest.importorskip("moderngl", reason="pip install -e '.[objects]'")
 for library in ("EGL", "GL"):
@@ -26,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data_tools"))
 from object_files import BadMesh, find_meshes  # noqa: E402
 from object_meshes import Material, Part, load  # noqa: E402
 from object_renderer import AMBIENT, LIGHTS, Renderer  # noqa: E402
-from object_workers import Failed, in_processes  # noqa: E402
 
 FRONT = np.array([[1.0, 0, 0, 0], [0, 0, 1, -1.3], [0, -1, 0, 0], [0, 0, 0, 1]])  # from -y, with z up
 SQUARE = {
@@ -196,30 +197,47 @@ def test_an_obj_does_not_read_beyond_the_folder_above(tmp_path):
     assert load(mesh)[0][0].material.base_image is not None
 
 
-def begin(good: bool) -> Callable[[int], int]:
+def begin(good: bool) -> Callable[[int, ProgressCallback], int]:
     if not good:
         raise ValueError("not here")
     return work
 
 
-def work(item: int) -> int:
+def work(item: int, progress: ProgressCallback) -> int:
+    progress(2)
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     if item == 4:
         raise MemoryError("no room")
+    if item == 5:
+        os._exit(0)
     return item * item
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_process_that_dies_takes_its_item_along_and_nothing_else(number):
-    results = dict(in_processes(number, begin, (True,), list(range(8))))
-    failed = {item: str(results.pop(item)) for item in (3, 4)}
-    assert results == {item: item * item for item in (0, 1, 2, 5, 6, 7)}
-    assert "died: SIGKILL" in failed[3] and failed[4] == "MemoryError: no room"
-    assert all(isinstance(result, Failed) is False for result in results.values())
+    seen: list[int] = []
+    with ProcessPool(number, begin, (True,)) as pool:
+        results = dict(pool.run(list(range(9)), seen.append))
+        assert sorted(pool.run([6, 7])) == [(0, 36), (1, 49)]  # by the same processes
+    failed = {item: results.pop(item) for item in (3, 4, 5)}
+    assert results == {item: item * item for item in (0, 1, 2, 6, 7, 8)}
+    assert all(isinstance(result, ItemFailed) for result in failed.values())
+    assert "died: SIGKILL" in str(failed[3]) and str(failed[4]) == "MemoryError: no room"
+    assert str(failed[5]).endswith("died: exit code 0") and failed[5].error is None
+    assert isinstance(failed[4].error, RuntimeError) and "in work" in str(failed[4].error)  # with the traceback
+    assert 14 <= sum(seen) <= 18  # what a process said just before it died may be lost
 
 
 def test_processes_that_can_not_start_end_the_run():
-    with pytest.raises(ValueError, match="not here"):
-        list(in_processes(2, begin, (False,), [1, 2, 3]))
-    assert list(in_processes(2, begin, (True,), [])) == []
+    with ProcessPool(2, begin, (False,)) as pool, pytest.raises(ValueError, match="not here"):
+        list(pool.run([1, 2, 3]))
+    with ProcessPool(2, begin, (True,)) as pool:
+        assert list(pool.run([])) == []
+
+
+def test_no_processes_work_in_this_one():
+    with ProcessPool(0, begin, (True,)) as pool:
+        assert list(pool.run([1, 2])) == [(0, 1), (1, 4)]
+        with pytest.raises(MemoryError):
+            list(pool.run([4]))

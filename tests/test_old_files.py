@@ -22,10 +22,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from igae import checkpoint
+from igae import checkpoint, config
 from igae.data.manifest import Manifest
 from igae.data.streams import image_loader, view_loader
 from igae.export import Export
+from igae.training import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD = Path(__file__).resolve().parent / "fixtures" / "v010"
@@ -119,7 +120,7 @@ def test_shards(old: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED["checkpoints"])
 def test_checkpoints(old: Path, name: str) -> None:
-    loaded, expected = checkpoint.load(str(old / name)), EXPECTED["checkpoints"][name]
+    loaded, expected = checkpoint.load_checkpoint(str(old / name)), EXPECTED["checkpoints"][name]
     progress = loaded.progress
     place = [progress.stage, progress.step, progress.total, progress.finished, progress.world]
     assert place == expected["progress"]
@@ -135,8 +136,8 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, sub in named.items() for key, value in leaves(sub, name).items()}
 
 
-@pytest.mark.parametrize(("world", "config"), [(1, "two.yaml"), (2, "outputs/two/config.yaml")])
-def test_a_run_is_resumed(old: Path, world: int, config: str) -> None:
+@pytest.mark.parametrize(("world", "settings"), [(1, "two.yaml"), (2, "outputs/two/config.yaml")])
+def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     """That of 2 ranks, in the middle of its joint stage: with the file that its user wrote, and with the one that 0.1.0
     made of it. What it ends with is what 0.1.0 would have ended with, so moments and places in the data are right."""
     folder = old / "outputs/two"
@@ -144,10 +145,12 @@ def test_a_run_is_resumed(old: Path, world: int, config: str) -> None:
     assert before[f"train.joint.{NEW_WORDS['photos']}"] == 1
     assert before[f"train.{NEW_WORDS['run_ahead']}"] is False
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    run(old, "train.py", "--config", config, world=world)
+    run(old, "train.py", "--config", settings, world=world)
     metrics = read(folder / "metrics.json")
     assert_metrics(metrics["joint"], EXPECTED["resumed"][f"two, {world} rank{'s' * (world > 1)}"])
     assert_metrics(metrics["warmup"], read_archived("outputs/two/metrics.json")["warmup"])
+    assert metrics["warmup"].keys() == metrics["joint"].keys()
+    assert not re.search("was .* before this restart and is", (old.parent / "log-0").read_text())
     after = leaves(yaml.safe_load((folder / "config.yaml").read_text()))
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"
     # Records of steps before the checkpoint stay as they were.
@@ -155,6 +158,17 @@ def test_a_run_is_resumed(old: Path, world: int, config: str) -> None:
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 6, 8, 10, 12]
     assert [new_words(json.loads(line)) for line in now[:6]] == [new_words(json.loads(line)) for line in lines[:6]]
     assert json.loads(now[-1])["step"] == metrics["joint"]["step"]
+
+
+@pytest.mark.usefixtures("one_run_a_process")
+def test_changed_settings_are_told_by_their_present_names(
+    old: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(old)
+    Trainer(config.load(Recipe, "two.yaml", ["train.joint.weights.natural_ae=0.75", "train.async_steps=true"]))
+    for key, now in (("weights.natural_ae", "0.75"), ("async_steps", "True")):
+        assert re.search(rf"{key} was .* before this restart and is {now} now", caplog.text)
+    assert caplog.text.count("before this restart and is") == 2
 
 
 def read_archived(name: str) -> dict[str, Any]:
@@ -270,7 +284,7 @@ def test_a_fit_is_continued(old: Path) -> None:
     # The kill came between the second wave and its record.
     assert [record["step"] for record in records if "seconds_per_scene" in record] == [1, 3]
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in waves] == before
-    loaded, expected = checkpoint.load(str(folder)), EXPECTED["fit"]
+    loaded, expected = checkpoint.load_checkpoint(str(folder)), EXPECTED["fit"]
     assert {str(i) for i in loaded.ids} == set(expected["planes"])
     for scene, planes in expected["planes"].items():
         # Measured with other instructions of the CPU: 1.4e-6, and 6e-8 in finished waves: they were rounded here.

@@ -18,12 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scene_files import picture, write_data, write_scene
+from scene_files import interrupted_at, picture, write_data, write_scene
 
-from igae.data import pack as packing
-from igae.data.manifest import Manifest
-from igae.data.pack import Refused, pack, verify
-from igae.data.sources import find_scenes
+from igae.data import Manifest, PackOptions, Refused, find_scenes, pack, verify_packed
 
 TOOL = Path(__file__).parent.parent / "data_tools" / "pack_shards.py"
 SMALL = 20_000  # bytes: a few of the tests' scenes
@@ -59,7 +56,7 @@ def sources(data: Path) -> dict[str, str]:
 
 
 def test_layout(data, tmp_path):
-    manifest, left_out = pack(str(tmp_path / "out"), **sources(data), shard_size=SMALL)
+    manifest, left_out = pack(str(tmp_path / "out"), PackOptions(**sources(data), shard_size=SMALL))
     assert left_out == [] and manifest == Manifest.load(str(tmp_path / "out"))
     assert manifest.image_size == (16, 16) and manifest.dataset == "toys" and manifest.images == 7
     # Held out: n // 10, at least one of more than one.
@@ -99,7 +96,7 @@ def test_layout(data, tmp_path):
 
 
 def test_views_of_a_shard_are_interleaved(data, tmp_path):
-    pack(str(tmp_path / "out"), scenes=str(data / "scenes"), subset="square16")
+    pack(str(tmp_path / "out"), PackOptions(scenes=str(data / "scenes"), subset="square16"))
     order = [name.split("/")[0] for name in members(tmp_path / "out", "scenes-*") if name.endswith("png")]
     changes = sum(a != b for a, b in zip(order, order[1:], strict=False))
     assert changes > len(set(order))  # stored scene after scene there would be 3 changes
@@ -107,7 +104,7 @@ def test_views_of_a_shard_are_interleaved(data, tmp_path):
 
 def test_bytes_depend_on_input_and_seed_only(data, tmp_path):
     for name, keywords in {"a": {"workers": 1}, "b": {"workers": 2}, "c": {"seed": 1}}.items():
-        pack(str(tmp_path / name), **sources(data), shard_size=SMALL, **keywords)
+        pack(str(tmp_path / name), PackOptions(**sources(data), shard_size=SMALL, **keywords))
         for path in data.rglob("*.png"):
             os.utime(path, (time.time(), time.time() + 1000))
     a, b, c = (digests(tmp_path / name) for name in "abc")
@@ -119,7 +116,7 @@ def test_bytes_depend_on_input_and_seed_only(data, tmp_path):
 def test_opengl_and_opencv_give_the_same_cameras(tmp_path):
     for opengl in (False, True):
         write_scene(tmp_path / str(opengl) / "thing", 12, opengl=opengl)
-        pack(str(tmp_path / f"out{opengl}"), scenes=str(tmp_path / str(opengl)))
+        pack(str(tmp_path / f"out{opengl}"), PackOptions(scenes=str(tmp_path / str(opengl))))
     cv, gl = members(tmp_path / "outFalse"), members(tmp_path / "outTrue")
     assert list(cv) == list(gl) and len(cv) == 24
     for name in cv:
@@ -144,7 +141,7 @@ def test_categories(data):
 
 
 def test_manifest_select(data, tmp_path):
-    manifest, _ = pack(str(tmp_path / "out"), **sources(data))
+    manifest, _ = pack(str(tmp_path / "out"), PackOptions(**sources(data)))
 
     def names(categories):
         return [scene.name for scene in manifest.select(categories)]
@@ -158,7 +155,7 @@ def test_manifest_select(data, tmp_path):
 def test_manifest_errors(data, tmp_path):
     with pytest.raises(ValueError, match="pack the data first with data_tools/pack_shards.py"):
         Manifest.load(str(tmp_path / "nothing"))
-    manifest, _ = pack(str(tmp_path / "out"), **sources(data))
+    manifest, _ = pack(str(tmp_path / "out"), PackOptions(**sources(data)))
     file = tmp_path / "out" / "manifest.json"
     content = json.loads(file.read_text())
     for key, value, match in (
@@ -182,16 +179,16 @@ def test_resize(data, tmp_path):
     (data / "natural_images" / "wide.png").write_bytes(picture(2, size=40))
     Image.open(data / "natural_images" / "wide.png").crop((0, 0, 40, 24)).save(data / "natural_images" / "wide.png")
     with pytest.raises(Refused) as refused:
-        pack(str(tmp_path / "out"), **sources(data))
+        pack(str(tmp_path / "out"), PackOptions(**sources(data)))
     assert len(refused.value.problems) == 2
-    manifest, _ = pack(str(tmp_path / "out"), **sources(data), resize=16)
+    manifest, _ = pack(str(tmp_path / "out"), PackOptions(**sources(data), resize=16))
     content = members(tmp_path / "out")
     assert {Image.open(io.BytesIO(c)).size for name, c in content.items() if not name.endswith("json")} == {(16, 16)}
     assert Image.open(io.BytesIO(content["scene_0/003.png"])).mode == "RGBA"
     # What has the size already is copied as it is.
     assert content["scene_0/004.png"] == (data / "scenes/square16/scene_0/images/004.png").read_bytes()
     assert manifest.images == 8
-    pack(str(tmp_path / "out8"), **sources(data), resize=8)
+    pack(str(tmp_path / "out8"), PackOptions(**sources(data), resize=8))
     for name, body in members(tmp_path / "out8").items():
         assert name.endswith("json") or Image.open(io.BytesIO(body)).size == (8, 8)
 
@@ -259,18 +256,18 @@ def test_bad_scene(kind, data, tmp_path):
     damage(data / "scenes/square16/scene_1")
     out = tmp_path / "out"
     with pytest.raises(Refused, match=f"scene 'scene_1': .*{words}") as refused:
-        pack(str(out), **sources(data))
+        pack(str(out), PackOptions(**sources(data)))
     assert len(refused.value.problems) == 1 and "\n" not in refused.value.problems[0]
     assert not out.exists() or list(out.iterdir()) == []
 
-    manifest, left_out = pack(str(out), **sources(data), skip_bad=True, shard_size=SMALL)
+    manifest, left_out = pack(str(out), PackOptions(**sources(data), skip_bad=True, shard_size=SMALL))
     assert left_out == refused.value.problems
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_2", "scene_3"]
     assert [scene.id for scene in manifest.scenes] == [0, 1, 2]
     content = members(out)
     assert not [name for name in content if name.startswith("scene_1/")]
     assert len([name for name in content if name.endswith("json")]) == 12 + 1 + 20
-    assert verify(str(out)) == [] and not list(out.glob("*.partial"))
+    assert verify_packed(str(out)) == [] and not list(out.glob("*.partial"))
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "a\nb", "..", "", "__meta__", "x" * 200])
@@ -278,45 +275,45 @@ def test_bad_names(name, data, tmp_path):
     lists = {"toys": ["scene_0", name, "scene_2"]}
     (data / "scenes/dataset_map.json").write_text(json.dumps(lists))
     with pytest.raises(Refused) as refused:
-        pack(str(tmp_path / "out"), **sources(data))
+        pack(str(tmp_path / "out"), PackOptions(**sources(data)))
     assert repr(name) in refused.value.problems[0] and "\n" not in refused.value.problems[0]
-    manifest, left_out = pack(str(tmp_path / "out"), **sources(data), skip_bad=True)
+    manifest, left_out = pack(str(tmp_path / "out"), PackOptions(**sources(data), skip_bad=True))
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_2"] and len(left_out) == 1
 
 
 def test_duplicate_scene(data, tmp_path):
     (data / "scenes/dataset_map.json").write_text(json.dumps({"toys": ["scene_0", "scene_1", "scene_0"]}))
     with pytest.raises(Refused, match="scene 'scene_0': it is listed twice"):
-        pack(str(tmp_path / "out"), **sources(data))
-    manifest, left_out = pack(str(tmp_path / "out"), **sources(data), skip_bad=True)
+        pack(str(tmp_path / "out"), PackOptions(**sources(data)))
+    manifest, left_out = pack(str(tmp_path / "out"), PackOptions(**sources(data), skip_bad=True))
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_1"] and len(left_out) == 1
 
 
 def test_bad_natural_image(data, tmp_path):
-    (data / "natural/class_1/1.jpg").write_bytes(picture(1, kind="JPEG")[:-100])
-    (data / "natural/class_1/other.jpg").write_bytes(picture(1, kind="JPEG", size=20))
+    (data / "natural_images/class_1/1.jpg").write_bytes(picture(1, kind="JPEG")[:-100])
+    (data / "natural_images/class_1/other.jpg").write_bytes(picture(1, kind="JPEG", size=20))
     with pytest.raises(Refused) as refused:
-        pack(str(tmp_path / "out"), images=str(data / "natural_images"))
-    assert sorted(p.split()[1] for p in refused.value.problems) == ["class_1/1.jpg", "class_1/other.jpg"]
-    manifest, left_out = pack(str(tmp_path / "out"), images=str(data / "natural_images"), skip_bad=True)
+        pack(str(tmp_path / "out"), PackOptions(images=str(data / "natural_images")))
+    assert sorted(p.split()[2] for p in refused.value.problems) == ["class_1/1.jpg", "class_1/other.jpg"]
+    manifest, left_out = pack(str(tmp_path / "out"), PackOptions(images=str(data / "natural_images"), skip_bad=True))
     assert manifest.images == 6 and len(left_out) == 2 and manifest.scenes == [] and manifest.cameras is None
-    assert verify(str(tmp_path / "out")) == []
+    assert verify_packed(str(tmp_path / "out")) == []
 
 
 def test_overwrite(data, tmp_path):
     out = tmp_path / "out"
-    pack(str(out), **sources(data), shard_size=SMALL)
+    pack(str(out), PackOptions(**sources(data), shard_size=SMALL))
     before = digests(out)
     with pytest.raises(ValueError, match="manifest.json already"):
-        pack(str(out), **sources(data))
+        pack(str(out), PackOptions(**sources(data)))
     assert digests(out) == before
-    (data / "natural/class_1/1.jpg").write_bytes(b"")
+    (data / "natural_images/class_1/1.jpg").write_bytes(b"")
     with pytest.raises(Refused):
-        pack(str(out), **sources(data), overwrite=True)
+        pack(str(out), PackOptions(**sources(data), overwrite=True))
     assert digests(out) == before  # refusing leaves what was there
-    pack(str(out), scenes=str(data / "scenes"), subset="square16", overwrite=True)
+    pack(str(out), PackOptions(scenes=str(data / "scenes"), subset="square16", overwrite=True))
     assert sorted(digests(out)) == ["heldout-00000.tar", "manifest.json", "scenes-00000.tar"]
-    assert verify(str(out)) == []
+    assert verify_packed(str(out)) == []
 
 
 def test_command(data, tmp_path):
@@ -343,30 +340,32 @@ def test_command(data, tmp_path):
     assert damaged.returncode == 1 and "heldout-00000.tar" in damaged.stderr
 
 
-def interrupt(out: Path, arguments: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(out: Path, arguments: dict) -> None:
     """Ctrl-C when all scenes are written and no natural image is."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(packing, "_write_images", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        pack(str(out), **arguments)
+    with interrupted_at("images-00000.tar"), pytest.raises(KeyboardInterrupt):
+        pack(str(out), PackOptions(**arguments))
     assert all(path.name.endswith(".partial") for path in out.iterdir())
 
 
-def test_interrupted_packing_goes_on(data, tmp_path, monkeypatch):
+def test_interrupted_packing_continues(data, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
-    interrupt(out, sources(data), monkeypatch)
-    kept = {path.name: path.stat().st_ino for path in out.glob("scenes-*.tar.partial")}
-    written, write = [], packing._write_scenes
-    monkeypatch.setattr(packing, "_write_scenes", lambda *args: written.append(args) or write(*args))
-    pack(str(out), **sources(data))
-    assert not written and {f"{path.name}.partial": path.stat().st_ino for path in out.glob("scenes-*.tar")} == kept
-    pack(str(again), **sources(data))
-    assert written and verify(str(out)) == [] and digests(out) == digests(again)
+    interrupt(out, sources(data))
+
+    def written(end: str) -> dict[str, tuple[int, int]]:
+        found = {path.name.removesuffix(end): path.stat() for path in out.glob(f"scenes-*.tar{end}")}
+        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
+
+    kept = written(".partial")
+    pack(str(out), PackOptions(**sources(data)))
+    assert kept and written("") == kept
+    pack(str(again), PackOptions(**sources(data)))
+    assert verify_packed(str(out)) == [] and digests(out) == digests(again)
 
 
 @pytest.mark.parametrize("change", ["seed", "input", "shard", "note"])
-def test_what_is_no_longer_the_same_is_packed_again(change, data, tmp_path, monkeypatch):
+def test_what_is_no_longer_the_same_is_packed_again(change, data, tmp_path):
     out, again, options = tmp_path / "out", tmp_path / "again", {}
-    interrupt(out, sources(data), monkeypatch)
+    interrupt(out, sources(data))
     if change == "seed":
         options["seed"] = 5
     elif change == "input":
@@ -376,8 +375,8 @@ def test_what_is_no_longer_the_same_is_packed_again(change, data, tmp_path, monk
         path = out / ("scenes-00000.tar.partial" if change == "shard" else "scenes-00000.tar.done.partial")
         path.write_bytes(path.read_bytes()[:-100])
     for target in (out, again):
-        pack(str(target), **sources(data), **options)
-    assert verify(str(out)) == [] and digests(out) == digests(again)
+        pack(str(target), PackOptions(**sources(data), **options))
+    assert verify_packed(str(out)) == [] and digests(out) == digests(again)
 
 
 def test_killed_packing_leaves_no_manifest(tmp_path):
@@ -396,5 +395,5 @@ def test_killed_packing_leaves_no_manifest(tmp_path):
     with pytest.raises(ValueError, match="no manifest.json"):
         Manifest.load(str(out))
     for target in (out, again):
-        pack(str(target), scenes=str(data / "scenes"), subset="square16", shard_size=1_000_000)
+        pack(str(target), PackOptions(scenes=str(data / "scenes"), subset="square16", shard_size=1_000_000))
     assert digests(out) == digests(again)

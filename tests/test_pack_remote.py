@@ -11,13 +11,10 @@ from typing import Any
 import fsspec
 import object_store
 import pytest
-from scene_files import write_data
+from scene_files import interrupted_at, write_data
 from test_pack import SMALL, TOOL, sources
 
-from igae.data import jobs
-from igae.data import pack as packing
-from igae.data.manifest import Manifest
-from igae.data.pack import Refused, pack, verify
+from igae.data import Manifest, PackOptions, Refused, pack, verify_packed
 
 
 @pytest.fixture
@@ -28,7 +25,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing", "swapped"])
 def test_verify_finds_damage(kind, data, tmp_path):
     out = tmp_path / "out"
-    pack(str(out), **sources(data), shard_size=SMALL)
+    pack(str(out), PackOptions(**sources(data), shard_size=SMALL))
     shard = out / "scenes-00001.tar"
     raw = bytearray(shard.read_bytes())
     if kind == "flipped":
@@ -40,19 +37,19 @@ def test_verify_finds_damage(kind, data, tmp_path):
         shard.unlink()
     else:
         shutil.copy(out / "scenes-00000.tar", shard)
-    problems = verify(str(out), workers=2)
+    problems = verify_packed(str(out), workers=2)
     assert len(problems) == 1 and "scenes-00001.tar" in problems[0]
 
 
 def test_memory_store(data):
     """A store without renaming: no staging names, and nothing is left after a refusal."""
     fs = fsspec.filesystem("memory")
-    pack("memory://packed/one", **sources(data), shard_size=SMALL)
-    assert verify("memory://packed/one") == []
+    pack("memory://packed/one", PackOptions(**sources(data), shard_size=SMALL))
+    assert verify_packed("memory://packed/one") == []
     assert not [path for path in fs.find("/packed") if path.endswith(".partial")]
     (data / "scenes/square16/scene_1/images/003.png").write_bytes(b"")
     with pytest.raises(Refused):
-        pack("memory://packed/two", **sources(data), shard_size=SMALL)
+        pack("memory://packed/two", PackOptions(**sources(data), shard_size=SMALL))
     assert fs.find("/packed/two") == []
 
 
@@ -87,16 +84,8 @@ def test_from_and_to_s3_in_two_runs(tmp_path, monkeypatch):
             return found
 
         options: dict[str, Any] = {"scenes": "s3://bucket/raw/scenes", "images": "s3://bucket/raw/natural_images"}
-        write = packing._write_scenes
-
-        def stop(job: jobs.Job, *rest: Any) -> jobs.Written:
-            if job.index == 3:
-                raise KeyboardInterrupt
-            return write(job, *rest)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(packing, "_write_scenes", stop)
-            pack("s3://bucket/packed", **options, subset="square16", shard_size=12_000)
+        with interrupted_at("scenes-00003.tar"), pytest.raises(KeyboardInterrupt):
+            pack("s3://bucket/packed", PackOptions(**options, subset="square16", shard_size=12_000))
         names = {f"{kind}-0000{i}.tar" for kind in ("scenes", "heldout") for i in range(3)}
         assert versions() == dict.fromkeys([*names, *(f"scenes-0000{i}.tar.done" for i in range(3))], 1)
         with pytest.raises(ValueError, match=r"no manifest.json"):
@@ -112,19 +101,19 @@ def test_from_and_to_s3_in_two_runs(tmp_path, monkeypatch):
         assert {name: n for name, n in after.items() if n > 1} == {} and len(manifest.shards) > 20
         names = {path.rsplit("/", 1)[-1] for path in s3.ls("bucket/packed", detail=False, refresh=True)}
         assert names == {"manifest.json", *(shard.name for shard in manifest.shards)}
-        assert verify("s3://bucket/packed", workers=4) == []
+        assert verify_packed("s3://bucket/packed", workers=4) == []
         local = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-        assert pack(str(tmp_path / "local"), **local, subset="square16", shard_size=12_000)[0] == manifest
+        assert pack(str(tmp_path / "local"), PackOptions(**local, subset="square16", shard_size=12_000))[0] == manifest
 
 
 def test_a_store_that_loses_bytes(data, monkeypatch):
     """What was written is compared with what is there: a shard that is too short has no note."""
-    write = jobs.fsspec.filesystem("memory").info
+    write = fsspec.filesystem("memory").info
     monkeypatch.setattr(
         fsspec.implementations.memory.MemoryFileSystem,
         "info",
         lambda self, path, **more: {**write(path, **more), "size": write(path, **more)["size"] - 1},
     )
     with pytest.raises(OSError, match="scenes-00000.tar in memory://lossy is not as large as what was written to it"):
-        pack("memory://lossy", **sources(data), shard_size=SMALL)
-    assert not [path for path in fsspec.filesystem("memory").find("/lossy") if path.endswith(jobs.NOTE)]
+        pack("memory://lossy", PackOptions(**sources(data), shard_size=SMALL))
+    assert not [path for path in fsspec.filesystem("memory").find("/lossy") if path.endswith(".done")]

@@ -13,12 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scene_files import write_data
+from scene_files import open_images, write_data
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack
-from igae.data.shards import read_records
-from igae.data.streams import StreamState, image_loader
+from igae.data import Manifest, PackOptions, ShardReader, StreamState, pack
 
 NATURAL_IMAGES = 23
 
@@ -27,19 +24,19 @@ NATURAL_IMAGES = 23
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
     folder = tmp_path_factory.mktemp("parts")
     data = write_data(folder / "data", views=(3,), images=NATURAL_IMAGES)
-    manifest, _ = pack(str(folder / "out"), images=str(data / "natural_images"), shard_size=15_000)
+    manifest, _ = pack(str(folder / "out"), PackOptions(images=str(data / "natural_images"), shard_size=15_000))
     assert manifest.images == NATURAL_IMAGES and len(manifest.shards) >= 4
     return str(folder / "out"), manifest
 
 
 def stored(root: str, manifest: Manifest) -> list[bytes]:
     """The decoded natural images in their order."""
-    images = [record.image for shard in manifest.shards for record in read_records(root, shard)]
+    images = [record.image for shard in manifest.shards for record in ShardReader(root).read(shard)]
     return [np.asarray(Image.open(io.BytesIO(image))).transpose(2, 0, 1).tobytes() for image in images]
 
 
 def read(root: str, manifest: Manifest, batches: int | None = None, **options) -> list[bytes]:
-    loader = image_loader(root, manifest, workers=0, repeat=batches is not None, **options)
+    loader = open_images(root, manifest, workers=0, repeat=batches is not None, **options)
     try:
         found = list(loader) if batches is None else [next(loader) for _ in range(batches)]
         return [image.numpy().tobytes() for batch in found for image in batch]
@@ -85,7 +82,7 @@ def test_resume_inside_a_part(packed, start, length, batch, step):
     epochs = [whole[i : i + len(part)] for i in range(0, len(whole) - len(part) + 1, len(part))]
     assert all(Counter(epoch) == Counter(epochs[0]) and len(set(epoch)) == len(part) for epoch in epochs)
     state = StreamState(*divmod(step * batch, len(part)))
-    loader = image_loader(root, manifest, workers=0, **options)
+    loader = open_images(root, manifest, workers=0, **options)
     for _ in range(step):
         next(loader)
     assert loader.state == state and loader.samples == len(part)
@@ -114,7 +111,7 @@ def test_order_of_a_shard_is_not_read_beyond_the_part(packed, tmp_path):
     """Damage behind the part is not met."""
     root, manifest = packed
     shard = manifest.shards[0]
-    records = list(read_records(root, shard))
+    records = list(ShardReader(root).read(shard))
     raw = bytearray(Path(root, shard.name).read_bytes())
     raw[records[3].image_offset] ^= 1
     Path(tmp_path, shard.name).write_bytes(raw)
@@ -128,11 +125,11 @@ def test_order_of_a_shard_is_not_read_beyond_the_part(packed, tmp_path):
 def test_wrong_parts(packed, part):
     root, manifest = packed
     with pytest.raises(ValueError, match=f"is no part of {NATURAL_IMAGES} natural images"):
-        image_loader(root, manifest, batch_size=1, part=part)
+        open_images(root, manifest, batch_size=1, part=part)
 
 
 def test_with_workers(packed):
     root, manifest = packed
     options = {"batch_size": 4, "part": range(5, 17), "repeat": False}
-    found = [torch.cat(list(image_loader(root, manifest, workers=workers, **options))) for workers in (0, 2)]
+    found = [torch.cat(list(open_images(root, manifest, workers=workers, **options))) for workers in (0, 2)]
     assert torch.equal(*found)

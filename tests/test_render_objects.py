@@ -20,8 +20,7 @@ import ranks
 import runs
 from PIL import Image
 
-from igae.data.manifest import Manifest
-from igae.data.shards import read_records
+from igae.data import Manifest, ShardReader
 
 pytest.importorskip("trimesh", reason="pip install -e '.[objects]'")
 pytest.importorskip("moderngl", reason="pip install -e '.[objects]'")
@@ -155,7 +154,7 @@ def test_two_commands_lead_to_training(rendered, tmp_path):
     assert manifest.cameras.mean_focal == pytest.approx(1.09375)
     seen = 0
     for shard in manifest.shards:
-        for record in read_records(str(shards), shard):
+        for record in ShardReader(str(shards)).read(shard):
             name, view = record.key.split("/")
             frame = scene(output, name)["frames"][int(view)]
             assert record.image == (output / f"square{SIZE}" / name / frame["file_path"]).read_bytes()
@@ -168,7 +167,7 @@ def test_two_commands_lead_to_training(rendered, tmp_path):
     assert "3 scenes" in log.read_text()
 
 
-def test_a_run_that_was_killed_goes_on(rendered, meshes, tmp_path):
+def test_a_run_that_was_killed_continues(rendered, meshes, tmp_path):
     """Finished objects are not touched, half-written ones are made again, and all is as if nothing had happened."""
     output = tmp_path / "objects"
     command = [sys.executable, TOOLS / "render_objects.py", meshes[0], "--output", output, "--workers", "1", *OPTIONS]
@@ -207,12 +206,12 @@ def test_refusals_are_one_sentence(rendered, meshes, tmp_path):
         ((root, "--output", output, *OPTIONS[:-1], "6"), {}, "choose another --output, or remove that folder"),
         ((tmp_path / "none", *new), {}, "there is no .glb, .gltf or .obj file in"),
         ((root, *new), {"GLCONTEXT_LINUX_LIBEGL": "libnone.so"}, "apt-get install libegl1 libgl1"),
-        ((root, *new), {"PYTHONPATH": str(tmp_path)}, "pip install -e '.[objects]'"),
+        ((root, *new), {"PYTHONPATH": f"{tmp_path}{os.pathsep}{TOOLS.parent}"}, "pip install -e '.[objects]'"),
         ((root / "bad", *new), {}, "nothing was rendered"),
     ]:
         done = tool(*arguments, **variables)
         last = done.stderr.splitlines()[-1]
-        assert done.returncode == 2 and last.startswith("render_objects.py: error: ") and sentence in last, done.stderr
+        assert done.returncode == 2 and last.startswith("error: ") and sentence in last, done.stderr
         assert "Traceback" not in done.stderr
     # Another mesh of the same name is not taken for the finished one.
     done = tool(tmp_path / "000-001", "--output", output, *OPTIONS)

@@ -13,8 +13,7 @@ import ranks
 import runs
 
 from igae import checkpoint
-from igae.data.manifest import Manifest
-from igae.data.shards import read_records
+from igae.data import Manifest, ShardReader
 
 TIMEOUT = 10
 LONG = ["train.warmup.epochs=0", "train.joint.epochs=2000", "checkpoint.every=5", f"train.timeout={TIMEOUT}"]
@@ -85,7 +84,7 @@ def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     epochs = f"train.joint.epochs={steps // 4 + 2}"
     assert ranks.Ranks(runs.train, 1, recipe, *LONG, epochs, log=f"{recipe}.log").exit_codes(120) == [0]
     log = Path(f"{recipe}.log").read_text()
-    assert f"going on from {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
+    assert f"resumes from step {steps}, {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
 
 
 def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:
@@ -105,7 +104,7 @@ def test_a_damaged_shard(recipe: str) -> None:
     """The rank that reads it names it and the byte; the others end too."""
     root = str(Path(recipe).parent / "shards")
     shard = next(shard for shard in Manifest.load(root).shards if shard.kind == "scenes")
-    offset = list(read_records(root, shard))[7].image_offset
+    offset = list(ShardReader(root).read(shard))[7].image_offset
     raw = bytearray((Path(root) / shard.name).read_bytes())
     raw[offset + 5] ^= 1  # in the name, under the header's checksum
     (Path(root) / shard.name).write_bytes(raw)
@@ -133,7 +132,7 @@ def test_the_disk_is_full(recipe: str, small_disk: Path) -> None:
     assert all("can't be written: rank" in line and "No space left on device" in line for line in errors(recipe))
     kept = checkpoint.list_complete(str(small_disk))
     assert kept and len(list(small_disk.iterdir())) == len(kept)  # nothing half written is left
-    assert checkpoint.load(kept[-1]).progress.total == 5 * len(kept)
+    assert checkpoint.load_checkpoint(kept[-1]).progress.total == 5 * len(kept)
 
 
 def test_credentials_are_in_nothing_that_a_run_leaves(recipe: str) -> None:

@@ -13,13 +13,10 @@ import object_store
 import pytest
 import torch
 from object_store import Proxy
-from scene_files import write_data
+from scene_files import open_images, open_views, write_data
 
-from igae.data.manifest import Manifest
-from igae.data.pack import pack, verify
-from igae.data.shards import ShardError
-from igae.data.streams import image_loader, view_loader
-from igae.storage import reading as store
+from igae.data import Manifest, PackOptions, ShardError, pack, verify_packed
+from igae.storage import LIMITS
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -36,7 +33,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("remote")
     data = write_data(folder / "data", views=(5, 3, 5), images=4)
     sources = {"scenes": str(data / "scenes"), "images": str(data / "natural_images")}
-    pack(str(folder / "out"), **sources, subset="square16", shard_size=15_000)
+    pack(str(folder / "out"), PackOptions(**sources, subset="square16", shard_size=15_000))
     return str(folder / "out")
 
 
@@ -56,8 +53,8 @@ def server(local: str) -> Iterator[Proxy]:
 def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The proxy, which s3:// goes through; botocore's own tries are off, so that each fault meets s3fs and us."""
     object_store.use(monkeypatch, server.port, retries={"max_attempts": 0}, read_timeout=READ_TIMEOUT)
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 5000)  # several requests a shard
+    monkeypatch.setattr(LIMITS, "first_wait", 0.001)
+    monkeypatch.setattr(LIMITS, "remote_block", 5000)  # several requests a shard
     server.reset()
     yield server
     server.released.set()
@@ -71,8 +68,8 @@ def roots(proxy: Proxy) -> dict[str, str]:
 def epoch(root: str, manifest: Manifest, **options) -> list[torch.Tensor]:
     """All that an epoch of views and natural images gives, in order."""
     arguments = {"seed": 3, "workers": 0, "repeat": False, **options}
-    views = view_loader(root, manifest, manifest.scenes, batch_size=5, shuffle=6, **arguments)
-    natural_images = image_loader(root, manifest, batch_size=2, **arguments)
+    views = open_views(root, manifest, manifest.scenes, batch_size=5, shuffle=6, **arguments)
+    natural_images = open_images(root, manifest, batch_size=2, **arguments)
     return [tensor for batch in views for tensor in vars(batch).values()] + list(natural_images)
 
 
@@ -93,7 +90,7 @@ def test_no_fault(kind, roots, local, caplog):
 )
 def test_same_samples_with_faults(kind, fault, roots, proxy, local, monkeypatch):
     if kind == "http":  # its client has no timeout of seconds
-        monkeypatch.setattr(store, "ATTEMPT_SECONDS", READ_TIMEOUT)
+        monkeypatch.setattr(LIMITS, "attempt_seconds", READ_TIMEOUT)
     proxy.faults.extend([None, fault, None, None, fault, fault])
     if fault in (500, 503, "close"):
         proxy.head_faults.extend([fault, None] * 4)
@@ -123,8 +120,8 @@ def test_a_store_that_stays_down(kind, fault, roots, proxy, local, monkeypatch, 
     root = roots[kind]
     manifest = Manifest.load(root)
     proxy.after = fault
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
-    monkeypatch.setattr(store, "ATTEMPT_SECONDS", 0.2)
+    monkeypatch.setattr(LIMITS, "attempts", 3)
+    monkeypatch.setattr(LIMITS, "attempt_seconds", 0.2)
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "igae"), pytest.raises(ShardError) as error:
         epoch(root, manifest)
@@ -181,4 +178,4 @@ def test_credentials_are_in_no_message(proxy, local, caplog):
 def verify_with(root: str, manifest: Manifest) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Manifest, "load", lambda root: manifest)
-        return verify(root, workers=4)
+        return verify_packed(root, workers=4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed data: reading raw scenes and natural images (`sources`), packing them (`pack`), streaming them (`streams`)."""
+"""Data: input formats (`sources`), packing them into shards (`packing`), streams of batches (`streams`)."""
 
 import lazy_loader
 

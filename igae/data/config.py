@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the data."""
+"""Settings of the data, and of packing it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from igae.config import Section
+
+Verify = Literal["off", "size", "sha256"]
 
 
 class DataConfig(Section):
@@ -19,7 +23,7 @@ class DataConfig(Section):
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
     """Images in the shuffle buffer."""
-    verify: Literal["off", "size", "sha256"] = "size"
+    verify: Verify = "size"
     """What of a shard is compared with the manifest before its first use; `sha256` reads it once more."""
     cache: str | None = None
     """Folder of this machine where copies of shards are kept, so that an object store is asked for each only once."""
@@ -30,3 +34,32 @@ class DataConfig(Section):
         if not all(0 <= channel <= 1 for channel in value):
             raise ValueError(f"{list(value)} is no RGB color: its channels must be in [0, 1]")
         return value
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What is packed, and how.
+
+    Attributes:
+        scenes: folder or URL of the scenes, in one of the formats of `igae.data.sources`; None: natural images only.
+        subset: folder below `scenes` that has the scenes' folders (`square128`).
+        categories: category -> [start, stop) in its list in dataset_map.json; None: all scenes.
+        images: folder or URL of natural images; None: scenes only.
+        resize: side in pixels of the square that images of other sizes are brought to; None: image bytes are copied.
+        shard_size: bytes a shard should not exceed; a scene is never split.
+        seed: of the order of views and natural images in the shards.
+        workers: processes; 1 works in this one.
+        skip_bad: leave bad scenes and natural images out instead of refusing.
+        overwrite: replace what a manifest in the output describes.
+    """
+
+    scenes: str | None = None
+    subset: str | None = None
+    categories: Mapping[str, tuple[int, int]] | None = None
+    images: str | None = None
+    resize: int | None = None
+    shard_size: int = 500_000_000
+    seed: int = 0
+    workers: int = 1
+    skip_bad: bool = False
+    overwrite: bool = False

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from igae.data.shards import Record, ShardError, wrong
+from igae.data.shards import RawSample, ShardError, damaged_shard
 
 
 def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
@@ -82,23 +82,23 @@ class Decoder(Dataset[B], Generic[B]):
         self._root, self._size, self._ids = root, size, ids
         self._background = np.asarray([round(255 * channel) for channel in background], dtype=np.uint8)
 
-    def __getitems__(self, records: list[Record]) -> B | ShardError:
+    def __getitems__(self, samples: list[RawSample]) -> B | ShardError:
         height, width = self._size
-        images = np.empty((len(records), 3, height, width), np.uint8)
-        cameras = np.empty((len(records), 25), np.float32)
-        for index, record in enumerate(records):
+        images = np.empty((len(samples), 3, height, width), np.uint8)
+        cameras = np.empty((len(samples), 25), np.float32)
+        for index, sample in enumerate(samples):
             try:
-                images[index] = decode_image(record.image, self._size, self._background).transpose(2, 0, 1)
+                images[index] = decode_image(sample.image, self._size, self._background).transpose(2, 0, 1)
             except Exception as error:
-                return self._damaged(record, "image", record.image_offset, error)
-            if record.camera is not None:
+                return self._damaged(sample, "image", sample.image_offset, error)
+            if sample.camera is not None:
                 try:
-                    cameras[index] = _decode_camera(record.camera)
+                    cameras[index] = _decode_camera(sample.camera)
                 except Exception as error:
-                    return self._damaged(record, "camera", record.camera_offset, error)
+                    return self._damaged(sample, "camera", sample.camera_offset, error)
         if self._ids is None:
             return torch.from_numpy(images)  # type: ignore[return-value]
-        keys = [record.key.rsplit("/", 1) for record in records]
+        keys = [sample.key.rsplit("/", 1) for sample in samples]
         return ViewBatch(  # type: ignore[return-value]
             images=torch.from_numpy(images),
             scene=torch.tensor([self._ids[scene] for scene, _ in keys]),
@@ -107,12 +107,12 @@ class Decoder(Dataset[B], Generic[B]):
             intrinsics=torch.from_numpy(cameras[:, 16:].reshape(-1, 3, 3)),
         )
 
-    def _damaged(self, record: Record, what: str, offset: int, error: Exception) -> ShardError:
+    def _damaged(self, sample: RawSample, what: str, offset: int, error: Exception) -> ShardError:
         # Pillow's message has the address of a buffer in it.
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "it is no PNG, JPEG or WebP" if unknown else " ".join(str(error).split()) or type(error).__name__
-        how = f"is damaged at byte {offset}: the {what} of sample {record.key!r} cannot be decoded ({reason})"
-        return wrong(self._root, record.shard, how)
+        how = f"is damaged at byte {offset}: the {what} of sample {sample.key!r} cannot be decoded ({reason})"
+        return damaged_shard(self._root, sample.shard, how)
 
 
 def _decode_camera(data: bytes) -> np.ndarray:

@@ -1,45 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs of packing, and notes of those that are done, by which a run that was stopped goes on.
+"""The jobs of packing: one writes the shards of some scenes, or one shard of natural images.
 
-A note lies beside the shards of a job, says what the job was and what it gave, and is removed when all is packed.
+A job that is done leaves a note beside its shards, so that packing that was stopped continues with the others. It says
+what the job was and what it gave, and is removed when all is packed.
 """
 
 import contextlib
 import hashlib
+import json
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import fsspec
 from pydantic import TypeAdapter, ValidationError
 
+from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
-from igae.data.sources import SceneRef
+from igae.data.processes import ProgressCallback
+from igae.data.shards import ShardWriter
+from igae.data.sources import read_scene
+from igae.data.sources.images import check_image, read_files
+from igae.data.sources.scene import BadInput, RawScene, SceneRef, View
 from igae.errors import redact
-from igae.storage import join
+from igae.storage import file_system, join
 
 NOTE = ".done"
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all jobs of a run share. `size`: (height, width) of all images."""
+class Output:
+    """Where shards are written: folder or URL, end of the names until all is packed, (height, width) of all images."""
 
-    output: str
+    url: str
     staged: str
     size: tuple[int, int]
-    resize: bool
-    seed: int
-    skip_bad: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """Shards to write: the scenes of one group or the natural images (key, file) of one shard; bytes of input."""
+    """Shards to write: those of some scenes, or one of natural images (key, file).
 
-    options: Options
+    `options` has of the run's only what the shards depend on; `bytes` is the size of the input.
+    """
+
+    output: Output
+    options: PackOptions
     index: int
     scenes: Sequence[SceneRef] = ()
-    root: str = ""
     images: Sequence[tuple[str, str]] = ()
     bytes: int = 0
 
@@ -53,38 +61,148 @@ class Job:
     @property
     def note(self) -> str:
         """Name of its note."""
-        return next(iter(self.names.values())) + NOTE + self.options.staged
+        return next(iter(self.names.values())) + NOTE + self.output.staged
 
     @property
     def digest(self) -> str:
-        """Of all that its shards depend on, but for the bytes of the input, of which their number stands here."""
+        """Of all that its shards depend on; of the bytes of the input their number alone."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
+
+    def open(self, kind: ShardKind) -> ShardWriter:
+        """Begins a shard."""
+        return ShardWriter(join(self.output.url, self.names[kind] + self.output.staged), self.names[kind], kind)
 
 
 @dataclass
-class Written:
-    """What a job wrote: shards, scenes (name -> training views, held-out views), their cameras, and what was bad."""
+class JobResult:
+    """What a job wrote."""
 
     shards: list[Shard] = field(default_factory=list)
     scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Name -> numbers of training and of held-out views."""
     distances: list[tuple[float, float, float]] = field(default_factory=list)
+    """Smallest, sum and largest of the cameras' distances from the origin, for each scene."""
     focal: float = 0.0
+    """Sum of the views' normalized focal lengths."""
     bad: dict[str, str] = field(default_factory=dict)
+    """Scene or natural image -> what is wrong with it."""
+
+
+def do_job(job: Job, progress: ProgressCallback) -> JobResult:
+    """Writes a job's shards, or finds that they have been written before. `progress` counts views and images.
+
+    Raises:
+        OSError: the store has not what was written to it.
+    """
+    result = _read_note(job)
+    if result is not None:
+        progress(sum(shard.samples for shard in result.shards))
+        return result
+    result = _write_images(job, progress) if job.images else _write_scenes(job, progress)
+    if not result.bad or job.options.skip_bad:
+        _write_note(job, result)
+    return result
+
+
+def _write_scenes(job: Job, progress: ProgressCallback) -> JobResult:
+    """Writes the shards of the scenes that are not bad; without `skip_bad` shards that are not usable if one is bad."""
+    result = _try_scenes(job, job.scenes, progress)
+    bad = dict(result.bad)
+    while result.bad and job.options.skip_bad:
+        # The views of a shard are interleaved: leaving a scene out means to write the shard again.
+        result = _try_scenes(job, [ref for ref in job.scenes if ref.name not in bad], lambda _: None)
+        bad |= result.bad
+    result.bad = bad
+    return result
+
+
+def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) -> JobResult:
+    """Writes the shards of all these scenes; with a bad one among them they are not usable."""
+    result = JobResult()
+    scenes: list[RawScene] = []
+    for ref in refs:
+        try:
+            scenes.append(read_scene(ref))
+        except BadInput as error:
+            result.bad[ref.name] = str(error)
+    orders: dict[ShardKind, list[tuple[RawScene, View]]] = {
+        "scenes": [(scene, view) for scene in scenes for view in scene.views[scene.heldout :]],
+        "heldout": [(scene, view) for scene in scenes for view in scene.views[: scene.heldout]],
+    }
+    seeded(job.options.seed, f"scenes/{job.index}").shuffle(orders["scenes"])
+    for kind, order in orders.items():
+        if order:
+            with job.open(kind) as out:
+                _write_views(job, order, out, result, progress)
+            result.shards.append(out.entry())
+    for scene in scenes:
+        distances = [math.hypot(*(row[3] for row in view.cam2world[:3])) for view in scene.views]
+        result.distances.append((min(distances), sum(distances), max(distances)))
+        result.scenes[scene.ref.name] = (len(scene.views) - scene.heldout, scene.heldout)
+    return result
+
+
+def _write_views(
+    job: Job,
+    order: Sequence[tuple[RawScene, View]],
+    out: ShardWriter,
+    result: JobResult,
+    progress: ProgressCallback,
+) -> None:
+    """Adds views to a shard, and to the result their focal lengths and what is wrong; one bad view ends the writing."""
+    contents = read_files((scene.ref.folder, view.file) for scene, view in order)
+    for (scene, view), data in zip(order, contents, strict=True):
+        name = scene.ref.name
+        progress(1)
+        if name in result.bad:
+            continue
+        try:
+            suffix, body, found = check_image(data, view.file, job.output.size, bool(job.options.resize))
+            intrinsics = view.intrinsics(found)
+        except BadInput as error:
+            result.bad[name] = f"scene {name!r}: {error}"
+            continue
+        result.focal += intrinsics[0][0]
+        if not result.bad:
+            camera = json.dumps({"cam2world": view.cam2world, "intrinsics": intrinsics})
+            out.add(f"{name}/{view.index:03d}", {suffix: body, "json": camera.encode()}, name)
+
+
+def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
+    result = JobResult()
+    with job.open("images") as out:
+        contents = read_files((job.options.images or "", file) for _, file in job.images)
+        for (key, file), data in zip(job.images, contents, strict=True):
+            progress(1)
+            try:
+                suffix, body, _ = check_image(data, file, job.output.size, bool(job.options.resize), crop=True)
+            except BadInput as error:
+                result.bad[file] = f"natural image {error}"
+                continue
+            out.add(key, {suffix: body})
+    if out.entry().samples:
+        result.shards.append(out.entry())
+    return result
+
+
+def seeded(seed: int, use: str) -> random.Random:
+    """Random numbers that depend on the seed and on what they are for."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
 
 
 @dataclass(frozen=True)
 class _Note:
     job: str
-    written: Written
+    result: JobResult
 
 
 _NOTE = TypeAdapter(_Note)
 
 
-def finished(job: Job) -> Written | None:
-    """What an earlier run wrote for this very job, if its shards are there in their sizes; otherwise its note goes, so
-    that it is never taken for one about the shards that are written now."""
-    fs, root = fsspec.core.url_to_fs(job.options.output)
+def _read_note(job: Job) -> JobResult | None:
+    """What an earlier run wrote for this very job, if its shards are there in their sizes. Otherwise the note is
+    removed, so that it is never taken for one about the shards that are written now."""
+    fs, root = file_system(job.output.url)
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
@@ -92,32 +210,27 @@ def finished(job: Job) -> Written | None:
     except FileNotFoundError:
         return None
     except ValidationError:
-        note = _Note("", Written())
-    if note.job == job.digest and not _missing(job, note.written):
-        return note.written
+        note = _Note("", JobResult())
+    if note.job == job.digest and not _incomplete(job, note.result):
+        return note.result
     fs.rm_file(path)
     return None
 
 
-def finish(job: Job, written: Written) -> None:
-    """Leaves a note.
-
-    Raises:
-        OSError: the store has not what was written to it.
-    """
-    fs, root = fsspec.core.url_to_fs(job.options.output)
+def _write_note(job: Job, result: JobResult) -> None:
+    fs, root = file_system(job.output.url)
     fs.invalidate_cache(root)
-    if wrong := _missing(job, written):
-        raise OSError(f"{wrong} in {redact(job.options.output)} is not as large as what was written to it")
-    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, written)))
+    if name := _incomplete(job, result):
+        raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
+    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, result)))
 
 
-def _missing(job: Job, written: Written) -> str | None:
-    fs, root = fsspec.core.url_to_fs(job.options.output)
-    for shard in written.shards:
+def _incomplete(job: Job, result: JobResult) -> str | None:
+    fs, root = file_system(job.output.url)
+    for shard in result.shards:
         size = None
         with contextlib.suppress(FileNotFoundError):
-            size = fs.info(join(root, shard.name + job.options.staged))["size"]
+            size = fs.info(join(root, shard.name + job.output.staged))["size"]
         if size != shard.bytes:
             return shard.name
     return None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from igae.data.streams import StreamState, ViewBatch
+from igae.data.decoding import ViewBatch
+from igae.data.loader import StreamState
 from igae.ranks import derive_seed
 
 
@@ -49,7 +50,7 @@ class LatentCache:
 class LatentLoader(Iterator[LatentBatch]):
     """Endless batches of full size from a cache, each epoch in an order given by (seed, epoch).
 
-    ``state`` is where the next batch starts; a loader made with it goes on exactly there.
+    ``state`` is where the next batch starts; a loader made with it continues exactly there.
     """
 
     def __init__(self, cache: LatentCache, batch_size: int, seed: int, state: StreamState | None = None) -> None:

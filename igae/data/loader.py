@@ -12,18 +12,20 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Generic
 
 import torch
 from torch.utils.data import DataLoader
 from webdataset import filters
 
-from igae.data.cache import Cache
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
-from igae.data.shards import Opening, Record, ShardError, Verify, read_records
+from igae.data.shards import RawSample, ShardError, ShardReader
 from igae.errors import LostWorker
+from igae.storage import File
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""
@@ -42,74 +44,66 @@ class Plan:
     """What is read, in which order.
 
     Attributes:
-        root: folder or URL of the packed data.
+        reader: reads the shards.
         shards: those that are read, in the order of the manifest.
         counts: samples of each shard that are wanted, at least one.
         scenes: names of the scenes that are wanted; None: all.
         parts: numbers of the samples that are wanted, of those in each shard; None: all.
-        verify, seed, shuffle, repeat: as in `igae.data.streams.view_loader`.
-        cache: where copies of the shards are kept; None: nowhere.
+        seed, shuffle, repeat: as in `igae.data.view_loader`.
     """
 
-    root: str
+    reader: ShardReader
     shards: Sequence[Shard]
     counts: dict[str, int]
     scenes: frozenset[str] | None
     parts: dict[str, range] | None
-    verify: Verify
     seed: int
     shuffle: int
     repeat: bool
-    cache: Cache | None = None
 
     @property
     def samples(self) -> int:
+        """Number of samples of an epoch."""
         return sum(self.counts.values())
 
-    def records(self, state: StreamState) -> Iterator[Record]:
+    def read(self, state: StreamState) -> Iterator[RawSample]:
         """Raw samples from `state` on, endless with `repeat`."""
         skip = state.position
         visits = self._visits(state.epoch)
         visit = next(visits, None)
-        opening: Opening | None = None
+        opening: Future[File] | None = None
         while visit is not None:
             (epoch, shard), visit = visit, next(visits, None)
             if skip >= self.counts[shard.name]:
                 skip -= self.counts[shard.name]
                 continue
-            records, opening = self._shard(shard, epoch, opening), None
-            for record in records:
+            samples, opening = self._read_shard(shard, epoch, opening), None
+            for sample in samples:
                 if opening is None and visit is not None:
-                    opening = Opening(self.root, visit[1], self.cache)
+                    opening = self.reader.open(visit[1])
                 if skip:
                     skip -= 1
                 else:
-                    yield record
+                    yield sample
 
     def _visits(self, start: int) -> Iterator[tuple[int, Shard]]:
         """Epochs, and the shards in their order."""
-        for epoch in _count_from(start) if self.repeat else [start]:
+        for epoch in count(start) if self.repeat else [start]:
             shards = list(self.shards)
             if self.shuffle:
                 _rng(self.seed, epoch, "").shuffle(shards)
             for shard in shards:
                 yield epoch, shard
 
-    def _shard(self, shard: Shard, epoch: int, opening: Opening | None) -> Iterator[Record]:
+    def _read_shard(self, shard: Shard, epoch: int, opening: "Future[File] | None") -> Iterator[RawSample]:
         wanted = None if self.scenes is None else self.scenes.__contains__
         part = None if self.parts is None else self.parts[shard.name]
-        records = read_records(self.root, shard, wanted, part, self.verify, self.cache, opening)
+        samples = self.reader.read(shard, wanted, part, opening)
         if self.shuffle < 2:
-            return records
+            return samples
         rng = _rng(self.seed, epoch, shard.name)
-        shuffled: Iterator[Record] = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(records)
+        shuffled: Iterator[RawSample] = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(samples)
         return shuffled
-
-
-def _count_from(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
 
 
 def _rng(seed: int, epoch: int, shard: str) -> random.Random:
@@ -129,19 +123,19 @@ class _Batches:
         interrupt: what was raised while this process waited for a batch.
     """
 
-    def __init__(self, records: Iterator[Record], batch_size: int) -> None:
-        self._records, self._batch_size = records, batch_size
+    def __init__(self, samples: Iterator[RawSample], batch_size: int) -> None:
+        self._samples, self._batch_size = samples, batch_size
         self.error: BaseException | None = None
         self.interrupt: BaseException | None = None
-        self._ready: queue.Queue[list[Record] | None] = queue.Queue(READ_AHEAD)
+        self._ready: queue.Queue[list[RawSample] | None] = queue.Queue(READ_AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __iter__(self) -> Iterator[list[Record]]:
+    def __iter__(self) -> Iterator[list[RawSample]]:
         while (batch := self._wait()) is not None:
             yield batch
 
-    def _wait(self) -> list[Record] | None:
+    def _wait(self) -> list[RawSample] | None:
         try:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="igae-read-ahead", daemon=True)
@@ -152,10 +146,10 @@ class _Batches:
             return None
 
     def _read(self) -> None:
-        batch: list[Record] = []
+        batch: list[RawSample] = []
         try:
-            for record in self._records:
-                batch.append(record)
+            for sample in self._samples:
+                batch.append(sample)
                 if len(batch) == self._batch_size:
                     if not self._put(batch):
                         return
@@ -166,7 +160,7 @@ class _Batches:
             self.error = error
         self._put(None)
 
-    def _put(self, item: list[Record] | None) -> bool:
+    def _put(self, item: list[RawSample] | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -221,16 +215,20 @@ def _close_all() -> None:  # before multiprocessing's exit, which sends workers 
 
 
 class Loader(Generic[B]):
-    """An iterator over batches; `state` is where it is after the batch that was yielded last."""
+    """An iterator over batches; `state` is where it is after the batch that was yielded last.
+
+    Attributes:
+        plan: what it reads.
+    """
 
     def __init__(self, plan: Plan, decoder: Decoder[B], batch_size: int, workers: int, state: StreamState | None):
-        if batch_size < 1 or workers < 0 or plan.shuffle < 0:
-            raise ValueError(f"batch_size {batch_size}, workers {workers}, shuffle {plan.shuffle}: too small")
-        self._plan = plan
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: at least 1")
+        self.plan = plan
         self._state = replace(state) if state else StreamState()
         if self._state.epoch < 0 or not 0 <= self._state.position <= plan.samples:
             raise ValueError(f"{self._state} does not fit this stream, which has {plan.samples} samples an epoch")
-        self._batches = _Batches(plan.records(replace(self._state)), batch_size)
+        self._batches = _Batches(plan.read(replace(self._state)), batch_size)
         self._loader: DataLoader[B] = DataLoader(
             decoder,
             batch_sampler=self._batches,
@@ -253,7 +251,7 @@ class Loader(Generic[B]):
     @property
     def samples(self) -> int:
         """Number of samples of an epoch."""
-        return self._plan.samples
+        return self.plan.samples
 
     def __iter__(self) -> "Loader[B]":
         return self
@@ -288,8 +286,8 @@ class Loader(Generic[B]):
             raise LostWorker(str(error) or type(error).__name__) from error
 
     def _advance(self, number: int) -> None:
-        epochs, position = divmod(self._state.position + number, self._plan.samples)
-        if self._plan.repeat:
+        epochs, position = divmod(self._state.position + number, self.plan.samples)
+        if self.plan.repeat:
             self._state = StreamState(self._state.epoch + epochs, position)
         else:
             self._state.position += number

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import redact
+from igae.errors import did_you_mean, redact
 from igae.storage import Missing, StoreError, join, read_whole
 
 FORMAT = 1
@@ -108,16 +107,14 @@ class Manifest:
             if version != FORMAT:
                 raise ValueError(f"{where} has format {version}, this version reads {FORMAT}: pack the data again")
             manifest = _MANIFEST.validate_json(text)
-            manifest._check()
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            what = f"{key}: {first['msg']}" if key else first["msg"]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
             raise ValueError(f"{where} is damaged ({what}): pack the data again") from error
         except KeyError as error:
             raise ValueError(f"{where} names no format: it is no manifest of packed data") from error
-        except _Inconsistent as error:
-            raise ValueError(f"{where} is damaged ({error}): pack the data again") from error
+        if problem := next(manifest._problems(), None):
+            raise ValueError(f"{where} is damaged ({problem}): pack the data again")
         return manifest
 
     def to_json(self) -> bytes:
@@ -149,41 +146,37 @@ class Manifest:
             chosen.update(scene.id for scene in known[category][start:stop])
         return [scene for scene in self.scenes if scene.id in chosen]
 
-    def _check(self) -> None:
+    def _problems(self) -> Iterator[str]:
         if not all(0 < side <= MAX_SIDE for side in self.image_size):
-            raise _Inconsistent(f"image_size {list(self.image_size)}")
+            yield f"image_size {list(self.image_size)}"
         if [scene.id for scene in self.scenes] != list(range(len(self.scenes))):
-            raise _Inconsistent("the scenes' ids do not count from 0")
+            yield "the scenes' ids do not count from 0"
         for scene in self.scenes:
             if problem := name_problem(scene.name):
-                raise _Inconsistent(f"scene {scene.name!r}: {problem}")
+                yield f"scene {scene.name!r}: {problem}"
         if len({scene.name for scene in self.scenes}) != len(self.scenes):
-            raise _Inconsistent("two scenes have one name")
+            yield "two scenes have one name"
         if len({shard.name for shard in self.shards}) != len(self.shards):
-            raise _Inconsistent("two shards have one name")
+            yield "two shards have one name"
         counts: dict[str, dict[str, int]] = {"scenes": {}, "heldout": {}, "images": {}}
         for shard in self.shards:
             # Name and checksum become paths: nothing but our own may come out of a file that anybody can write.
             if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.kind}-"):
-                raise _Inconsistent(f"shard name {shard.name!r}")
+                yield f"shard name {shard.name!r}"
             if not SHA256.fullmatch(shard.sha256):
-                raise _Inconsistent(f"sha256 {shard.sha256[:80]!r} of shard {shard.name}")
+                yield f"sha256 {shard.sha256[:80]!r} of shard {shard.name}"
             if min([shard.bytes, shard.samples, *shard.scenes.values()]) < 1:
-                raise _Inconsistent(f"the numbers of shard {shard.name}")
+                yield f"the numbers of shard {shard.name}"
             if shard.kind != "images" and sum(shard.scenes.values()) != shard.samples:
-                raise _Inconsistent(f"the counts of shard {shard.name}")
+                yield f"the counts of shard {shard.name}"
             for name, number in shard.scenes.items():
                 counts[shard.kind][name] = counts[shard.kind].get(name, 0) + number
         if counts["scenes"] != {scene.name: scene.views for scene in self.scenes}:
-            raise _Inconsistent("the shards' training views are not those of the scenes")
+            yield "the shards' training views are not those of the scenes"
         if counts["heldout"] != {scene.name: scene.heldout for scene in self.scenes if scene.heldout}:
-            raise _Inconsistent("the shards' held-out views are not those of the scenes")
+            yield "the shards' held-out views are not those of the scenes"
         if sum(shard.samples for shard in self.shards if shard.kind == "images") != self.images:
-            raise _Inconsistent("the shards' natural images are not as many as it says")
-
-
-class _Inconsistent(Exception):
-    pass
+            yield "the shards' natural images are not as many as it says"
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -203,5 +196,4 @@ def name_problem(name: str) -> str | None:
 
 def unknown_category(category: str, known: Mapping[str, object]) -> ValueError:
     """The error for a category that is not among the known ones, with the nearest of them."""
-    near = difflib.get_close_matches(category, list(known), n=1, cutoff=0.0)
-    return ValueError(f"unknown category {category!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return ValueError(f"unknown category {category!r}{did_you_mean(repr(category), map(repr, known), cutoff=0)}")

@@ -12,16 +12,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import fsspec
+from webdataset import TarWriter
 
-from igae.data.cache import Cache
+from igae.data.config import Verify
 from igae.data.manifest import Shard, ShardKind
 from igae.errors import redact
-from igae.storage import File, StoreError, join
+from igae.storage import Cache, File, StoreError, file_system, join
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
+MEMBER = re.compile(r"((?!.*\.\.)[^/\\]+/[0-9]{1,18})\.(png|jpg|jpeg|webp|json)", re.DOTALL)
 BLOCK = 1 << 20
 IMAGE_LIMIT = 256 << 20
 CAMERA_LIMIT = 1 << 20
@@ -40,17 +41,12 @@ KINDS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 
-Verify = Literal["off", "size", "sha256"]
-
-_verified: set[tuple[str, str, str]] = set()
-"""(root or folder of copies, name, checksum) of shards whose bytes have been compared in this process."""
-
 
 class ShardError(ValueError):
     """A shard is missing, damaged, or not what the manifest says. The message names it."""
 
 
-class Record(NamedTuple):
+class RawSample(NamedTuple):
     """A sample as it is stored.
 
     Attributes:
@@ -76,30 +72,27 @@ class ShardWriter:
     def __init__(self, url: str, name: str, kind: ShardKind) -> None:
         self._name, self._kind = name, kind
         self._samples, self._scenes = 0, Counter[str]()
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = file_system(url)
         self._target = _Digest(fs.open(path, "wb"))
+        # Nothing but name and size, no time and no user: the bytes depend on the content alone.
+        self._tar = TarWriter(self._target, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
+        tar = self._tar.tarstream  # the writer's own format argument has no effect
+        tar.format, tar.encoding, tar.errors = tarfile.USTAR_FORMAT, "utf-8", "strict"
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         try:
-            # A tar file ends with two empty blocks and is a multiple of the record size.
-            end = self._target.bytes + 2 * tarfile.BLOCKSIZE
-            self._target.write(bytes(end + -end % tarfile.RECORDSIZE - self._target.bytes))
+            self._tar.close()
         finally:
             self._target.file.close()
 
     def add(self, key: str, members: Mapping[str, bytes], scene: str | None = None) -> None:
         """Appends a sample: extension -> content."""
-        blocks = []
-        for suffix, body in members.items():
-            # Nothing but name and size: no time and no user, so the bytes depend on the content alone.
-            header = tarfile.TarInfo(f"{key}.{suffix}")
-            header.size = len(body)
-            padding = bytes(-len(body) % tarfile.BLOCKSIZE)
-            blocks += [header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"), body, padding]
-        self._target.write(b"".join(blocks))
+        for suffix, body in members.items():  # one by one: a sample's members would be sorted
+            self._tar.write({"__key__": key, suffix: body})
+        self._tar.tarstream.members.clear()  # it would keep all headers
         self._samples += 1
         if scene is not None:
             self._scenes[scene] += 1
@@ -124,102 +117,111 @@ class _Digest:
         return int(self.file.write(data))
 
 
-def split_member(name: str) -> tuple[str, str]:
-    """Checks the name of a tar member and splits it: key, extension.
-
-    Raises:
-        ShardError: the name is none that the packer writes.
-    """
-    stem, _, suffix = name.rpartition(".")
-    folder, _, number = stem.partition("/")
-    ours = (suffix in IMAGES or suffix == "json") and re.fullmatch("[0-9]{1,18}", number)
-    if not ours or not folder or ".." in folder or "\\" in folder:
-        raise ShardError(f"member {name!r} is not of the kind that data_tools/pack_shards.py writes")
-    return stem, suffix
-
-
-def read_records(
-    root: str,
-    shard: Shard,
-    wanted: Callable[[str], bool] | None = None,
-    part: range | None = None,
-    verify: Verify = "size",
-    cache: Cache | None = None,
-    opening: "Opening | None" = None,
-) -> Iterator[Record]:
-    """Reads the samples of a shard in their order, without decoding.
+class ShardReader:
+    """Reads shards without decoding their samples.
 
     Args:
         root: folder or URL of the packed data.
-        shard: its manifest entry.
-        wanted: takes a scene's name; the views of other scenes are passed over.
-        part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
-        verify: what is compared with the manifest before the first sample; see `view_loader`.
-        cache: reads a copy there, which is made first if there is none.
-        opening: the shard, if it was begun to be opened before.
+        verify: what of a shard is compared with the manifest before its first sample; see `DataConfig`.
+        cache: reads copies there, which are made first where there are none.
 
-    Raises:
-        ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
+    Attributes:
+        verified: (root or folder of copies, name, checksum) of shards that were found to have that checksum, by all
+            readers of this process.
     """
-    try:
-        with opening.wait() if opening is not None else _open(root, shard, cache=cache) as file:
-            if verify != "off" and file.size != shard.bytes:
-                raise wrong(root, shard.name, f"has {file.size} bytes, the manifest says {shard.bytes}")
-            key = (root if cache is None else str(cache.folder), shard.name, shard.sha256)
-            if verify == "sha256" and key not in _verified:
-                if _sha256(file) != shard.sha256:
-                    if cache is not None:
-                        raise ShardError(f"{cache.path(shard)}, a copy of shard {shard.name}, is damaged: delete it")
-                    raise wrong(root, shard.name, "has another sha256 than the manifest says")
-                _verified.add(key)
-                file.rewind()
-            yield from _samples(file, shard, wanted, part)
-    except StoreError as error:
-        raise ShardError(str(error)) from None
-    except _Damage as error:
-        raise wrong(root, shard.name, str(error)) from None
 
+    verified: ClassVar[set[tuple[str, str, str]]] = set()
 
-class Opening:
-    """Opens a shard and fetches its beginning (all of it into a cache) in the background."""
+    def __init__(self, root: str, verify: Verify = "size", cache: Cache | None = None) -> None:
+        self.root, self.verify, self.cache = root, verify, cache
 
-    def __init__(self, root: str, shard: Shard, cache: Cache | None) -> None:
-        self._future: Future[File] = Future()
+    def open(self, shard: Shard) -> "Future[File]":
+        """Opens a shard and fetches its beginning (all of it into the cache) in the background."""
+        future: Future[File] = Future()
 
         def work() -> None:
             try:
-                file = _open(root, shard, cache=cache)
+                file = self._open(shard)
                 file.begin()
-                self._future.set_result(file)
+                future.set_result(file)
             except BaseException as error:  # whatever it is, who waits has to hear of it
-                self._future.set_exception(error)
+                future.set_exception(error)
 
         # A daemon: a store that does not answer keeps no process.
         threading.Thread(target=work, name="igae-open", daemon=True).start()
+        return future
 
-    def wait(self) -> File:
-        """The file; raises what went wrong."""
-        return self._future.result()
+    def read(
+        self,
+        shard: Shard,
+        wanted: Callable[[str], bool] | None = None,
+        part: range | None = None,
+        opening: "Future[File] | None" = None,
+    ) -> Iterator[RawSample]:
+        """The samples of a shard in their order.
+
+        Args:
+            wanted: takes a scene's name; the views of other scenes are passed over.
+            part: numbers of the samples that are wanted, of all in the shard; it is not read beyond them.
+            opening: what `open` gave, if it was called before.
+
+        Raises:
+            ShardError: missing, unreadable, damaged, members or counts that are not those of the manifest.
+        """
+        try:
+            with opening.result() if opening is not None else self._open(shard) as file:
+                self._verify(file, shard)
+                yield from _samples(file, shard, wanted, part)
+        except StoreError as error:
+            raise ShardError(str(error)) from None
+        except _Damage as error:
+            raise damaged_shard(self.root, shard.name, str(error)) from None
+
+    def check(self, shard: Shard) -> str | None:
+        """Reads a whole shard and compares size, checksum and counts with the manifest; returns what is wrong, if
+        anything is."""
+        what, digest = f"shard {shard.name} in {redact(self.root)}", hashlib.sha256()
+        try:
+            with self._open(shard, digest) as file:
+                if file.size != shard.bytes:
+                    size = f"it has {file.size} bytes, the manifest says {shard.bytes}"
+                    raise _Damage(min(file.size, shard.bytes), size)
+                for _ in _samples(file, shard, None, None):
+                    pass
+        except StoreError as error:
+            return str(error)
+        except _Damage as error:
+            return f"{what} {error}"
+        return None if digest.hexdigest() == shard.sha256 else f"{what} has another sha256 than the manifest says"
+
+    def _open(self, shard: Shard, digest: Any = None) -> File:
+        what = f"shard {shard.name} in {redact(self.root)}"
+        url = join(self.root, shard.name) if self.cache is None else self.cache.get(shard, what)
+        return File(url, what, shard.bytes, digest)
+
+    def _verify(self, file: File, shard: Shard) -> None:
+        if self.verify != "off" and file.size != shard.bytes:
+            how = f"has {file.size} bytes, the manifest says {shard.bytes}"
+            raise damaged_shard(self.root, shard.name, how)
+        key = (self.root if self.cache is None else str(self.cache.folder), shard.name, shard.sha256)
+        if self.verify != "sha256" or key in self.verified:
+            return
+        digest = hashlib.sha256()
+        while data := file.read(BLOCK):
+            digest.update(data)
+        if digest.hexdigest() != shard.sha256:
+            if self.cache is not None:
+                raise ShardError(f"{self.cache.path(shard)}, a copy of shard {shard.name}, is damaged: delete it")
+            raise damaged_shard(self.root, shard.name, "has another sha256 than the manifest says")
+        self.verified.add(key)
+        file.rewind()
 
 
-def _open(root: str, shard: Shard, digest: Any = None, cache: Cache | None = None) -> File:
-    what = f"shard {shard.name} in {redact(root)}"
-    url = join(root, shard.name) if cache is None else cache.get(shard, what)
-    return File(url, what, shard.bytes, digest)
-
-
-def wrong(root: str, shard: str, how: str) -> ShardError:
+def damaged_shard(root: str, shard: str, how: str) -> ShardError:
     """The error for a shard that is not as it was packed, with what to do."""
     hidden = redact(root)
     todo = f"copy or pack it again, and check all with python data_tools/pack_shards.py --verify {hidden}"
     return ShardError(f"shard {shard} in {hidden} {how}; {todo}")
-
-
-def _sha256(file: File) -> str:
-    digest = hashlib.sha256()
-    while data := file.read(BLOCK):
-        digest.update(data)
-    return digest.hexdigest()
 
 
 class _Damage(Exception):
@@ -259,10 +261,10 @@ def _members(file: File) -> Iterator[_Member]:
         if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             kind = KINDS.get(info.type, f"of type {info.type!r}")
             raise _Damage(offset, f"member {info.name!r} is {kind}, not a plain file")
-        try:
-            key, suffix = split_member(info.name)
-        except ShardError as error:
-            raise _Damage(offset, str(error)) from None
+        name = MEMBER.fullmatch(info.name)
+        if name is None:
+            raise _Damage(offset, f"member {info.name!r} is not of the kind that data_tools/pack_shards.py writes")
+        key, suffix = name.groups()
         limit = CAMERA_LIMIT if suffix == "json" else IMAGE_LIMIT
         start = file.position
         if not 0 <= info.size <= limit:
@@ -273,7 +275,7 @@ def _members(file: File) -> Iterator[_Member]:
         file.skip(start + info.size + -info.size % tarfile.BLOCKSIZE - file.position)
 
 
-def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, part: range | None) -> Iterator[Record]:
+def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, part: range | None) -> Iterator[RawSample]:
     key: str | None = None
     number = -1
     found: dict[str, tuple[int, bytes]] = {}
@@ -283,7 +285,7 @@ def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, par
     for member in _members(file):
         if member.key != key:
             if found:
-                yield _record(shard, key or "", found)
+                yield _sample(shard, key or "", found)
                 left -= 1
             if some and not left:
                 return  # held-out views lie scene after scene: those that follow are not read
@@ -297,39 +299,21 @@ def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, par
                 raise _Damage(member.offset, f"member '{member.key}.{member.suffix}' is there twice")
             found[member.suffix] = member.offset, file.read(member.size)
     if found:
-        yield _record(shard, key or "", found)
+        yield _sample(shard, key or "", found)
     if seen != _counts(shard):
         total = sum(seen.values())
         raise _Damage(file.size, f"it ends after {total} of {shard.samples} samples, or has not those of the manifest")
 
 
-def _record(shard: Shard, key: str, found: dict[str, tuple[int, bytes]]) -> Record:
+def _sample(shard: Shard, key: str, found: dict[str, tuple[int, bytes]]) -> RawSample:
     images = [suffix for suffix in IMAGES if suffix in found]
     if len(images) != 1 or ("json" in found) == (shard.kind == "images"):
         offset = min(offset for offset, _ in found.values())
         raise _Damage(offset, f"sample {key!r} has not one image and, if it is a view, one camera")
     image_offset, image = found[images[0]]
     camera_offset, camera = found.get("json", (0, None))
-    return Record(key, image, camera, shard.name, image_offset, camera_offset)
+    return RawSample(key, image, camera, shard.name, image_offset, camera_offset)
 
 
 def _counts(shard: Shard) -> dict[str, int]:
     return {"images": shard.samples} if shard.kind == "images" else shard.scenes
-
-
-def verify_shard(root: str, shard: Shard) -> str | None:
-    """Reads a whole shard and compares size, checksum and counts with the manifest; returns what is wrong, or None."""
-    digest = hashlib.sha256()
-    try:
-        with _open(root, shard, digest) as file:
-            if file.size != shard.bytes:
-                raise _Damage(min(file.size, shard.bytes), f"it has {file.size} bytes, the manifest says {shard.bytes}")
-            for _ in _samples(file, shard, None, None):
-                pass
-    except StoreError as error:
-        return str(error)
-    except _Damage as error:
-        return f"shard {shard.name} in {redact(root)} {error}"
-    if digest.hexdigest() != shard.sha256:
-        return f"shard {shard.name} in {redact(root)} has another sha256 than the manifest says"
-    return None

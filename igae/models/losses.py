@@ -6,20 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def psnr(prediction: Tensor, target: Tensor, data_range: float = 2.0) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image.
-
-    Args:
-        prediction, target: [B, ...], of equal shape.
-        data_range: distance of the largest to the smallest possible value (2 for images in [-1, 1]).
-
-    Returns:
-        [B], float64; equal images give a finite 100 dB, so that means over images stay finite.
-    """
-    mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
-    return (10.0 * torch.log10(data_range**2 / mse.clamp_min(1e-30))).clamp_max(100.0)
-
-
 def total_variation(x: Tensor, dims: tuple[int, int], weights: Tensor | None = None) -> Tensor:
     """Mean squared difference of neighbors along two dimensions, summed over both (a scalar).
 

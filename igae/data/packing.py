@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing: raw scenes and natural images into tar shards with a manifest, and verifying what was packed.
+
+The layout of the shards is planned from the sizes of the input files before anything is written, one shard is written
+by one process, and every order comes from the seed: the result does not depend on the number of processes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
+
+from igae.data.config import PackOptions
+from igae.data.jobs import NOTE, Job, JobResult, Output, do_job, seeded
+from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
+from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
+from igae.data.shards import ShardReader
+from igae.data.sources import find_scenes, read_scene
+from igae.data.sources.images import find_images, open_image, read_files
+from igae.data.sources.scene import BadInput, SceneRef
+from igae.errors import redact
+from igae.storage import file_system, join
+
+STAGED = ".partial"
+TAR_OVERHEAD = 2560
+"""Bytes of a view in a tar file besides its image: two headers, padding, the camera."""
+
+T = TypeVar("T")
+
+
+class Refused(ValueError):
+    """The input is bad and nothing was packed; `problems` has a sentence for each bad scene or natural image."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(f"nothing was packed because of {len(problems)} bad input(s), first: {problems[0]}")
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """A scene as planned: bytes of its images, and the (height, width) of its first."""
+
+    ref: SceneRef
+    bytes: int
+    views: int
+    size: tuple[int, int]
+
+
+def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
+    """Packs scenes and natural images into shards and a manifest in the folder or fsspec URL `output`.
+
+    Local files have staging names until everything is written. Shards that were finished before packing was stopped are
+    not written again.
+
+    Returns:
+        The manifest, and a sentence for everything that was left out.
+
+    Raises:
+        Refused: something in the input is bad and `skip_bad` is False, or nothing is left.
+        ValueError: nothing to pack, unknown category, or there is a manifest already.
+        OSError: files cannot be read or written, or a process died.
+    """
+    if options.scenes is None and options.images is None:
+        raise ValueError("nothing to pack: give scenes, images or both")
+    fs, root = file_system(output)
+    if fs.exists(join(root, NAME)) and not options.overwrite:
+        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or overwrite it")
+    dataset, refs, problems = "images", list[SceneRef](), list[str]()
+    if options.scenes:
+        dataset, refs, problems = find_scenes(options.scenes, options.subset, options.categories)
+    processes = options.workers if options.workers > 1 else 0
+    with ProcessPool(processes, _start, (processes,)) as pool:
+        found = _run(pool, "scanning scenes", _scan, refs)
+        problems += [entry for entry in found if isinstance(entry, str)]
+        scanned = [entry for entry in found if isinstance(entry, _Scanned)]
+        natural_images = find_images(options.images) if options.images else {}
+        if problems and not options.skip_bad:
+            raise Refused(problems)
+        size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
+        if size is None:
+            raise Refused(problems or [f"no readable image in {redact(options.images or '')}"])
+        staged = STAGED if isinstance(fs, LocalFileSystem) else ""
+        jobs = _plan(options, Output(output, staged, size), scanned, natural_images)
+        fs.makedirs(root, exist_ok=True)
+        if not staged and fs.exists(join(root, NAME)):
+            # An object store has no renaming: the manifest is the marker, so it is removed before its shards are.
+            fs.rm_file(join(root, NAME))
+        total = sum(entry.views for entry in scanned) + len(natural_images)
+        results = _run(pool, "packing", do_job, jobs, total)
+    problems += [sentence for result in results for sentence in result.bad.values()]
+    manifest = _manifest(dataset, size, options.seed, [entry.ref for entry in scanned], results)
+    names = {name for job in jobs for name in job.names.values()}
+    if problems and not options.skip_bad or not manifest.shards:
+        _remove(fs, root, [*(name + staged for name in names), *(job.note for job in jobs)])
+        raise Refused(problems)
+    _remove(fs, root, [name + staged for name in names - {shard.name for shard in manifest.shards}])
+    _finish(fs, root, manifest, staged)
+    return manifest, problems
+
+
+def _start(processes: int) -> ItemFunction:
+    if processes:
+        torch.set_num_threads(1)
+    return _call
+
+
+def _call(item: tuple[Callable[[Any, ProgressCallback], Any], Any], progress: ProgressCallback) -> Any:
+    function, argument = item
+    return function(argument, progress)
+
+
+def _run(
+    pool: ProcessPool,
+    what: str,
+    function: Callable[[T, ProgressCallback], Any],
+    items: Sequence[T],
+    total: int | None = None,
+) -> list[Any]:
+    """Calls a function for all items, with a progress bar; the first failure is raised. Results are in their order."""
+    results: list[Any] = [None] * len(items)
+    with tqdm(desc=what, total=total or len(items), disable=None) as bar:
+        for index, result in pool.run([(function, item) for item in items], bar.update):
+            if isinstance(result, ItemFailed):
+                raise result.error or result
+            results[index] = result
+    return results
+
+
+def _common_size(
+    scanned: Sequence[_Scanned], images: str | None, natural_images: Mapping[str, int]
+) -> tuple[int, int] | None:
+    """The size that most scenes' first views have, or most of the first 100 natural images; of equals the first."""
+    sizes = Counter(entry.size for entry in scanned)
+    if not sizes and images:
+        some = list(natural_images)[:100]
+        for file, data in zip(some, read_files((images, file) for file in some), strict=True):
+            try:
+                image = open_image(data, file)
+                sizes[image.height, image.width] += 1
+            except BadInput:
+                continue  # it is reported when it is packed
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
+    """Checks a scene without decoding its images."""
+    progress(1)
+    try:
+        scene = read_scene(ref)
+    except BadInput as error:
+        return str(error)
+    try:
+        fs, folder = file_system(ref.folder)
+        prefix = folder.rstrip("/") + "/"
+        sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
+        for view in scene.views:
+            if view.file not in sizes:
+                raise BadInput(f"{view.file} is missing")
+        first = scene.views[0]
+        image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
+        size = (image.height, image.width)
+        first.intrinsics(size)
+    except BadInput as error:
+        return f"scene {ref.name!r}: {error}"
+    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in scene.views), len(scene.views), size)
+
+
+def _plan(
+    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, int]
+) -> list[Job]:
+    """Divides scenes, in their order, and natural images, in a seeded order, over shards."""
+
+    def stored(entry: _Scanned) -> int:
+        ratio = math.prod(output.size) / math.prod(entry.size) if options.resize else 1.0
+        return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
+
+    shared = PackOptions(images=options.images, resize=options.resize, seed=options.seed, skip_bad=options.skip_bad)
+    jobs = [
+        Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
+        for index, group in enumerate(_groups(scanned, stored, options.shard_size))
+    ]
+    files = list(natural_images)
+    seeded(options.seed, "images").shuffle(files)
+    keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
+    groups = _groups(keyed, lambda entry: natural_images[entry[1]] + TAR_OVERHEAD, options.shard_size)
+    return jobs + [
+        Job(output, shared, index, images=group, bytes=sum(natural_images[file] for _, file in group))
+        for index, group in enumerate(groups)
+    ]
+
+
+def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
+    if group:
+        yield group
+
+
+def _manifest(
+    dataset: str, size: tuple[int, int], seed: int, refs: Sequence[SceneRef], results: Sequence[JobResult]
+) -> Manifest:
+    counts = {name: number for result in results for name, number in result.scenes.items()}
+    packed = [ref for ref in refs if ref.name in counts]
+    scenes = [Scene(i, ref.name, ref.category, *counts[ref.name]) for i, ref in enumerate(packed)]
+    shards = [shard for result in results for shard in result.shards]
+    shards.sort(key=lambda shard: (("scenes", "heldout", "images").index(shard.kind), shard.name))
+    cameras = None
+    if scenes:
+        nearest, sums, farthest = zip(*(entry for result in results for entry in result.distances), strict=True)
+        views = sum(scene.views + scene.heldout for scene in scenes)
+        focal = sum(result.focal for result in results) / views
+        cameras = CameraSummary(min(nearest), sum(sums) / views, max(farthest), focal)
+    images = sum(shard.samples for shard in shards if shard.kind == "images")
+    return Manifest(FORMAT, size, seed, dataset, shards, scenes, images, cameras)
+
+
+def _remove(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> None:
+    for name in names:
+        if fs.exists(join(root, name)):
+            fs.rm_file(join(root, name))
+
+
+def _finish(fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest, staged: str) -> None:
+    """Gives the shards their names and writes the manifest, which says that all of them are there, last."""
+    manifest_file = join(root, NAME)
+    names = {shard.name for shard in manifest.shards}
+
+    def present() -> list[str]:
+        return [path.rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
+
+    if fs.exists(manifest_file):
+        fs.rm_file(manifest_file)
+        _remove(fs, root, [name for name in present() if SHARD_NAME.fullmatch(name) and name not in names])
+    if staged:
+        for name in sorted(names):
+            fs.mv(join(root, name + staged), join(root, name))
+    fs.invalidate_cache(root)
+    _remove(fs, root, [name for name in present() if name.endswith(NOTE + staged)])
+    fs.pipe_file(manifest_file + staged, manifest.to_json())
+    if staged:
+        fs.mv(manifest_file + staged, manifest_file)
+
+
+def verify_packed(root: str, workers: int = 1) -> list[str]:
+    """Reads all packed data in `root` again; returns a sentence for each shard that is not what the manifest says.
+
+    Raises:
+        ValueError: there is no readable manifest.
+    """
+    shards = Manifest.load(root).shards
+    # Threads do: reading and hashing leave the interpreter to the others.
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(ShardReader(root).check, shards)
+        return [problem for problem in tqdm(found, "verifying", len(shards), disable=None) if problem]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of igae-data: `dataset_map.json` (category -> scenes), and a transforms file in each scene."""
+
+import json
+
+from igae.data.sources.scene import Found
+from igae.data.sources.transforms import read as read
+from igae.errors import redact
+from igae.storage import file_system, join
+
+MAP = "dataset_map.json"
+
+
+def find(root: str, folder: str) -> Found | None:
+    """The scenes that the map lists. Its longest list names the data set if it has all scenes."""
+    fs, path = file_system(root)
+    file = join(path, MAP)
+    if not fs.exists(file):
+        return None
+    lists = _read_map(fs.cat_file(file), redact(join(root, MAP)))
+    longest = max(lists, key=lambda key: len(lists[key]))
+    if set(lists[longest]) >= {name for names in lists.values() for name in names}:
+        return Found(longest, {longest: lists[longest], **lists})
+    return Found(path.rstrip("/").rsplit("/", 1)[-1], lists)
+
+
+def _read_map(text: bytes, file: str) -> dict[str, list[str]]:
+    try:
+        lists = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(lists, dict) or not lists:
+        raise ValueError(f"{file} has to map category names to lists of scene names")
+    for key, names in lists.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{file}: {key!r} has to be a list of scene names")
+    return lists
