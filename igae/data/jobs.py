@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
-from igae.data.shards import ShardWriter
+from igae.data.shards import ShardWriter, seeded
 from igae.data.sources import read_scene
 from igae.data.sources.images import check_image, read_files
 from igae.data.sources.scene import BadInput, RawScene, SceneRef, View
@@ -183,11 +182,6 @@ def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
     if out.entry().samples:
         result.shards.append(out.entry())
     return result
-
-
-def seeded(seed: int, use: str) -> random.Random:
-    """Random numbers that depend on the seed and on what they are for."""
-    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 
 import atexit
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import queue
-import random
 import signal
 import threading
 import weakref
@@ -23,7 +21,7 @@ from webdataset import filters
 
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
-from igae.data.shards import RawSample, ShardError, ShardReader
+from igae.data.shards import RawSample, ShardError, ShardReader, seeded
 from igae.errors import LostWorker
 from igae.storage import File
 
@@ -91,7 +89,7 @@ class Plan:
         for epoch in count(start) if self.repeat else [start]:
             shards = list(self.shards)
             if self.shuffle:
-                _rng(self.seed, epoch, "").shuffle(shards)
+                seeded(self.seed, f"{epoch}/").shuffle(shards)
             for shard in shards:
                 yield epoch, shard
 
@@ -101,13 +99,9 @@ class Plan:
         samples = self.reader.read(shard, wanted, part, opening)
         if self.shuffle < 2:
             return samples
-        rng = _rng(self.seed, epoch, shard.name)
+        rng = seeded(self.seed, f"{epoch}/{shard.name}")
         shuffled: Iterator[RawSample] = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(samples)
         return shuffled
-
-
-def _rng(seed: int, epoch: int, shard: str) -> random.Random:
-    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{shard}".encode()).digest()[:8], "big"))
 
 
 class _Batches:

@@ -18,10 +18,10 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from igae.data.config import PackOptions
-from igae.data.jobs import NOTE, Job, JobResult, Output, do_job, seeded
+from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
 from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
-from igae.data.shards import ShardReader
+from igae.data.shards import ShardReader, seeded
 from igae.data.sources import find_scenes, read_scene
 from igae.data.sources.images import find_images, open_image, read_files
 from igae.data.sources.scene import BadInput, SceneRef

@@ -6,6 +6,7 @@ key of a view is `<scene>/<index>`, that of a natural image `images/<number>`.
 """
 
 import hashlib
+import random
 import re
 import tarfile
 import threading
@@ -48,16 +49,8 @@ class ShardError(ValueError):
 
 
 class RawSample(NamedTuple):
-    """A sample as it is stored.
-
-    Attributes:
-        key: `<scene>/<view>` or `images/<number>`.
-        image: bytes of the image file.
-        camera: bytes of the JSON; None for natural images.
-        shard: its name.
-        image_offset: byte in the shard at which the image's member begins.
-        camera_offset: the same of the camera.
-    """
+    """A sample as stored: key (`<scene>/<view>` or `images/<number>`), image file, camera as JSON (None for natural
+    images), name of the shard, and the bytes in the shard at which the members of image and camera begin."""
 
     key: str
     image: bytes
@@ -65,6 +58,11 @@ class RawSample(NamedTuple):
     shard: str
     image_offset: int
     camera_offset: int
+
+
+def seeded(seed: int, use: str) -> random.Random:
+    """Random numbers that depend on the seed and on what they are for."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
 
 
 class ShardWriter:
