@@ -7,7 +7,15 @@ from setuptools import find_packages, setup
 
 LAUNCH = sorted(f"launch/{path.name}" for path in (Path(__file__).parent / "launch").iterdir() if path.is_dir())
 INSTALLED = {f"igae.{folder.replace('/', '.')}": folder for folder in ("configs", "data_tools", "launch", *LAUNCH)}
-FILES = ["py.typed", "**/*.pyi", "**/*.cu", "**/*.cuh", "models/demo-autoencoder/*", "viewer/report/page.*"]
+FILES = [
+    "py.typed",
+    "**/*.pyi",
+    "**/*.cu",
+    "**/*.cuh",
+    "models/demo-autoencoder/*",
+    "export/card.md",
+    "viewer/report/page.*",
+]
 
 setup(
     packages=[*find_packages(include=["igae", "igae.*"]), *INSTALLED],

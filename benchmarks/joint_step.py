@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training_step import alone, model_of, prepare, recipe_of, write_data
 from igae.data import Manifest
-from igae.training.parallel.engine import Engine
-from igae.training.stage import Stage
+from igae.training import Engine, Stage
 
 SLOW = {
     "train.precision": "fp32",

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igae.kernels.launch import INSTALLED
-from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.kernels import INSTALLED
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 
 
 def orbit(views: int, distance: float, device: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def measure(
     planes = torch.randn(scenes, 3, args.resolution, args.resolution, args.features, generator=generator)
     planes = planes.to(device).requires_grad_()
     mlp = DecodingMLP(args.features, args.colors, generator=generator).to(device)
-    pose, intrinsics = orbit(views, 1.3, device)
+    cameras = Cameras(*orbit(views, 1.3, device), (size, size))
     background = torch.full((args.colors,), 0.5, device=device)
     scene = torch.arange(views, device=device) % scenes
     options = RenderOptions(coarse_samples=coarse, fine_samples=fine, axes=args.axes, precision=precision)
@@ -97,10 +97,7 @@ def measure(
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            out = render(
-                planes, mlp, pose, intrinsics, (size, size), options,
-                background=background, scene=scene, seed=seed, backend=backend,
-            )  # fmt: skip
+            out = render(planes, mlp, cameras, options, background=background, scene=scene, seed=seed, backend=backend)
         return out.features
 
     def both() -> None:

@@ -28,12 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
-from igae.training.meter import Outcome
-from igae.training.parallel.engine import Engine
-from igae.training.shares import own_data
-from igae.training.trainer import LAG
+from igae.training import ASYNC_STEPS, Engine, Outcome, RankData
 
 Figures = dict[str, float]
 
@@ -58,7 +55,7 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
             settle(0)
             start = time.perf_counter()
         outcomes.append(stage.step(step))
-        settle(LAG if engine.asynchronous else 0)
+        settle(ASYNC_STEPS if engine.asynchronous else 0)
     settle(0)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
@@ -74,7 +71,7 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     engine = Engine(async_steps=first.train.async_steps, bf16=first.train.precision == "bf16")
     channel, world = Channel(), world_size()
     single = alone(engine, engine.asynchronous)
-    model = model_of(first, own_data(first).manifest.image_size, engine.device)
+    model = model_of(first, RankData.split(first).manifest.image_size, engine.device)
     model.speed_up(compile=first.train.compile, channels_last=first.train.channels_last)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):

@@ -33,10 +33,7 @@ import fsspec
 import torch
 
 from igae import config
-from igae.training.recipe import Recipe, StageName
-from igae.training.shares import own_data
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.training import RankData, Recipe, Stage, StageName, StageState, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES: tuple[StageName, ...] = ("warmup", "joint")
@@ -101,7 +98,7 @@ def store(folder: str, latency: float) -> Iterator[Any]:
 def measure(trainer: Trainer, name: StageName, recipe: Recipe) -> dict[str, float]:
     """Seconds of opening a stage (the warm-up reads and encodes all views there), of its steps, of waiting for data."""
     start = time.perf_counter()
-    stage = Stage(name, recipe, trainer.engine, trainer.model, trainer.bank, own_data(recipe), {})
+    stage = Stage(name, recipe, trainer.engine, trainer.model, trainer.store, RankData.split(recipe), StageState())
     opened = time.perf_counter() - start
     stage.meter.restart(0)
     start = time.perf_counter()

@@ -10,17 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import igae.training.stage
 from igae import config
 from igae.data import CameraSummary, LatentCache, Manifest, Scene, Shard, ShardWriter, ViewBatch, orbit
-from igae.models.igae import IGAE
-from igae.scenes import SceneBank
-from igae.training.assembly import build_model
-from igae.training.parallel.engine import Engine
-from igae.training.parallel.strategies import Strategy
-from igae.training.recipe import Recipe
-from igae.training.shares import Data, own_data
-from igae.training.stage import Stage
+from igae.models import IGAE
+from igae.scenes import SceneStore
+from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +77,7 @@ def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
     return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
 
 
-def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache:
+def random_latents(model: IGAE, data: RankData, device: torch.device) -> LatentCache:
     """A cache as after encoding, without the time that it takes."""
     scene = torch.tensor([scene.id for scene in data.owned]).repeat(VIEWS)
     cameras = orbit(16, 1.3, 0.4)[torch.arange(len(scene)) % 16]
@@ -93,7 +87,7 @@ def random_latents(model: IGAE, data: Data, device: torch.device) -> LatentCache
 
 
 def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
-    model = build_model(recipe, image_size, device)
+    model = IGAE.from_recipe(recipe, image_size, device)
     model.refresh_background()
     return model
 
@@ -105,21 +99,25 @@ def alone(engine: Engine, async_steps: bool = False) -> Engine:
     return single
 
 
+class PreparedStage(Stage):
+    """A stage whose latents are random, so that nothing has to be encoded."""
+
+    def encode_views(self) -> LatentCache:
+        return random_latents(self.model, self.data, self.engine.device)
+
+
 def prepare(engine: Engine, model: IGAE, stage: str, recipe: Recipe) -> Stage:
     """A stage of this process's part of the scenes, in the middle of a long training."""
-    data, device = own_data(recipe), engine.device
+    data, device = RankData.split(recipe), engine.device
     # Planes of all scenes at once: one generator a scene takes long on one core.
-    small = recipe.planes.model_copy(update={"resolution": 2, "features": 1})
-    bank = SceneBank(small, [scene.id for scene in data.owned], 0, device)
-    side, features = recipe.planes.resolution, recipe.planes.features
-    bank.planes = torch.empty(len(bank), 3, side, side, features, device=device).normal_(0, 0.1)
-    igae.training.stage.encode_views = lambda _, model, data, device: random_latents(model, data, device)
-    result = Stage("warmup" if stage == "warmup" else "joint", recipe, engine, model, bank, data, {})
-    moments = result.plane_adam.state()
-    count = len(bank)
+    store = SceneStore(recipe.planes, [scene.id for scene in data.owned], None, device)
+    store.rows.normal_(0, 0.1)
+    result = PreparedStage("warmup" if stage == "warmup" else "joint", recipe, engine, model, store, data, StageState())
+    count, moments = len(store), store.state_dict()
     last = STEP - torch.randint(0, max(1, count // result.config.batch_size), (count,))
     moments["exp_avg"].normal_(0, 1e-6)
     moments["exp_avg_sq"].fill_(1e-10)
     rates = torch.full((STEP,), 1e-4, dtype=torch.float64)
-    result.plane_adam.load_state({**moments, "updated": last, "visited": last, "learning_rates": rates})
+    store.load_state_dict({**moments, "updated": last, "visited": last, "learning_rates": rates})
+    store.reserve(result.steps)
     return result

@@ -23,10 +23,7 @@ from typing import Any
 import torch
 import viser
 
-from igae.export.pretrained import find_model
-from igae.export.reader import bare_model
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
+from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 from igae.viewer.cameras import Camera, lens_of, orbit_from
@@ -53,7 +50,7 @@ def made(name: str, size: int, device: torch.device) -> Subject:
         options = RenderOptions(coarse_samples=16, fine_samples=16)
     else:
         config, planes, options = AutoencoderConfig(create=LARGE), PlanesConfig(), RenderOptions()
-    model = bare_model(load_autoencoder(config), planes, options, (size, size), (1.0, 1.0, 1.0), "auto")
+    model = IGAE(load_autoencoder(config), planes, options, (size, size))
     model.refresh_background()
     row = torch.randn(planes.row_shape, generator=torch.Generator().manual_seed(0))
     return Subject(f"{name}, {size} x {size}", model.to(device).eval(), ["scene"], 1.3, 49.0, lambda _: row)
@@ -104,7 +101,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, median of {args.frames}")
     if args.model:
-        subjects = [lambda: open_subject(find_model(args.model), args.overrides, device)]
+        subjects = [lambda: open_subject(args.model, args.overrides, device)]
     else:
         chosen = args.made or (KINDS if args.device == "cuda" else KINDS[:2])
         kinds = [(kind.split("-")[0], int(kind.split("-")[1])) for kind in chosen]

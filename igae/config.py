@@ -69,6 +69,7 @@ def load(
     overrides: Sequence[str] = (),
     search: Sequence[Path] = SEARCH,
     complete: Callable[[dict[str, Any]], None] | None = None,
+    saved: str | None = None,
 ) -> S:
     """Read a configuration file, apply overrides and validate the result.
 
@@ -76,23 +77,32 @@ def load(
         source: a path, or a name that is then looked up in the folders of `search`.
         overrides: `a.b.c=VALUE` with VALUE in YAML. VALUE replaces what the key had, and missing sections are created.
         complete: may add to the keys and values before they are validated.
+        saved: text that :func:`dump` wrote, instead of a file; `source` names it. It is data, somebody else's perhaps:
+            it has no `base`, and sees nothing of the environment.
 
     Raises:
         ConfigError: anything wrong with the file, the overrides or the values.
     """
-    path = _find(str(source), list(search))
     origins: dict[Key, str] = {}
-    data = _read(cls, path, search, origins)
+    path = str(source if saved is not None else _find(str(source), list(search)))
+    data: dict[str, Any] = {}
+    if saved is None:
+        data = _read(cls, Path(path), search, origins)
+    else:
+        _merge(cls, data, _parse_keys(saved, path), (), origins, path)
     for override in overrides:
         _override(cls, data, override, origins)
-    data = _interpolate(data, origins, str(path))
+    if saved is None:
+        data = _interpolate(data, origins, path)
+    else:
+        data = _map_strings(data, lambda text, _: text.replace("$${", "${"))
     if complete is not None:
-        _refuse_unknown_keys(cls, data, origins, str(path))  # at once: completing may read files from far away
+        _refuse_unknown_keys(cls, data, origins, path)  # at once: completing may read files from far away
         complete(data)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise explain(error, cls, data, origins, str(path)) from None
+        raise explain(error, cls, data, origins, path) from None
 
 
 def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapping[Key, str], path: str) -> None:
@@ -163,6 +173,13 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: this is not YAML: {error}") from None
 
 
+def _parse_keys(text: str, where: str) -> dict[Any, Any]:
+    data = _parse(text, where)
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys and values at the top, got {kind_of(data)}")
+    return data or {}
+
+
 # ---- Files, overrides, environment
 
 
@@ -179,12 +196,9 @@ def _read(
     cls: type[Section], path: Path, search: Sequence[Path], origins: dict[Key, str], above: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
     try:
-        data = _parse(path.read_text(encoding="utf-8"), str(path))
+        data = _parse_keys(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values at the top, got {kind_of(data)}")
     above = (*above, path.resolve())
     base = data.pop("base", None)
     merged: dict[str, Any] = {}

@@ -125,7 +125,7 @@ def in_one_sentence(error: RuntimeError) -> str | None:
         said = str(error).splitlines()[0]
         return (
             f"rank {rank()} has lost another rank ({said}): its own error says why; training that is started again "
-            "goes on from the newest checkpoint"
+            "resumes from the newest checkpoint"
         )
     return None
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +59,21 @@ class Channel:
         values: list[Any] = [None] * world_size()
         self._dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def on_first_rank(self, action: Callable[[], T]) -> T:
+        """What an action returns that the first rank alone makes; ValueError on all ranks alike where it fails with a
+        ValueError or OSError."""
+        done: tuple[Any, str | None] = (None, None)
+        if rank() == 0:
+            try:
+                done = (action(), None)
+            except (OSError, ValueError) as error:
+                done = (None, str(error))
+        value, problem = self.gather(done)[0]
+        if problem is not None:
+            raise ValueError(problem)
+        result: T = value
+        return result
 
     def sum(self, values: "Tensor") -> "Tensor":
         """Element-wise sum over the ranks of a CPU tensor."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igae.checkpoint import Loaded, Progress, Writer, folder_of, list_complete, load
+from igae.checkpoint import Checkpoint, CheckpointWriter, Progress, folder_of, list_complete, load_checkpoint
 from igae.ranks import Channel
 
 FILES = {"shared.safetensors", "optimizer.safetensors", "scenes-00000.safetensors", "config.yaml", "state.json"}
@@ -51,12 +51,12 @@ def example(total: int) -> State:
     return State(progress, f"experiment: größe\nseed: {total}\n", shared, optimizer, scenes)
 
 
-def put(maker: Writer, state: State) -> Path:
+def put(maker: CheckpointWriter, state: State) -> Path:
     return Path(maker.save(state.progress, state.config, state.shared, state.optimizer, state.scenes))
 
 
 def save(root: Path, state: State, keep: int) -> Path:
-    return put(Writer(str(root), keep, Channel()), state)
+    return put(CheckpointWriter(str(root), keep, Channel()), state)
 
 
 def at(root: Path, total: int, finished: bool = False) -> Path:
@@ -75,7 +75,7 @@ def bits(tensors: Mapping[str, Tensor]) -> Bits:
 
 def same(folder: Path | str, expected: State) -> bool:
     """Whether all of a checkpoint is what was saved, bit for bit."""
-    found = load(str(folder))
+    found = load_checkpoint(str(folder))
     ids = expected.scenes["ids"].tolist()
     rows = {name: tensor for name, tensor in expected.scenes.items() if name != "ids"}
     return (
@@ -88,8 +88,8 @@ def same(folder: Path | str, expected: State) -> bool:
     )
 
 
-def read_all(folder: Path) -> Loaded:
-    found = load(str(folder))
+def read_all(folder: Path) -> Checkpoint:
+    found = load_checkpoint(str(folder))
     found.rows(sorted(found.ids))
     return found
 

@@ -2,11 +2,15 @@
 """Settings of all tests."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from view_models import Made
 
 # Tests work on small tensors: more threads only get into each other's way.
 torch.set_num_threads(1)
@@ -21,6 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if hasattr(getattr(item, "module", None), "ranks"):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        if "viewed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("viewer"))
+
+
+@pytest.fixture(scope="session")
+def viewed(tmp_path_factory: pytest.TempPathFactory) -> "Made":
+    """Models to look at: a small run and its export. Tests that use them are one group, so they are made once."""
+    from view_models import make
+
+    found = make(tmp_path_factory.mktemp("view"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return found
 
 
 @pytest.fixture

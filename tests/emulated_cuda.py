@@ -21,11 +21,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from igae.rendering import build
-from igae.rendering.launch import Params
+import torch
+
+from igae import kernels
 
 ARCH = 90
 HEADER = Path(__file__).with_name("emulated_cuda.h")
@@ -120,44 +121,42 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-class Library:
-    """Stands in for `igae.rendering.launch.Library`.
+class Library(kernels.Library):
+    """Loads kernels for tensors of the CPU, where `igae.kernels.LIBRARIES` has it under "cpu".
 
-    Args:
+    Attributes:
+        folder: of what is compiled.
         reverse: the last thread of a block runs first.
+        launched: names of the kernels that ran.
     """
 
-    def __init__(self, path: Path, reverse: bool = False) -> None:
-        self._library, self.reverse = ctypes.CDLL(str(path)), reverse
-        self.launched: set[str] = set()
-        """Names of the kernels that ran."""
+    folder: Path
+    reverse = False
+    launched: set[str] = set()
 
-    def function(self, name: str) -> Any:
-        found = self._library[f"emulate_{name}"]
-        found.restype = ctypes.c_char_p
-        found.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
-        return found
+    def __init__(
+        self, source: Path, defines: dict[str, int], device: torch.device, names: Sequence[str], shared: int = 0
+    ) -> None:
+        library, self._shared = ctypes.CDLL(str(compiled(source, defines, self.folder))), shared
+        self._functions = {name: library[f"emulate_{name}"] for name in names}
+        for function in self._functions.values():
+            function.restype = ctypes.c_char_p
+            function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
 
-    def launch(self, function: Any, blocks: int, threads: int, params: ctypes.Structure, shared: int = 0) -> None:
+    @staticmethod
+    def missing(device: torch.device) -> str | None:
+        return None
+
+    @staticmethod
+    def architecture(device: torch.device) -> int:
+        return ARCH
+
+    def resident_blocks(self, name: str, threads: int) -> int:
+        return 3
+
+    def launch(self, name: str, blocks: int, threads: int, params: ctypes.Structure) -> None:
         """Raises RuntimeError with what went wrong in the kernel."""
-        self.launched.add(function.__name__.removeprefix("emulate_"))
-        failure = function(ctypes.addressof(params), blocks, threads, shared, self.reverse)
+        self.launched.add(name)
+        failure = self._functions[name](ctypes.addressof(params), blocks, threads, self._shared, self.reverse)
         if failure is not None:
-            raise RuntimeError(f"{function.__name__}: {failure.decode()}")
-
-
-class Kernel:
-    """Stands in for `igae.rendering.launch.Loaded`: a kernel of the renderer, on a device that runs three blocks."""
-
-    def __init__(self, kernel: build.Kernel, variant: build.Variant, folder: Path, reverse: bool = False) -> None:
-        self._shape = build.shape(kernel, variant, ARCH)
-        source, defines = build.SOURCES / f"{kernel}.cu", build.macros(kernel, variant, ARCH)
-        self._library = Library(compiled(source, defines, folder), reverse)
-        self._function = self._library.function(f"render_{kernel}")
-
-    def blocks(self, rays: int) -> int:
-        return min(3, -(-rays // self._shape.warps))
-
-    def __call__(self, params: Params) -> None:
-        threads = 32 * self._shape.warps
-        self._library.launch(self._function, self.blocks(params.rays), threads, params, self._shape.shared)
+            raise RuntimeError(f"{name}: {failure.decode()}")

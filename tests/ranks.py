@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from igae.training.parallel.exchange import Exchange
-from igae.training.parallel.strategies import DDP
+from igae.training import DDP, BucketedAllReduce
 
 # With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
@@ -36,7 +35,7 @@ STRATEGIES = [
 def send_in_buckets() -> None:
     """From now on this process sends gradients of small models in buckets, which else would all go at the end, in one
     piece."""
-    DDP.exchange = lambda self, parameters: Exchange(  # type: ignore[method-assign]
+    DDP.all_reduce = lambda self, parameters: BucketedAllReduce(  # type: ignore[method-assign]
         parameters, bucket_bytes=2**13, last_bytes=2**11, small_bytes=2**9, sent_as=self._sent_as
     )
 

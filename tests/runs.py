@@ -11,6 +11,7 @@ from scene_files import write_data
 from igae.data import PackOptions, pack
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig
+from igae.training import CapturedStep, Stage, StageName, Trainer
 
 KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -84,6 +85,18 @@ def create_autoencoder(name: str, seed: int = 0, **settings: object) -> Autoenco
     """A tiny AutoencoderKL or AutoencoderTiny with random weights; latents have half the images' resolution."""
     created = {"_class_name": name, **(KL if name == "AutoencoderKL" else TINY)}
     return load_autoencoder(AutoencoderConfig(create=created, **settings), seed)  # type: ignore[arg-type]
+
+
+class StaticTrainer(Trainer):
+    """Makes its steps as those that a CUDA graph is captured from, also without a GPU."""
+
+    warmup_calls = 10**9
+
+    def open_stage(self, name: StageName) -> Stage:
+        stage = super().open_stage(name)
+        stage.run = CapturedStep(stage.run, stage.config.batch_size, self.model.refresh_background, self.warmup_calls)
+        stage.meter.times_steps = False
+        return stage
 
 
 def train(recipe: str, *arguments: str) -> None:

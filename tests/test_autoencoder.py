@@ -16,8 +16,8 @@ from runs import KL, TINY
 from runs import create_autoencoder as create
 from torch import Tensor
 
-from igae.models.autoencoder import Autoencoder, Posterior, load_autoencoder
-from igae.models.config import AutoencoderConfig
+from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.models.autoencoder import Posterior
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -4,6 +4,7 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -17,10 +18,7 @@ from fsspec import AbstractFileSystem
 from scene_files import open_images, open_views, write_data
 
 from igae.data import Manifest, PackOptions, Shard, ShardError, ShardReader, pack
-from igae.data import cache as caches
-from igae.data.cache import Cache
-from igae.storage import reading as store
-from igae.storage.reading import StoreError
+from igae.storage import LIMITS, Cache, StoreError
 
 
 class Far(AbstractFileSystem):
@@ -47,10 +45,10 @@ class Far(AbstractFileSystem):
             return file.read(end - start)
 
 
-def use(log: Path, pause: float = 0.0, block: int = store.REMOTE_BLOCK) -> None:
+def use(log: Path, pause: float = 0.0, block: int = LIMITS.remote_block) -> None:
     fsspec.register_implementation("far", Far, clobber=True)
     Far.noted, Far.pause = log, pause
-    store.REMOTE_BLOCK = block
+    LIMITS.remote_block = block
 
 
 def asked(log: Path) -> Counter[str]:
@@ -68,8 +66,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(store, "REMOTE_BLOCK", store.REMOTE_BLOCK)
+    monkeypatch.setattr(LIMITS, "first_wait", 0.0)
+    monkeypatch.setattr(LIMITS, "remote_block", LIMITS.remote_block)
     use(tmp_path / "log")
     yield tmp_path / "log"
     use(tmp_path / "log")
@@ -183,7 +181,7 @@ def test_a_killed_download(packed, log, tmp_path):
     assert Path(cache.get(shard, "it")).read_bytes() == (Path(root) / shard.name).read_bytes()
     # Half a download may be another machine's; when nothing was written for long it is nobody's.
     assert Cache(str(cache.folder), root) and partial.exists()
-    os.utime(partial, (0, time.time() - 2 * caches.STALE))
+    os.utime(partial, (0, time.time() - 2 * Cache.stale))
     assert Cache(str(cache.folder), root) and not partial.exists()
 
 
@@ -235,8 +233,8 @@ def test_no_room(packed, log, tmp_path, monkeypatch):
         "there, choose another folder, or leave data.cache out"
     )
     assert not any(cache.has(each) for each in manifest.shards) and not list(cache.folder.glob("*.partial"))
-    usage = caches.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: usage._replace(free=shard.bytes - 1))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=shard.bytes - 1))
     with pytest.raises(ValueError, match="0.0 GB left and 0.0 GB of shards are to be kept there"):
         open_views(root, manifest, manifest.scenes, batch_size=1, cache=str(tmp_path / "cache"))
     monkeypatch.undo()

@@ -8,17 +8,18 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
 import torch
 from checkpoints import FILES, IDS, State, at, bits, complete, example, names, put, same, save, sentence
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from igae.checkpoint import Progress, Writer, list_complete, load
+from igae.checkpoint import CheckpointWriter, Progress, list_complete, load_checkpoint
 from igae.ranks import Channel
-from igae.storage import tensors as tensorfile
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_nothing_to_save_is_saved_too(tmp_path: Path) -> None:
     scenes = {"ids": torch.zeros(0, dtype=torch.int64), "planes": torch.zeros(0, 3, 2, 2, 1)}
     empty = State(Progress("warmup", 0, 0), "", {}, {}, scenes)
     folder = save(tmp_path, empty, keep=2)
-    assert same(folder, empty) and load(str(folder)).ids == frozenset()
+    assert same(folder, empty) and load_checkpoint(str(folder)).ids == frozenset()
 
 
 def test_what_state_json_says(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_what_state_json_says(tmp_path: Path) -> None:
 
 def test_rows_in_any_order(tmp_path: Path) -> None:
     state = example(1)
-    loaded = load(str(save(tmp_path, state, keep=2)))
+    loaded = load_checkpoint(str(save(tmp_path, state, keep=2)))
     for ids in ([9, 4, 2], [2], [9, 9, 4], []):
         rows = loaded.rows(ids)
         places = [IDS.index(i) for i in ids]
@@ -56,7 +57,7 @@ def test_rows_in_any_order(tmp_path: Path) -> None:
 
 
 def test_missing_scenes_are_named(tmp_path: Path) -> None:
-    loaded = load(str(save(tmp_path, example(1), keep=2)))
+    loaded = load_checkpoint(str(save(tmp_path, example(1), keep=2)))
     for ids, shown in (([4, 77], "1 of 2 scenes (77)"), (range(3, 20), "15 of 17 scenes (3, 5, 6, 7, 8, ...)")):
         with pytest.raises(ValueError) as error:
             loaded.rows(ids)
@@ -74,7 +75,7 @@ def test_any_ids_and_any_choice(tmp_path: Path, case: tuple[list[int], list[int]
     shutil.rmtree(tmp_path)
     planes = torch.arange(len(ids) * 2, dtype=torch.float64).reshape(-1, 2)
     scenes = {"ids": torch.tensor(ids, dtype=torch.int64), "planes": planes}
-    loaded = load(str(save(tmp_path, State(Progress("joint", 1, 1), "", {}, {}, scenes), keep=2)))
+    loaded = load_checkpoint(str(save(tmp_path, State(Progress("joint", 1, 1), "", {}, {}, scenes), keep=2)))
     assert loaded.ids == frozenset(ids)
     assert torch.equal(loaded.rows(asked)["planes"], planes[[ids.index(i) for i in asked]])
     assert loaded.rows(asked)["planes"].shape == (len(asked), 2)
@@ -140,7 +141,7 @@ def test_folders_without_a_state_do_not_count(tmp_path: Path) -> None:
     assert complete(tmp_path) == ["step-00000001"]
     for folder in (at(tmp_path, 2), tmp_path / "nowhere"):
         with pytest.raises(ValueError) as error:
-            load(str(folder))
+            load_checkpoint(str(folder))
         assert str(folder) in sentence(error) and "state.json" in sentence(error)
 
 
@@ -172,19 +173,19 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
-        real = tensorfile.write
+        real = LocalFileSystem.open
 
-        def write(*arguments: Any) -> tensorfile.Stamp:
+        def wait_and_open(*arguments: Any, **keywords: Any) -> Any:
             self.reached.set()
             assert self.opened.wait(60)
-            return real(*arguments)
+            return real(*arguments, **keywords)
 
-        monkeypatch.setattr(tensorfile, "write", write)
+        monkeypatch.setattr(LocalFileSystem, "open", wait_and_open)
 
 
 def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`save` returns before anything is written; what training then changes is not in the file."""
-    gate, state, maker = Gate(monkeypatch), example(2), Writer(str(tmp_path), 2, Channel(), background=True)
+    gate, state, maker = Gate(monkeypatch), example(2), CheckpointWriter(str(tmp_path), 2, Channel(), background=True)
     folder = put(maker, state)
     assert gate.reached.wait(60) and complete(tmp_path) == []
     with torch.no_grad():
@@ -200,7 +201,7 @@ def test_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, maker = Gate(monkeypatch), Writer(str(tmp_path), 2, Channel(), background=True)
+    gate, maker = Gate(monkeypatch), CheckpointWriter(str(tmp_path), 2, Channel(), background=True)
     put(maker, example(1))
     assert gate.reached.wait(60)
     timer = threading.Timer(0.2, gate.opened.set)
@@ -214,9 +215,9 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("where", ["save", "wait", "close"])
 def test_errors_of_the_background_surface_once(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, example(1), keep=2)
-    maker = Writer(str(tmp_path), 2, Channel(), background=True)
+    maker = CheckpointWriter(str(tmp_path), 2, Channel(), background=True)
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        patch.setattr(LocalFileSystem, "open", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
         put(maker, example(2))
         with pytest.raises(ValueError) as error:
             {"save": lambda: put(maker, example(3)), "wait": maker.wait, "close": maker.close}[where]()
@@ -233,7 +234,7 @@ def test_an_object_store() -> None:
     try:
         assert list_complete(root) == []
         for total in (1, 2, 3):
-            maker = Writer(root, 2, Channel())
+            maker = CheckpointWriter(root, 2, Channel())
             state = example(total)
             folder = maker.save(state.progress, state.config, state.shared, state.optimizer, state.scenes)
             assert folder == f"{root}/step-0000000{total}" and same(folder, state)
@@ -248,6 +249,6 @@ def test_an_object_store() -> None:
         assert {path.rsplit("/", 1)[-1] for path in fs.find("/checkpoints/run/step-00000003")} == FILES
         fs.rm_file("/checkpoints/run/step-00000003/scenes-00000.safetensors")
         with pytest.raises(ValueError, match="step-00000003/scenes-00000.safetensors is missing"):
-            load(f"{root}/step-00000003")
+            load_checkpoint(f"{root}/step-00000003")
     finally:
         fs.rm("/checkpoints", recursive=True)

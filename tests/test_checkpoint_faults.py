@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import FILES, at, complete, example, names, put, read_all, same, save, sentence
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
-from igae.checkpoint import Progress, Writer, list_complete, load, writer
+from igae.checkpoint import CheckpointWriter, Progress, list_complete, load_checkpoint
 from igae.ranks import Channel
-from igae.storage import tensors as tensorfile
+from igae.storage import write_tensors
 
 
 class Killed(BaseException):
@@ -25,8 +26,7 @@ class Killed(BaseException):
 
 
 WRITES = [
-    (tensorfile, "_header"),
-    (tensorfile, "_pieces"),
+    (LocalFileOpener, "write"),
     (os, "fsync"),
     (os, "replace"),
     (os, "makedirs"),
@@ -69,7 +69,7 @@ def test_killed_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert names(tmp_path) == ["step-00000001", "step-00000002"] and same(at(tmp_path, 2), example(2))
         shutil.rmtree(at(tmp_path, 2))
         deadly += 1
-    # Two folders made, 14 tensors in three files, five files and three times a folder synced, two files moved.
+    # Two folders made, three headers and 17 tensors, five files and three times a folder synced, two files moved.
     assert deadly > 25
 
 
@@ -138,7 +138,7 @@ def test_states_of_another_format_are_refused(content: object, tmp_path: Path) -
     folder = save(tmp_path, example(1), keep=2)
     (folder / "state.json").write_text(json.dumps(content))
     with pytest.raises(ValueError) as error:
-        load(str(folder))
+        load_checkpoint(str(folder))
     assert str(folder / "state.json") in sentence(error) and "format" in sentence(error)
 
 
@@ -170,8 +170,17 @@ def test_states_that_make_no_sense_are_refused(change: dict[str, Any], tmp_path:
     assert same(folder, example(1))
     (folder / "state.json").write_text(signed(state | change))
     with pytest.raises(ValueError) as error:
-        load(str(folder))
+        load_checkpoint(str(folder))
     assert str(folder / "state.json") in sentence(error) and "damaged" in sentence(error)
+
+
+def test_streams_have_the_names_of_today(tmp_path: Path) -> None:
+    """Version 0.1.0 called natural images photos."""
+    folder = save(tmp_path, example(1), keep=2)
+    state = json.loads((folder / "state.json").read_text())
+    del state["crc32"]
+    (folder / "state.json").write_text(signed(state | {"consumed": {"views": 3, "photos": 5}}))
+    assert load_checkpoint(str(folder)).progress.consumed == {"views": 3, "natural_images": 5}
 
 
 @pytest.mark.parametrize("name", ["../scenes-00000.safetensors", "/etc/passwd", "scenes-00001.safetensors", "s3://b/c"])
@@ -182,7 +191,7 @@ def test_no_other_file_is_read(name: str, tmp_path: Path) -> None:
     state["files"][name] = state["files"].pop("scenes-00000.safetensors")
     (folder / "state.json").write_text(signed(state))
     with pytest.raises(ValueError, match="does not list the files of 1 ranks"):
-        load(str(folder))
+        load_checkpoint(str(folder))
 
 
 def test_scenes_of_two_files_that_do_not_fit(tmp_path: Path) -> None:
@@ -197,28 +206,28 @@ def test_scenes_of_two_files_that_do_not_fit(tmp_path: Path) -> None:
         ({"planes": torch.ones(2, 3)}, "not those of 2 scenes"),
         ({}, "not those of 2 scenes"),
     ):
-        stamp = tensorfile.write(str(folder / "scenes-00001.safetensors"), ids, rows)
+        stamp = write_tensors(str(folder / "scenes-00001.safetensors"), ids, rows)
         state["files"]["scenes-00001.safetensors"] = {"bytes": stamp.bytes, "crc32": stamp.crc32, "rows": 2}
         (folder / "state.json").write_text(signed(state))
         with pytest.raises(ValueError, match=expected):
-            load(str(folder))
+            load_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("part", [1, 2, 3])
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
     for total in (1, 2):
         save(tmp_path, example(total), keep=2)
-    real, calls = tensorfile.write, 0
+    real, calls = LocalFileSystem.open, 0
 
-    def full(url: str, *arguments: Any) -> tensorfile.Stamp:
+    def full(self: LocalFileSystem, path: str, mode: str = "rb", **keywords: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == part:
-            Path(url).write_bytes(b"as much as fitted")
+        calls += mode == "wb"
+        if mode == "wb" and calls == part:
+            Path(path).write_bytes(b"as much as fitted")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(url, *arguments)
+        return real(self, path, mode, **keywords)
 
-    monkeypatch.setattr(tensorfile, "write", full)
+    monkeypatch.setattr(LocalFileSystem, "open", full)
     for total in (3, 4):
         calls = 0
         with pytest.raises(ValueError) as error:
@@ -235,8 +244,8 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     save(tmp_path, example(1), keep=2)
     real = os.replace
 
-    def full(source: str, target: str) -> None:
-        if target.endswith(file):
+    def full(source: Path, target: Path) -> None:
+        if target.name == file:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(source, target)
 
@@ -260,7 +269,7 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path: Path, small_files: Non
     save(tmp_path, example(1), keep=2)
     large = example(2)
     large.scenes["planes"] = torch.zeros(3, 100_000)
-    maker = Writer(str(tmp_path), 2, Channel(), background)
+    maker = CheckpointWriter(str(tmp_path), 2, Channel(), background)
     with pytest.raises(ValueError) as error:
         put(maker, large)
         maker.wait()
@@ -295,12 +304,13 @@ def test_old_ones_that_cannot_be_removed(
 
 
 def test_a_copy_that_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object) -> None:
+    def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
 
-    maker = Writer(str(tmp_path), 2, Channel(), background=True)
-    monkeypatch.setattr(writer, "_copies", no_memory)
-    put(maker, example(1))
+    maker = CheckpointWriter(str(tmp_path), 2, Channel(), background=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", no_memory)
+        put(maker, example(1))
     with pytest.raises(ValueError) as error:
         maker.wait()
     assert "can't allocate memory" in sentence(error) and names(tmp_path) == []
@@ -308,10 +318,10 @@ def test_a_copy_that_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("root", ["nothing://bucket/run", "nothing://me:pass@bucket/run"])
 def test_a_store_that_cannot_be_reached(root: str) -> None:
-    maker = Writer(root, 2, Channel())
+    maker = CheckpointWriter(root, 2, Channel())
     for action in (
         lambda: list_complete(root),
-        lambda: load(f"{root}/step-00000001"),
+        lambda: load_checkpoint(f"{root}/step-00000001"),
         lambda: maker.save(Progress("joint", 1, 1), "", {}, {}, example(1).scenes),
     ):
         with pytest.raises(ValueError) as error:

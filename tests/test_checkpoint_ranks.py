@@ -18,10 +18,10 @@ import torch
 from checkpoints import Bits, State, at, bits, complete, names
 from object_store import moto
 
-from igae.checkpoint import Progress, Writer, folder_of, list_complete, load, writer
+from igae.checkpoint import CheckpointWriter, Progress, folder_of, list_complete, load_checkpoint
 from igae.errors import LostRank
 from igae.ranks import Channel, rank, world_size
-from igae.storage import tensors as tensorfile
+from igae.storage import LIMITS
 
 SCENES = 20
 # By number of ranks, what each of them owns: uneven, unordered, one with nothing.
@@ -59,13 +59,13 @@ def of_this_rank(state: State) -> State:
 
 
 @contextmanager
-def writing(root: str, background: bool = False, keep: int = 3) -> Iterator[Writer]:
+def writing(root: str, background: bool = False, keep: int = 3) -> Iterator[CheckpointWriter]:
     torch.distributed.init_process_group("gloo")
-    yield Writer(root, keep, Channel(), background)
+    yield CheckpointWriter(root, keep, Channel(), background)
     torch.distributed.destroy_process_group()
 
 
-def put(maker: Writer, state: State) -> str:
+def put(maker: CheckpointWriter, state: State) -> str:
     main = rank() == 0
     return maker.save(
         state.progress, state.config, state.shared if main else None, state.optimizer if main else None, state.scenes
@@ -81,7 +81,7 @@ def save_steps(root: str, steps: list[int], background: bool = False, keep: int 
 
 def read(folder: str) -> tuple[Progress, str, Bits, Bits, frozenset[int], Bits]:
     """Everything, with the rows that this rank owns now."""
-    found = load(folder)
+    found = load_checkpoint(folder)
     rows = found.rows(OWNED[world_size()][rank()])
     return found.progress, found.config, bits(found.shared), bits(found.optimizer), found.ids, bits(rows)
 
@@ -116,30 +116,35 @@ def test_one_after_another(tmp_path: Path) -> None:
         assert read(str(at(tmp_path, total))) == expected(total, world, 1, 0)
 
 
-def half(url: str, *_: Any) -> tensorfile.Stamp:
-    Path(url).write_bytes(b"as far as it came")
+def kill(path: str | Path, data: bytes) -> None:
+    """Leave a file as far as it came, and die."""
+    Path(path).write_bytes(data)
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
 
 
 def save_and_die(root: str, dying: dict[int, str], notes: str, background: bool) -> None:
     """Save step 2 beside step 1; some ranks are killed while they write a file, rank 0 before or after its last."""
-    real = writer.put
+    replace, sync, when = os.replace, os.fsync, dying.get(rank())
 
-    def put_file(fs: Any, path: str, data: bytes) -> None:
-        if path.endswith("state.json") and dying.get(rank()) == "before state":
-            Path(path + ".part").write_bytes(data)
+    def die_at_state(source: Path, target: Path) -> None:
+        if target.name == "state.json" and when == "before state":
+            kill(source, b"as far as it came")
+        replace(source, target)
+        if target.name == "state.json" and when == "after state":
             os.kill(os.getpid(), signal.SIGKILL)
-        real(fs, path, data)
-        if path.endswith("state.json") and dying.get(rank()) == "after state":
-            os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_at_file(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.endswith(".safetensors"):
+            kill(path, b"as far as it came")
+        sync(descriptor)
 
     with writing(root, background) as maker:
         put(maker, of_this_rank(whole(1)))
         maker.wait()
-        if dying.get(rank()) == "file":
-            tensorfile.write = half
-        writer.put = put_file
+        if when == "file":
+            os.fsync = die_at_file
+        os.replace = die_at_state
         try:
             put(maker, of_this_rank(whole(2)))
             maker.wait()
@@ -237,7 +242,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def save_apart(root: str) -> str:
-    with writing(f"{root}/node-{rank()}") as maker, mock.patch.object(writer, "PATIENCE", 0.2):
+    with writing(f"{root}/node-{rank()}") as maker, mock.patch.object(LIMITS, "visible_seconds", 0.2):
         try:
             put(maker, of_this_rank(whole(1)))
         except ValueError as error:
@@ -308,4 +313,4 @@ def test_an_object_store(store: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="the checkpoint s3://no-such-bucket.* can't be written: rank 0: "):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "")
         monkeypatch.setattr(type(fs), "makedirs", mock.Mock(side_effect=PermissionError("Access Denied")))
-        put(Writer("s3://no-such-bucket/run", 2, Channel()), whole(1))
+        put(CheckpointWriter("s3://no-such-bucket/run", 2, Channel()), whole(1))

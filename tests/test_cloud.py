@@ -18,10 +18,10 @@ from scene_files import open_images, open_views, write_data
 from test_fit import FIT
 
 from igae.cli import evaluate
-from igae.data import Manifest, PackOptions, pack
+from igae.data import DataConfig, Manifest, PackOptions, pack
 from igae.scenes import assign_scenes
-from igae.storage import reading as store
-from igae.training.shares import Data
+from igae.storage import LIMITS
+from igae.training import RankData
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -86,12 +86,13 @@ def train_from(port: int, *arguments: Any) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     """The first batches of views and natural images, of which only the beginning of a shard is fetched."""
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 2000)
+    monkeypatch.setattr(LIMITS, "remote_block", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
     owners = assign_scenes([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
     for rank in range(world):
-        data = Data(manifest, manifest.scenes, [[manifest.scenes[i] for i in part] for part in owners], rank, world)
+        parts = [[manifest.scenes[i] for i in part] for part in owners]
+        data = RankData(DataConfig(root=ROOT), manifest, manifest.scenes, parts, rank, world)
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}
         for loader in (
             open_views(ROOT, manifest, data.owned, **arguments),

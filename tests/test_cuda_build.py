@@ -2,10 +2,8 @@
 """The kernels compile for every architecture, without a GPU or a driver, and within their registers."""
 
 import ctypes
-import dataclasses
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +14,10 @@ import pytest
 pytest.importorskip("cuda.core", reason="needs cuda-core")
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
-from igae.kernels import compile as compiling  # noqa: E402
-from igae.rendering import build, launch  # noqa: E402
+from igae.kernels import ARCHITECTURES, Usage, cached_cubin, compile_source  # noqa: E402
+from igae.rendering import build, cuda  # noqa: E402
 
-KERNELS: tuple[build.Kernel, ...] = ("forward", "backward")
+KERNELS: tuple[build.Pass, ...] = ("forward", "backward")
 
 try:
     from cuda.bindings import nvrtc
@@ -29,12 +27,18 @@ except Exception as error:  # the library that is looked for is another package'
     pytest.skip(f"needs NVRTC (nvidia-cuda-nvrtc): {error}", allow_module_level=True)
 
 
-@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+def compiled(
+    kernel: build.Pass, variant: build.Variant, arch: int, sources: Path = build.SOURCES
+) -> tuple[bytes, Usage]:
+    return compile_source(sources / f"{kernel}.cu", build.macros(kernel, variant, arch), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_default_kernels_do_not_spill(kernel: build.Kernel, arch: int, precision: str) -> None:
+def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: str) -> None:
     variant = build.Variant(fp32=precision == "fp32")
-    code, usage = build.compile_kernel(kernel, variant, arch)
+    code, usage = compiled(kernel, variant, arch)
     assert code[:4] == b"\x7fELF"
     launched = build.shape(kernel, variant, arch)
     assert 0 < usage.registers <= 65536 // (32 * launched.warps * launched.blocks)
@@ -58,7 +62,7 @@ def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
     _, blocks, shared = build.shape("backward", variant, 90)
     assert blocks == (3 if variant.deterministic else 4)
     assert blocks * (shared + 1024) <= 228 * 1024  # 1 KiB of each is the system's
-    _, usage = build.compile_kernel("backward", variant, 90)
+    _, usage = compiled("backward", variant, 90)
     assert 0 < usage.registers <= 65536 // (128 * blocks) // 8 * 8 and usage.spilled == 0
 
 
@@ -77,12 +81,12 @@ def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
 def test_variants_compile(change: dict[str, Any], arch: int) -> None:
     # The largest on 86, which has the least shared memory: one or two warps a block. Spills are a matter of speed here.
     for kernel in KERNELS:
-        _, usage = build.compile_kernel(kernel, build.Variant(**change), arch)
+        _, usage = compiled(kernel, build.Variant(**change), arch)
         assert usage.registers <= 255 and usage.spilled < 4000
 
 
 def test_every_supported_size_fits_every_architecture() -> None:
-    for arch in build.ARCHITECTURES:
+    for arch in ARCHITECTURES:
         for features in range(8, 65, 8):
             for colors in (1, 7, 8, 31, 32):
                 for samples in (2, 128):
@@ -97,12 +101,11 @@ def test_too_many_samples_are_refused() -> None:
         build.shape("forward", build.Variant(coarse=2000), 86)
 
 
-def test_broken_source_is_reported_with_its_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_source_is_reported_with_its_log(tmp_path: Path) -> None:
     for path in build.SOURCES.iterdir():
         (tmp_path / path.name).write_text(path.read_text().replace("scan_sum(sum);", "scan_sum(nonsense);"))
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
     with pytest.raises(RuntimeError, match='did not compile forward for sm_90[^"]*(.|\n)*"nonsense" is undefined'):
-        build.compile_kernel("forward", build.Variant(), 90)
+        compiled("forward", build.Variant(), 90, tmp_path)
 
 
 def test_the_argument_is_laid_out_as_in_the_source() -> None:
@@ -116,7 +119,7 @@ def test_the_argument_is_laid_out_as_in_the_source() -> None:
     kinds = {
         ctypes.c_void_p: "pointer", ctypes.c_uint64: "u64", ctypes.c_int: "int", ctypes.c_float: "float",
     }  # fmt: skip
-    assert found == [(name, kinds[kind]) for name, kind in launch.Params._fields_]
+    assert found == [(name, kinds[kind]) for name, kind in cuda.Params._fields_]
 
 
 def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,22 +130,46 @@ def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert all(process.wait() == 0 for process in started)
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert len(names) == 2 and all(name.endswith(".cubin") for name in names)  # and nothing half-written
+    # What is there is read, and not compiled again.
     monkeypatch.setenv("IGAE_KERNEL_CACHE", environment["IGAE_KERNEL_CACHE"])
-    monkeypatch.setattr(compiling, "compile_source", lambda *a: pytest.fail("compiled again"))
+    kept = tmp_path / "new" / "folder" / names[1]
+    assert kept.read_bytes()[:4] == b"\x7fELF"
+    kept.write_bytes(b"as it was kept")
     variant = build.Variant(8, 1, 4, 0)
-    code = build.cubin("forward", variant, 80)
-    assert code[:4] == b"\x7fELF"
+    assert cached_cubin(build.SOURCES / "forward.cu", build.macros("forward", variant, 80), 80) == b"as it was kept"
 
-    monkeypatch.setattr(compiling, "compile_source", lambda *a: (b"new", compiling.Usage(1, 0)))
-    assert build.cubin("forward", dataclasses.replace(variant, eg3d=True), 80) == b"new"
-    assert build.cubin("forward", variant, 90) == b"new"
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that is empty."""
+    monkeypatch.setenv("IGAE_KERNEL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_sources(folder: Path, header: str = "constexpr int ONE = 1;\n") -> Path:
+    """A small kernel that includes a file."""
+    folder.mkdir()
+    (folder / "ones.cuh").write_text(header)
+    source = folder / "ones.cu"
+    source.write_text('#include "ones.cuh"\nextern "C" __global__ void ones(int *p) { *p = ONE * N; }\n')
+    return source
+
+
+def test_the_cache_knows_macros_and_architecture(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_sources(tmp_path / "sources")
+    first = cached_cubin(source, {"N": 1}, 80)
+    assert first[:4] == b"\x7fELF" and [path.read_bytes() for path in cache.iterdir()] == [first]
+    assert cached_cubin(source, {"N": 2}, 80) != first and cached_cubin(source, {"N": 1}, 90) != first
+    assert len(list(cache.iterdir())) == 3
     monkeypatch.setenv("IGAE_KERNEL_CACHE", "/proc/nowhere")  # cannot be written
-    assert build.cubin("forward", dataclasses.replace(variant, product=True), 80) == b"new"
+    assert cached_cubin(source, {"N": 1}, 80)[:4] == b"\x7fELF"
 
 
-def test_the_cache_knows_the_sources(tmp_path: Path) -> None:
-    copied, changed = tmp_path / "copied", tmp_path / "changed"
-    shutil.copytree(build.SOURCES, copied)
-    shutil.copytree(build.SOURCES, changed)
-    (changed / "ray.cuh").write_text("//")
-    assert compiling._fingerprint(copied) == compiling._fingerprint(build.SOURCES) != compiling._fingerprint(changed)
+def test_the_cache_knows_the_sources(cache: Path, tmp_path: Path) -> None:
+    source, copied = write_sources(tmp_path / "sources"), write_sources(tmp_path / "copied")
+    changed = write_sources(tmp_path / "changed", "constexpr int ONE = 2;\n")
+    for one in (source, copied):
+        cached_cubin(one, {"N": 1}, 80)
+        assert len(list(cache.iterdir())) == 1
+    cached_cubin(changed, {"N": 1}, 80)
+    assert len(list(cache.iterdir())) == 2

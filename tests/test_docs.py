@@ -23,7 +23,7 @@ from documents import DOCUMENTS, ROOT
 
 from igae import config
 from igae.errors import all_keys
-from igae.training.recipe import Recipe
+from igae.training import Recipe
 
 
 def makefile() -> set[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m igae.evaluate`: figures against numpy, the same on any number of ranks, and what it refuses."""
+"""`igae evaluate`: metrics against numpy, the same on any number of ranks, and what it refuses."""
 
 import csv
 import json
@@ -21,12 +21,12 @@ from torch import Tensor
 from igae.cli import evaluate
 from igae.data import PackOptions, orbit_like, pack
 from igae.export import Export, read_run, write
-from igae.models.losses import LPIPS
+from igae.models import LPIPS
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
 Pixels = NDArray[np.float64]
-Figures = dict[str, float]
+Metrics = dict[str, float]
 SETTINGS = ["evaluation.views=3", "evaluation.orbit_frames=3", "data.workers=0"]
 
 
@@ -56,7 +56,7 @@ def alone(folder: Path) -> dict[str, Any]:
     return read(folder / "outputs/run")
 
 
-def assert_equal(found: Figures, expected: Figures) -> None:
+def assert_equal(found: Metrics, expected: Metrics) -> None:
     """The same names in the same order, and values (dB, SSIM) to 1e-6; measured 2e-15."""
     assert list(found) == list(expected)
     for name, value in expected.items():
@@ -66,8 +66,8 @@ def assert_equal(found: Figures, expected: Figures) -> None:
 def assert_all_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert list(found["scenes"]) == list(expected["scenes"])
     assert_equal(found["means"], expected["means"])
-    for name, figures in expected["scenes"].items():
-        assert_equal(found["scenes"][name], figures)
+    for name, metrics in expected["scenes"].items():
+        assert_equal(found["scenes"][name], metrics)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -77,8 +77,8 @@ def test_ranks_together_find_what_one_finds(folder: Path, alone: dict[str, Any],
     assert ranks.run(command, world, *arguments, *(["--scenes", *few] if few else [])) == [0] * world
     found = read(tmp_path)
     assert list(found["scenes"]) == (["scene_0", "scene_3"] if few else list(alone["scenes"]))
-    for name, figures in found["scenes"].items():
-        assert_equal(figures, alone["scenes"][name])
+    for name, metrics in found["scenes"].items():
+        assert_equal(metrics, alone["scenes"][name])
     if few:
         natural_images = {name: found["means"][name] for name in ("natural/ae_psnr", "natural/ae_ssim")}
         assert_equal(natural_images, {name: alone["means"][name] for name in natural_images})
@@ -121,7 +121,7 @@ def pixels(image: Tensor) -> Pixels:
 
 
 @torch.no_grad()
-def test_figures_are_those_of_numpy(folder: Path, alone: dict[str, Any]) -> None:
+def test_metrics_are_those_of_numpy(folder: Path, alone: dict[str, Any]) -> None:
     """Of held-out views, which are the first tenth of each scene's."""
     export = Export(str(folder / "export"))
     net, s = export.model.autoencoder.net, float(export.model.autoencoder.scale)
@@ -137,13 +137,13 @@ def test_figures_are_those_of_numpy(folder: Path, alone: dict[str, Any]) -> None
             rendered = export.scene(name).render(pose, lens(described))[0]
             decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / s).sample
             shown, again = (pixels(image[0]).clip(-1, 1) for image in (decoded, net.decode(latent).sample))
-            figures = {"latent_psnr": decibels(pixels(rendered[0]), pixels(torch.tanh(s * latent)[0]))}
+            metrics = {"latent_psnr": decibels(pixels(rendered[0]), pixels(torch.tanh(s * latent)[0]))}
             for kind, found, target in (("rgb", shown, truth), ("ae", again, truth), ("rgb_ae", shown, again)):
-                figures |= {
+                metrics |= {
                     f"{kind}_psnr": decibels(found, target),
                     f"{kind}_ssim": similarity(found, target),
                 }
-            for kind, value in figures.items():
+            for kind, value in metrics.items():
                 of_scene.setdefault(f"heldout/{kind}", []).append(value)
     for name, values in expected.items():
         for kind, each in values.items():
@@ -168,7 +168,7 @@ def test_consistency_is_that_of_an_orbit(folder: Path, alone: dict[str, Any]) ->
     assert alone["scenes"]["scene_2"]["orbit/latent_psnr"] == pytest.approx(np.mean(each), abs=1e-5, rel=0)  # 2e-8
 
 
-def test_figures_are_those_of_the_end_of_training(folder: Path, alone: dict[str, Any]) -> None:
+def test_metrics_are_those_of_the_end_of_training(folder: Path, alone: dict[str, Any]) -> None:
     trained = json.loads((folder / "outputs/run/metrics.json").read_text())["warmup"]
     names = alone["means"].keys() & trained.keys()
     assert {"heldout/rgb_psnr", "train/rgb_ssim", "natural/ae_psnr"} <= names
@@ -192,7 +192,7 @@ def test_the_table_has_a_row_a_scene(folder: Path, alone: dict[str, Any]) -> Non
     assert all(math.isfinite(value) for value in alone["means"].values())
 
 
-def test_an_export_has_the_figures_of_its_run(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_an_export_has_the_metrics_of_its_run(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     assert command(str(folder / "export"), "--output", str(tmp_path), *SETTINGS) == 0
     assert_all_equal(read(tmp_path), alone)
     bare = tmp_path / "bare"  # of no run: says nothing of data
@@ -203,9 +203,7 @@ def test_an_export_has_the_figures_of_its_run(folder: Path, alone: dict[str, Any
     assert_all_equal(read(tmp_path / "new"), alone)
 
 
-def test_lpips_where_its_weights_are(
-    folder: Path, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lpips_where_its_weights_are(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     class Distance(LPIPS):
         """That network's own numbers are tested with the losses."""
 
@@ -218,9 +216,8 @@ def test_lpips_where_its_weights_are(
 
     assert not any(name.endswith("lpips") for name in alone["means"])
     (tmp_path / "vgg.pth").touch()
-    monkeypatch.setattr(evaluate, "LPIPS", Distance)
-    arguments = [str(folder / "outputs/run"), "--output", str(tmp_path), "--scenes", "scene_1"]
-    assert command(*arguments, f"train.lpips_weights={tmp_path / 'vgg.pth'}") == 0
+    weights = [f"train.lpips_weights={tmp_path / 'vgg.pth'}"]
+    evaluate.evaluate(str(folder / "outputs/run"), ["scene_1"], weights, str(tmp_path), lpips=Distance)
     found = read(tmp_path)
     kinds = {f"{split}/{kind}_lpips" for split in ("heldout", "train") for kind in ("rgb", "ae", "rgb_ae")}
     assert {name for name in found["scenes"]["scene_1"] if name.endswith("lpips")} == kinds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: which views it takes, its figures against independent ones, and that it leaves no trace."""
+"""Evaluation: which views it takes, its metrics against independent ones, and that it leaves no trace."""
 
 import shutil
 from pathlib import Path
@@ -15,17 +15,13 @@ from runs import create_autoencoder as create
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from igae.data import Manifest, PackOptions, pack
-from igae.evaluation.config import EvaluationConfig
-from igae.evaluation.evaluator import Evaluator
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE, Views
+from igae.data import DataConfig, Manifest, PackOptions, pack
+from igae.evaluation import METRICS, EvaluationConfig, Evaluator, current_name
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.ranks import Channel
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore
 
-WHITE = (1.0, 1.0, 1.0)
 CPU = torch.device("cpu")
 # Views of the scenes that tests/runs.py packs: 12, 5, 1 and 20; the first tenth of each is held out.
 HELDOUT = [(0, 0), (1, 0), (3, 0), (3, 1)]
@@ -45,15 +41,16 @@ def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
     settings = EvaluationConfig(**{"pictures": 3, "orbits": 1, "orbit_frames": 3, **values})
     scenes = manifest.select(None)
     owned = {scene.id for scene in scenes}
-    return Evaluator(settings, root, manifest, scenes, owned, WHITE, workers, CPU, Channel())
+    return Evaluator(settings, DataConfig(root=root, workers=workers), manifest, scenes, owned, CPU, Channel())
 
 
-def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneBank]:
+def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneStore]:
     options = RenderOptions(coarse_samples=5, fine_samples=5)
     autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
-    model = IGAE(autoencoder, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
+    model = IGAE(autoencoder, planes, options, (16, 16), seed=3).eval()
     model.refresh_background()
-    return model, SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), range(4), 0, CPU)
+    return model, SceneStore(planes, range(4), 0, CPU)
 
 
 def raw(data: Path, scene: int, view: int) -> Pixels:
@@ -110,10 +107,10 @@ def test_number_of_scenes_views_and_natural_images(data: Path) -> None:
 
 
 @torch.no_grad()
-def test_figures_are_those_of_other_implementations(data: Path) -> None:
+def test_metrics_are_those_of_other_implementations(data: Path) -> None:
     model, bank = build()
     found = evaluator(data, views=3, natural_images=6)
-    figures = found.measure(model, bank)
+    metrics = found.measure(model, bank)
     net = model.autoencoder.net
     expected: dict[str, list[float]] = {}
 
@@ -126,7 +123,7 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
             image = torch.from_numpy(truth).permute(2, 0, 1)[None].float()
             normalized = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
             shown = Views(torch.tensor([0]), views.cam2world[i : i + 1], views.intrinsics[i : i + 1])
-            rendered = model.render(bank.planes[scene : scene + 1], shown, None)[0]
+            rendered = model.render(bank.rows[scene : scene + 1], shown, None)[0]
             note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalized[0])))
             decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2).sample
             again = net.decode(torch.atanh(normalized) / 0.2).sample
@@ -146,10 +143,10 @@ def test_figures_are_those_of_other_implementations(data: Path) -> None:
         clamped = pixels(net.decode(net.encode(image).latent_dist.mean).sample[0]).clip(-1, 1)
         note("natural/ae_psnr", decibels(clamped, pixels(image[0])))
         note("natural/ae_ssim", similarity(clamped, pixels(image[0])))
-    assert figures.keys() == expected.keys()
+    assert metrics.keys() == expected.keys()
     for name, values in expected.items():
-        assert figures[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
-    assert all(6 < figures[f"{split}/{name}_psnr"] < 30 for split in ("heldout", "train") for name in ("rgb", "ae"))
+        assert metrics[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
+    assert all(6 < metrics[f"{split}/{name}_psnr"] < 30 for split in ("heldout", "train") for name in ("rgb", "ae"))
 
 
 @torch.no_grad()
@@ -168,19 +165,19 @@ def test_autoencoded_views_do_not_pass_the_normalizer(data: Path) -> None:
 
 
 @torch.no_grad()
-def test_identity_scenes_have_no_autoencoder_figures(data: Path) -> None:
+def test_identity_scenes_have_no_autoencoder_metrics(data: Path) -> None:
     model, bank = build(load_autoencoder(AutoencoderConfig(path="identity")))
-    figures = evaluator(data, views=2).measure(model, bank)
-    assert figures.keys() == {
+    metrics = evaluator(data, views=2).measure(model, bank)
+    assert metrics.keys() == {
         *(f"{split}/{name}" for split in ("heldout", "train") for name in ("latent_psnr", "rgb_psnr", "rgb_ssim")),
         "heldout/baseline_psnr",
     }
     # Latents are the images; only decoded ones are clamped, and colors may overshoot by 0.002.
-    assert figures["heldout/rgb_psnr"] == pytest.approx(figures["heldout/latent_psnr"], abs=0.05)
+    assert metrics["heldout/rgb_psnr"] == pytest.approx(metrics["heldout/latent_psnr"], abs=0.05)
 
 
-def trace(model: IGAE, bank: SceneBank) -> list[bytes]:
-    tensors = [*model.state_dict().values(), bank.planes, torch.get_rng_state()]
+def trace(model: IGAE, bank: SceneStore) -> list[bytes]:
+    tensors = [*model.state_dict().values(), bank.rows, torch.get_rng_state()]
     grads = [torch.tensor(float(p.grad is not None)) for p in model.parameters()]
     return [t.numpy().tobytes() for t in [*tensors, *grads]]
 
@@ -190,33 +187,46 @@ def test_evaluation_is_deterministic_and_leaves_no_trace(data: Path, tmp_path: P
     model, bank = build()
     before = trace(model, bank)
     first = evaluator(data, workers=1)
-    figures, grids = first.measure(model, bank), first.grids(model, bank)
+    metrics, grids = first.measure(model, bank), first.grids(model, bank)
     videos = first.orbits(model, bank, tmp_path)
     assert trace(model, bank) == before
     assert list(videos) == ["scene_0"] and all(path.stat().st_size > 0 for path in videos.values())
     torch.manual_seed(6)
     second = evaluator(data)
-    assert second.measure(model, bank) == figures == first.measure(model, bank)
+    assert second.measure(model, bank) == metrics == first.measure(model, bank)
     again = second.grids(model, bank)
     assert list(grids) == ["views", "latents"]
     assert all(np.array_equal(again[name], grid) and grid.dtype == np.uint8 for name, grid in grids.items())
 
 
-def test_other_planes_give_other_figures_of_renders_only(data: Path) -> None:
+def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
     model, bank = build()
     found = evaluator(data, views=1)
     before = found.measure(model, bank)
-    bank.planes[3] += 1.0
+    bank.rows[3] += 1.0
     after = found.measure(model, bank)
     changed = {name for name in before if before[name] != after[name]}
     kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim")
     assert changed == {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
 
 
-def test_a_single_image_has_figures(data: Path) -> None:
+def test_every_metric_has_a_definition_and_old_names_are_known() -> None:
+    assert METRICS["heldout/rgb_psnr"] == "PSNR of decoded renders, held-out views (dB)"
+    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 and all(METRICS.values())
+    old = {
+        "eval/heldout/constant_psnr": "eval/heldout/baseline_psnr",
+        "photos/ae_lpips": "natural/ae_lpips",
+        "imbalance": "straggler_factor",
+        "loss/photo_kl": "loss/natural_kl",
+    }
+    assert {name: current_name(name) for name in old} == old
+    assert all(current_name(name) == name for name in [*METRICS, "loss/total", "lr/planes", "views_per_second"])
+
+
+def test_a_single_image_has_metrics(data: Path) -> None:
     model, bank = build()
-    figures = evaluator(data, views=1, scenes=1, natural_images=1).measure(model, bank)
-    assert {"heldout/rgb_ssim", "natural/ae_ssim"} <= figures.keys()
+    metrics = evaluator(data, views=1, scenes=1, natural_images=1).measure(model, bank)
+    assert {"heldout/rgb_ssim", "natural/ae_ssim"} <= metrics.keys()
 
 
 def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
@@ -226,8 +236,8 @@ def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
     model, bank = build()
     found = evaluator(tmp_path)
     assert set(found.splits) == {"train"}
-    figures = found.measure(model, bank)
-    assert {name.split("/")[0] for name in figures} == {"train"}
+    metrics = found.measure(model, bank)
+    assert {name.split("/")[0] for name in metrics} == {"train"}
     assert found.grids(model, bank).keys() == {"views", "latents"}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation on several ranks: the figures, the picture and the videos of one rank, from what each of them owns."""
+"""Evaluation on several ranks: the metrics, the picture and the videos of one rank, from what each of them owns."""
 
 import hashlib
 import shutil
@@ -16,16 +16,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from igae.data import Manifest, PackOptions, pack
-from igae.evaluation import evaluator
-from igae.evaluation.config import EvaluationConfig
-from igae.evaluation.evaluator import Evaluator
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE
+from igae.data import DataConfig, Manifest, PackOptions, pack
+from igae.evaluation import EvaluationConfig, Evaluator, grid
+from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.ranks import Channel, rank
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore
 
 CPU = torch.device("cpu")
 
@@ -44,7 +40,7 @@ class Case:
 class Result:
     """What a rank saw of a case, and what it returned."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     grids: dict[str, NDArray[np.uint8]]
     videos: dict[str, Path]
     read: set[int]
@@ -52,21 +48,21 @@ class Result:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def build(case: Case, owned: list[int]) -> tuple[Evaluator, IGAE, SceneBank]:
+def build(case: Case, owned: list[int], cls: type[Evaluator] = Evaluator) -> tuple[Evaluator, IGAE, SceneStore]:
     manifest = Manifest.load(case.data)
     settings = EvaluationConfig(**{"views": 3, "pictures": 3, "orbits": 3, "orbit_frames": 3, **case.settings})
-    white = (1.0, 1.0, 1.0)
-    found = Evaluator(settings, case.data, manifest, manifest.select(None), frozenset(owned), white, 0, CPU, Channel())
+    data = DataConfig(root=case.data, workers=0)
+    found = cls(settings, data, manifest, manifest.select(None), frozenset(owned), CPU, Channel())
     net = (
         load_autoencoder(AutoencoderConfig(path="identity"))
         if case.identity
         else runs.create_autoencoder("AutoencoderKL", scale=0.2)
     )
     options = RenderOptions(coarse_samples=5, fine_samples=5)
-    model = IGAE(net, torch.Generator().manual_seed(3), 8, options, (16, 16)).eval()
+    planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
+    model = IGAE(net, planes, options, (16, 16), seed=3).eval()
     model.refresh_background()
-    bank = SceneBank(PlanesConfig(resolution=6, features=8, init_std=2.0), owned, 0, CPU)
-    return found, model, bank
+    return found, model, SceneStore(planes, owned, 0, CPU)
 
 
 def evaluate(case: Case, owned: list[int], folder: Path) -> Result:
@@ -142,9 +138,9 @@ def test_ranks_together_see_what_one_rank_sees(
     for index, name in enumerate(cases):
         expected, found = alone[name], [results[index] for results in by_rank]
         for result in found:
-            assert result.figures == found[0].figures and list(result.figures) == list(expected.figures)
-            for key, value in expected.figures.items():
-                assert result.figures[key] == pytest.approx(value, abs=1e-6, rel=0), (name, key)  # measured 3e-7
+            assert result.metrics == found[0].metrics and list(result.metrics) == list(expected.metrics)
+            for key, value in expected.metrics.items():
+                assert result.metrics[key] == pytest.approx(value, abs=1e-6, rel=0), (name, key)  # measured 3e-7
         # The first rank draws, the others have nothing.
         assert all(result.grids == {} and result.videos == {} for result in found[1:])
         assert list(found[0].grids) == list(expected.grids)
@@ -161,12 +157,10 @@ def test_ranks_together_see_what_one_rank_sees(
 
 
 def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> None:
-    kinds = {name: {key.split("/")[0] for key in result.figures} for name, result in alone.items()}
-    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural_images"}
+    kinds = {name: {key.split("/")[0] for key in result.metrics} for name, result in alone.items()}
+    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural"}
     assert (
-        kinds["train"] == {"train", "natural_images"}
-        and kinds["natural_images"] == {"natural_images"}
-        and kinds["nothing"] == set()
+        kinds["train"] == {"train", "natural"} and kinds["natural_images"] == {"natural"} and kinds["nothing"] == set()
     )
     assert [len(result.videos) for result in alone.values()] == [3, 2, 1, 3, 1, 0, 0]
     for key, expected in (("views", [3, 1, 1, 3, 1, 5, 0]), ("latents", [3, 1, 1, 0, 1, 0, 0])):
@@ -174,18 +168,20 @@ def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> No
 
 
 def draw_slowly(case: Case, owners: list[list[int]], folder: Path) -> None:
-    draw, done = evaluator.pictures.grid, folder / "done"
+    done = folder / "done"
 
     def slow(*args: Any) -> Any:
         until = time.monotonic() + 60
         while not done.exists() and time.monotonic() < until:
             time.sleep(0.01)
         assert done.exists(), "the other rank waits for the drawing"
-        return draw(*args)
+        return grid(*args)
+
+    class Slow(Evaluator):
+        draw = staticmethod(slow)
 
     dist.init_process_group("gloo")
-    evaluator.pictures.grid = slow
-    found, model, bank = build(case, owners[rank()])
+    found, model, bank = build(case, owners[rank()], Slow)
     found.grids(model, bank)
     if rank() == 1:
         done.touch()

@@ -26,11 +26,9 @@ import train
 from igae import checkpoint
 from igae.cli.export import main
 from igae.data import orbit
-from igae.export import Content, Export, load_model, read_run, write, writer
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.igae import IGAE
-from igae.rendering import DecodingMLP, RenderOptions, render
+from igae.export import Content, Export, load_model, read_run, write
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.scenes import PlanesConfig, RowAdam
 
 NAMES = ["scene_0", "scene_1", "scene_2", "scene_3"]
@@ -82,9 +80,7 @@ def expected_latents(made: Made) -> Tensor:
     rendered = render(
         planes,
         mlp,
-        CAMERAS.repeat(4, 1, 1),
-        LENS.expand(12, 3, 3),
-        (8, 8),
+        Cameras(CAMERAS.repeat(4, 1, 1), LENS.expand(12, 3, 3), (8, 8)),
         RenderOptions(coarse_samples=6, fine_samples=6),
         background=shared["background"],
         scene=torch.arange(4).repeat_interleave(3),
@@ -176,10 +172,11 @@ def test_a_scene_is_read_without_the_others(
     made: Made, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = 3 * 8 * 8 * 8 * 4
-    monkeypatch.setattr(writer, "SHARD_BYTES", 3 * row + 1)
+    fs = fsspec.filesystem("memory")
     assert main([str(last(made)), memory]) == 0
     assert f"{memory}: 4 scenes" in capsys.readouterr().out
-    fs = fsspec.filesystem("memory")
+    fs.rm("/export", recursive=True)
+    write(read_run(str(last(made))), memory, file_bytes=3 * row + 1)
     assert len(fs.glob("/export/scenes-*.safetensors")) == 2  # of three scenes and one
     expected = load_file(made.export / "scenes-00000.safetensors")["planes"]
 
@@ -232,8 +229,8 @@ def test_an_object_store(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkpoint_in_the_middle_of_a_stage_is_finished_first(made: Made) -> None:
     folder = next(path for path in (made.run / "checkpoints").iterdir() if not path.name.endswith("-end"))
     content = read_run(str(folder))
-    assert content.figures == {}  # metrics.json is of the last step
-    loaded = checkpoint.load(str(folder))
+    assert content.metrics == {}  # metrics.json is of the last step
+    loaded = checkpoint.load_checkpoint(str(folder))
     rows = loaded.rows([0, 1, 2, 3])
     planes = rows.pop("planes")
     stored = planes.clone()
@@ -281,9 +278,9 @@ def test_scenes_that_share_base_planes(made: Made, tmp_path: Path) -> None:
     torch.testing.assert_close(scene.planes, torch.cat([micro, macro], -1))
 
     # The same as a scene with planes of its own.
-    plain = IGAE(export.model.autoencoder, torch.Generator(), 8, export.model.options, (16, 16))
-    plain.mlp, plain.background = export.model.mlp, export.model.background
     own = PlanesConfig(resolution=8, features=8)
+    plain = IGAE(export.model.autoencoder, own, export.model.options, (16, 16))
+    plain.mlp, plain.background = export.model.mlp, export.model.background
     write(Content(plain, (1.0, 1.0, 1.0), ["a"], own, lambda a, b: scene.planes[None], ""), str(tmp_path / "plain"))
     image = Export(str(tmp_path / "plain")).scene("a").image(CAMERAS, LENS)
     difference = image.int() - scene.image(CAMERAS, LENS).int()
@@ -318,15 +315,15 @@ def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path
     for name, value in fitted[1].model.state_dict().items():
         assert torch.equal(value, fitted[0].model.state_dict()[name]), name
     assert not torch.equal(fitted[1].rows(NAMES), Export(str(made.export)).rows(NAMES))
-    figures = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
-    assert f"{figures['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
+    metrics = json.loads((tmp_path / "export/metrics.json").read_text())["fit"]
+    assert f"{metrics['heldout/rgb_psnr']:.4g}" in (tmp_path / "export-out/README.md").read_text()
     # What belongs to the model is refused, as with a checkpoint.
     arguments = ["--config", str(tmp_path / "fit.yaml"), f"model={made.export}", "planes={features: 9}"]
     assert train.main(arguments) == 2
 
 
 def test_rgb_scenes(tmp_path: Path) -> None:
-    model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
+    model = IGAE(Autoencoder(None, 1.0), PLANES, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
     model.refresh_background()
     planes = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     names = ["Stuhl, grün", "b"]

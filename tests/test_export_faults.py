@@ -13,17 +13,17 @@ from runs import create_autoencoder
 
 from igae.cli.export import main
 from igae.export import Content, Export, load_model, read_run, write
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
-from igae.storage import reading as store
+from igae.storage import LIMITS
 
 PLANES = PlanesConfig(resolution=4, features=4)
 
 
 def content(scenes: int = 3) -> Content:
     autoencoder = create_autoencoder("AutoencoderKL", scale=0.1)
-    model = IGAE(autoencoder, torch.Generator().manual_seed(0), 4, RenderOptions(), (16, 16))
+    model = IGAE(autoencoder, PLANES, RenderOptions(), (16, 16))
     model.refresh_background()
     planes = torch.randn(scenes, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     names = [f"chair-{i}" for i in range(scenes)]
@@ -177,6 +177,6 @@ def test_runs_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_credentials_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "ATTEMPTS", 1)
+    monkeypatch.setattr(LIMITS, "attempts", 1)
     text = sentence(lambda: Export("https://me:hunter2@localhost:1/x?X-Amz-Signature=hunter3"))
     assert "hunter" not in text

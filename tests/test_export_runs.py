@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from scene_files import write_data
 from test_export_faults import sentence
 
 import train
-from igae.data import PackOptions, pack
-from igae.export import Export, read_run, write
+from igae.config import ConfigError
+from igae.data import PackOptions, orbit, pack
+from igae.export import Export, find_model, load_trained, read_run, write
+from igae.models import AutoencoderConfig, load_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +36,15 @@ def run(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder / "outputs/run", tmp_path / "run"))
 
 
-def test_figures_of_another_step_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_of_another_step_are_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
-    assert read_run(str(run)).figures == metrics["warmup"] and "heldout/rgb_psnr" in metrics["warmup"]
+    assert read_run(str(run)).metrics == metrics["warmup"] and "heldout/rgb_psnr" in metrics["warmup"]
     metrics["warmup"]["step"] += 1
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert read_run(str(run)).figures == {}
+    assert read_run(str(run)).metrics == {}
     with caplog.at_level(logging.WARNING):
         (run / "metrics.json").write_text("{")
-        assert read_run(str(run)).figures == {}
+        assert read_run(str(run)).metrics == {}
     assert "metrics.json is damaged" in caplog.text
 
 
@@ -74,3 +77,61 @@ def test_what_does_not_belong_to_the_run_is_refused(run: Path, tmp_path: Path) -
     scenes.write_bytes(data)
     text = sentence(lambda: write(read_run(str(run)), str(tmp_path / "out")))
     assert "scenes-00000.safetensors is damaged" in text and not (tmp_path / "out").exists()
+
+
+def test_one_loader_for_runs_checkpoints_and_exports(folder: Path, run: Path, tmp_path: Path) -> None:
+    write(read_run(str(run)), str(tmp_path / "out"))
+    end = str(next((run / "checkpoints").glob("*-end")))
+    for where in (run, run / "checkpoints", end, f"{tmp_path}/out/"):
+        trained = load_trained(str(where))
+        assert trained.where == (end if where != f"{tmp_path}/out/" else f"{tmp_path}/out") == find_model(str(where))
+        assert trained.names == ["scene_0", "scene_1", "scene_2", "scene_3"]
+        assert (trained.planes.features, trained.render.fine_samples) == (8, 6)
+        settings: dict[str, dict[str, object]] = {"render": {"fine_samples": 9}}
+        trained.complete(settings)
+        assert settings["render"]["fine_samples"] == 9 and settings["render"]["coarse_samples"] == 6
+        assert load_autoencoder(AutoencoderConfig(**settings["autoencoder"])).net is not None  # type: ignore[arg-type]
+        text = sentence(lambda found=trained: found.complete({"planes": {"features": 9}}))  # type: ignore[misc]
+        assert text.startswith("planes.features is the model's") and "of planes only init_std can be set" in text
+        assert sentence(lambda found=trained: found.rows(["scene_9"])).endswith(  # type: ignore[misc]
+            "has no scene scene_9; did you mean scene_3?"
+        )
+    scenes = [load_trained(str(where)).scene("scene_1") for where in (run, tmp_path / "out")]
+    assert torch.equal(scenes[0].row, scenes[1].row) and not scenes[0].model.training
+    views = orbit(2, 1.3, 0.4), torch.tensor([[1.1, 0, 0.5], [0, 1.1, 0.5], [0, 0, 1]])
+    assert torch.equal(scenes[0].image(*views), scenes[1].image(*views))
+    # Weights go into models for other views too, whose background is taken anew.
+    for where in (run, tmp_path / "out"):
+        trained = load_trained(str(where))
+        assert trained.model_for((16, 16), (1.0, 1.0, 1.0)) is trained.model
+        other = trained.model_for((32, 16), (0.0, 0.0, 0.0))
+        assert other.background.shape == (16, 8, 4) and torch.equal(other.mlp.w1, trained.model.mlp.w1)
+    assert "leave it out" in sentence(lambda: load_trained(str(tmp_path / "out"), ["data.root=x"]))
+    text = sentence(lambda: load_trained(str(run), ["dta.root=x"]))
+    assert text.startswith("dta.root: only autoencoder, data, planes, render matter") and "did you mean data?" in text
+
+
+def test_a_saved_configuration_is_data(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the environment or of files gets into it, whoever wrote it."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["base"] = str(run / "config.yaml")
+    settings["checkpoint"]["root"] = "${SECRET}/$${SECRET}"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="neither a checkpoint") as caught:
+        load_trained(str(run))
+    assert "hunter2" not in str(caught.value)
+    for text in ("[1, 2]", "a: [", "\x00"):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError) as broken:
+            load_trained(str(run))
+        assert str(broken.value).startswith(f"{run}/config.yaml:") and "\n" not in str(broken.value)
+
+
+def test_metrics_of_version_0_1_have_their_names_of_today(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["warmup"] |= {"heldout/constant_psnr": 1.5, "photos/ae_psnr": 2.5}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    found = read_run(str(run)).metrics
+    assert (found["heldout/baseline_psnr"], found["natural/ae_psnr"]) == (1.5, 2.5)
+    assert not {"heldout/constant_psnr", "photos/ae_psnr"} & found.keys()

@@ -20,7 +20,7 @@ from documents import ROOT
 
 from igae import checkpoint
 from igae.data import Manifest, orbit
-from igae.storage.tensors import TensorFile
+from igae.storage import TensorFile
 
 PAGE = ROOT / "docs" / "extending.md"
 SMALL = (
@@ -155,7 +155,7 @@ def test_a_loss(copy: Path) -> None:
 def test_a_network_and_rows(copy: Path) -> None:
     assert shared(copy, "deep")["mlp.w3"] == (64, 64)
     folder = checkpoint.list_complete(str(copy / "outputs" / "lines" / "checkpoints"))[-1]
-    assert checkpoint.load(folder).rows([0])["planes"].shape == (1, 3, 2, 8, 8)
+    assert checkpoint.load_checkpoint(folder).rows([0])["planes"].shape == (1, 3, 2, 8, 8)
 
 
 def test_a_strategy(copy: Path) -> None:
@@ -174,14 +174,20 @@ def test_the_kernels_leave_other_networks_alone(monkeypatch: pytest.MonkeyPatch)
     """A subclass of what the kernels know, with a forward of its own."""
     import torch
 
+    from igae.kernels import LIBRARIES, Library
     from igae.rendering import DecodingMLP, RenderOptions, cuda
+
+    class Anywhere(Library):
+        @staticmethod
+        def missing(device: torch.device) -> str | None:
+            return None
 
     class Other(DecodingMLP):
         def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             density, color = super().forward(features)
             return density + 1, color
 
-    monkeypatch.setattr(cuda, "unavailable", lambda *_: None)
+    monkeypatch.setitem(LIBRARIES, "cpu", Anywhere)
     planes = torch.zeros(1, 3, 4, 4, 8)
-    assert cuda.unsupported(planes, DecodingMLP(8, 4), (2, 2), RenderOptions()) is None
-    assert "64 hidden units" in str(cuda.unsupported(planes, Other(8, 4), (2, 2), RenderOptions()))
+    assert cuda.unsupported(planes, DecodingMLP(8, 4), RenderOptions()) is None
+    assert "64 hidden units" in str(cuda.unsupported(planes, Other(8, 4), RenderOptions()))

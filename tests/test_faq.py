@@ -21,16 +21,9 @@ from documents import ROOT
 from igae import config
 from igae.checkpoint import list_complete
 from igae.data import Manifest, PackOptions, pack
-from igae.models.autoencoder import load_autoencoder
-from igae.models.config import AutoencoderConfig
-from igae.models.losses import LPIPS
-from igae.rendering import DecodingMLP, RenderOptions, render
-from igae.training.assembly import build_model
-from igae.training.parallel.engine import Engine
-from igae.training.recipe import Recipe, TrackingConfig
-from igae.training.shares import own_data
-from igae.training.trackers import Tracker
-from igae.training.trainer import Trainer
+from igae.models import IGAE, LPIPS, AutoencoderConfig, load_autoencoder
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
+from igae.training import Engine, RankData, Recipe, Tracker, TrackingConfig, Trainer
 
 PAGE = ROOT / "docs" / "faq.md"
 # What torch and fsspec say.
@@ -100,7 +93,7 @@ def twice(folder: Path, shards: str) -> None:
     trainer = Trainer(load(folder, shards))
     (folder / "outputs" / "run").mkdir(parents=True)
     if (child := os.fork()) == 0:  # a lock is a process's
-        from igae.training.preflight import lock_run
+        from igae.training import lock_run
 
         held = lock_run(folder / "outputs" / "run")
         (folder / "locked").touch()
@@ -137,7 +130,7 @@ def one_natural_image(folder: Path, _: str, monkeypatch: pytest.MonkeyPatch) -> 
         PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),
     )
     other_world(monkeypatch, 2)
-    own_data(load(folder, str(folder / "few")))
+    RankData.split(load(folder, str(folder / "few")))
 
 
 def no_network(_: Path, __: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +145,8 @@ def on_cpu(*_: object) -> None:
     eye = torch.eye(4)[None]
     mlp, options = DecodingMLP(8, 4), RenderOptions()
     planes = torch.zeros(1, 3, 4, 4, 8)
-    render(planes, mlp, eye, eye[:, :3, :3], (2, 2), options, background=torch.ones(4), backend="cuda")
+    cameras = Cameras(eye, eye[:, :3, :3], (2, 2))
+    render(planes, mlp, cameras, options, background=torch.ones(4), backend="cuda")
 
 
 def truncated(folder: Path, *_: object) -> None:
@@ -163,7 +157,7 @@ def truncated(folder: Path, *_: object) -> None:
 
 
 def odd_size(folder: Path, shards: str, _: object) -> None:
-    build_model(load(folder, shards), (15, 15), torch.device("cpu"))
+    IGAE.from_recipe(load(folder, shards), (15, 15))
 
 
 PROVOKED: dict[str, Call] = {
@@ -183,7 +177,7 @@ PROVOKED: dict[str, Call] = {
     "no ... in ...: pack the data first with data_tools/pack_shards.py": lambda f, s, m: Manifest.load(str(f)),
     "nothing was packed because of ... bad input(s), first: ...": without_images,
     "the autoencoder makes images of ... from those of ...": odd_size,
-    "unknown category ...": lambda f, s, m: own_data(load(f, s, "data.categories={objaverse: [0, 500]}")),
+    "unknown category ...": lambda f, s, m: RankData.split(load(f, s, "data.categories={objaverse: [0, 500]}")),
     "train.....natural_images is ... but ... holds none: pack some": scenes_alone,
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
@@ -203,7 +197,7 @@ PROVOKED: dict[str, Call] = {
     ),
     "... scenes with training views can't be shared by ... processes": lambda f, s, m: (
         other_world(m, 9),
-        own_data(load(f, s)),
+        RankData.split(load(f, s)),
     ),
     "mixed_precision ... of the launch is not supported": lambda f, s, m: (
         m.setenv("ACCELERATE_MIXED_PRECISION", "fp16"),

@@ -22,17 +22,12 @@ from torch import Tensor
 
 import train
 from igae import checkpoint, config
-from igae.checkpoint import Loaded, Parts
+from igae.checkpoint import Checkpoint
 from igae.data import Manifest, Scene, Shard
-from igae.export.pretrained import take_settings
+from igae.export import take_settings
 from igae.models.igae import Views
-from igae.scenes import SceneBank
-from igae.training.fit import Fit
-from igae.training.meter import Outcome
-from igae.training.recipe import Recipe
-from igae.training.shares import waves
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.scenes import SceneStore
+from igae.training import Fit, Recipe, Trainer, waves
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
@@ -79,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fitted(folder: Path) -> Loaded:
+def fitted(folder: Path) -> Checkpoint:
     """What one rank makes of all scenes without a pause."""
     seen = ["tracking.trackers=[tensorboard]", "evaluation={views: 1, pictures: 2, orbits: 1, orbit_frames: 2}"]
     assert ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), "experiment=whole", *seen).exit_codes() == [0]
@@ -94,22 +89,22 @@ def checkpoints(folder: Path, name: str) -> Path:
     return folder / "outputs" / name / "checkpoints" / "step-00000000-end"
 
 
-def result(folder: Path, name: str) -> Loaded:
+def result(folder: Path, name: str) -> Checkpoint:
     (only,) = checkpoint.list_complete(str(folder / "outputs" / name / "checkpoints"))
-    return checkpoint.load(only)
+    return checkpoint.load_checkpoint(only)
 
 
-def planes(loaded: Loaded) -> Tensor:
+def planes(loaded: Checkpoint) -> Tensor:
     return loaded.rows(SCENES)["planes"]
 
 
-def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> None:
+def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Checkpoint) -> None:
     assert fitted.ids == frozenset(SCENES) and fitted.progress.finished
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     assert fitted.shared.keys() == model.shared.keys()
     for name, value in model.shared.items():
         assert torch.equal(fitted.shared[name], value), name
-    start = SceneBank(load_fit(folder).planes, SCENES, 0, torch.device("cpu")).planes
+    start = SceneStore(load_fit(folder).planes, SCENES, 0, torch.device("cpu")).rows
     assert bool((planes(fitted) != start).all()), "every number of every scene is trained"
     lines = [json.loads(line) for line in (folder / "outputs" / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "seconds_per_scene" in line] == [1, 2, 3, 4]
@@ -127,28 +122,28 @@ def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Loaded) -> N
     )
 
 
+class FitAlone(Fit):
+    """Without an evaluation."""
+
+    def conclude(self) -> dict[str, float]:
+        return {}
+
+
 @pytest.mark.parametrize("only", ["warmup", "joint"])
-def test_both_stages_lower_their_loss(folder: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> None:
+def test_both_stages_lower_their_loss(folder: Path, only: str) -> None:
     other = "joint" if only == "warmup" else "warmup"
     recipe = load_fit(folder, f"experiment={only}", "fit.wave=4", f"train.{only}.epochs=12", f"train.{other}.epochs=0")
     losses: list[float] = []
-    step = Stage.step
-
-    def watched(stage: Stage, number: int, *more: bool) -> Outcome:
-        outcome = step(stage, number, *more)
-        losses.append(float(outcome.losses["latent" if only == "warmup" else "rgb"]))
-        return outcome
-
-    monkeypatch.setattr(Stage, "step", watched)
-    fit = Fit(recipe)
-    fit._evaluate = dict  # type: ignore[method-assign]
+    fit = FitAlone(recipe)
+    name = "latent" if only == "warmup" else "rgb"
+    fit.model.register_forward_hook(lambda _, __, found: losses.append(float(found[name].detach())))
     fit.run()
     tenth = len(losses) // 10
     # Measured: 0.91 and 0.95 of it. The images are noise, of which a scene can learn the mean color only.
     assert sum(losses[-tenth:]) < 0.98 * sum(losses[:tenth])
 
 
-def test_two_ranks_fit_what_one_does(folder: Path, fitted: Loaded) -> None:
+def test_two_ranks_fit_what_one_does(folder: Path, fitted: Checkpoint) -> None:
     """The command itself, on real processes: nothing of the batches, noise or rays depends on the number of ranks."""
     codes = ranks.Ranks(runs.train, 2, str(folder / "fit.yaml"), "experiment=two").exit_codes()
     assert codes == [0, 0]
@@ -168,16 +163,21 @@ def render(fit: Fit, rows: Tensor) -> Tensor:
         return fit.model.render(rows, Views(torch.zeros(1, dtype=torch.int64), pose[None], lens[None]), None)[0]
 
 
-def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = Fit(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
-    renders: dict[int, Tensor] = {}
-    write = Parts.write
+class FitAndRender(Fit):
+    """Renders the scenes of each wave when it is written."""
 
-    def watched(parts: Parts, number: int, scenes: dict[str, Tensor]) -> None:
-        write(parts, number, scenes)
-        renders.update({int(i): render(fit, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])})
+    renders: dict[int, Tensor]
 
-    monkeypatch.setattr(Parts, "write", watched)
+    def fit_wave(self, index: int) -> bool:
+        done = super().fit_wave(index)
+        scenes = load_file(checkpoints(self.folder.parents[1], "forgetful") / f"scenes-{index:05d}.safetensors")
+        self.renders |= {int(i): render(self, scenes["planes"][k : k + 1]) for k, i in enumerate(scenes["ids"])}
+        return done
+
+
+def test_the_first_wave_renders_the_same_after_the_last(folder: Path) -> None:
+    fit = FitAndRender(load_fit(folder, "experiment=forgetful", "fit.wave=2"))
+    fit.renders = renders = {}
     fit.run()
     assert sorted(renders) == SCENES
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -188,25 +188,15 @@ def test_the_first_wave_renders_the_same_after_the_last(folder: Path, monkeypatc
         assert torch.equal(render(again, loaded.rows([scene])["planes"]), picture)
 
 
-def test_each_view_is_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_view_is_encoded_once(folder: Path) -> None:
     """The work for a scene does not grow with the number of waves."""
     views = sum(scene.views for scene in Manifest.load(str(folder / "shards")).scenes)
     for wave in (1, 2, 4):
-        fit = Fit(load_fit(folder, f"experiment=count{wave}", f"fit.wave={wave}"))
-        encoded, rendered = [], []
-        encode, real = fit.model.autoencoder.posterior, fit.engine.forward
-
-        def counted(images: Tensor, encode: Any = encode, encoded: list[int] = encoded) -> Any:
-            encoded.append(len(images))
-            return encode(images)
-
-        def forward(*arguments: Any, real: Any = real, rendered: list[int] = rendered, **options: Any) -> Any:
-            rendered.append(len(arguments[1].index))
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(fit.model.autoencoder, "posterior", counted)
-        monkeypatch.setattr(fit.engine, "forward", forward)
-        fit._evaluate = dict  # type: ignore[method-assign]
+        fit = FitAlone(load_fit(folder, f"experiment=count{wave}", f"fit.wave={wave}"))
+        encoded, rendered = list[int](), list[int]()
+        encoder = fit.model.autoencoder.net.encoder
+        encoder.register_forward_pre_hook(lambda _, images, seen=encoded: seen.append(len(images[0])))
+        fit.model.register_forward_pre_hook(lambda _, arguments, seen=rendered: seen.append(len(arguments[1].index)))
         fit.run()
         assert sum(encoded) == views
         # Epochs are rounded to whole batches: 6 of them at batches of 4, and one at batches of 3.
@@ -222,7 +212,9 @@ def wait_for(path: Path, running: ranks.Ranks) -> None:
 
 
 @pytest.mark.parametrize(("how", "world"), [(signal.SIGKILL, 1), (signal.SIGTERM, 2)])
-def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, how: signal.Signals, world: int) -> None:
+def test_a_fit_resumes_after_its_finished_waves(
+    folder: Path, fitted: Checkpoint, how: signal.Signals, world: int
+) -> None:
     """On as many ranks as before, or more."""
     name = f"stopped-{how.name}"
     arguments = (str(folder / "fit.yaml"), f"experiment={name}")
@@ -239,7 +231,7 @@ def test_a_fit_goes_on_after_its_finished_waves(folder: Path, fitted: Loaded, ho
     assert (planes(result(folder, name)) - planes(fitted)).abs().max() < 1e-5
 
 
-def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Loaded, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
     before = {path: path.stat().st_mtime_ns for path in checkpoints(folder, "whole").iterdir()}
     with caplog.at_level("INFO", logger="igae"):
         assert Fit(load_fit(folder, "experiment=whole")).run() == {}
@@ -280,13 +272,13 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
     ],
 )
 def test_what_a_fit_refuses(
-    folder: Path, fitted: Loaded, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+    folder: Path, fitted: Checkpoint, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
     sentence = run(capsys, folder, *arguments)
     assert all(word in sentence for word in words), sentence
 
 
-def test_other_shards_are_refused(folder: Path, fitted: Loaded, tmp_path: Path) -> None:
+def test_other_shards_are_refused(folder: Path, fitted: Checkpoint, tmp_path: Path) -> None:
     other = runs.packed_data(tmp_path)
     manifest = json.loads(Path(other, "manifest.json").read_text())
     manifest["shards"][0]["sha256"] = "0" * 64
@@ -301,7 +293,7 @@ def test_more_ranks_than_waves_are_refused(folder: Path, monkeypatch: pytest.Mon
         Fit(load_fit(folder, "fit.wave=2"))
 
 
-def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Loaded) -> None:
+def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Checkpoint) -> None:
     recipe = load_fit(folder, "experiment=whole", "train.joint.learning_rates.decoder=1e-4")
     with pytest.raises(ValueError, match="without an optimizer's state"):
         Trainer(recipe)
@@ -316,7 +308,7 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
     recipe = load_fit(folder, "experiment=aligned", *rates)
     assert not recipe.fits_in_waves
     trainer = Trainer(recipe)
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     trained = dict(trainer.model.named_parameters())
     assert all(torch.equal(trained[name], model.shared[name]) for name in trained)
     trainer.run()
@@ -327,7 +319,7 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
 
 def test_a_background_of_another_color_is_taken_anew(folder: Path) -> None:
     fit = Fit(load_fit(folder, "data.background=[0, 0.5, 1]"))
-    model = checkpoint.load(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
+    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     now = fit.model.background.clone()
     fit.model.refresh_background()
     assert torch.equal(fit.model.background, now)

@@ -151,4 +151,4 @@ def test_a_host_is_cut_off_and_comes_back(hosts: list[str], tmp_path: Path) -> N
     assert "has lost another rank" in text
     assert f"going on from {saved}/step-{steps:08d}" in text, text
     assert text.count("2 ranks, DDP") >= 2 and "1 rank," not in text
-    assert checkpoint.load(checkpoint.list_complete(saved)[-1]).progress.total == 120
+    assert checkpoint.load_checkpoint(checkpoint.list_complete(saved)[-1]).progress.total == 120

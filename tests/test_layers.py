@@ -13,7 +13,7 @@ from runs import KL
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from igae.models.layers import GroupNorm, keep_dtypes, to_channels_last
+from igae.models.channels_last import GroupNorm, keep_dtypes, to_channels_last
 
 
 def pair(channels: int, groups: int, dtype: torch.dtype) -> tuple[nn.GroupNorm, nn.GroupNorm]:

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from igae.models.losses import LPIPS, kl_divergence, psnr, total_variation
+from igae.evaluation import psnr
+from igae.models import LPIPS
+from igae.models.losses import kl_divergence, total_variation
 
 # Places of VGG16's convolutions among torchvision's `features`, their channels, and the layers before the pooling.
 CONVOLUTIONS = {

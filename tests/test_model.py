@@ -10,10 +10,9 @@ from runs import create_autoencoder as create
 from torch import Tensor, nn
 
 from igae.data import orbit
-from igae.models.autoencoder import Autoencoder, load_autoencoder
-from igae.models.config import AutoencoderConfig, LossWeights
-from igae.models.igae import IGAE, Views, to_signed
-from igae.rendering import Rendered, RenderOptions, render
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, LossWeights, Views, load_autoencoder, to_signed
+from igae.rendering import Cameras, Rendered, RenderOptions, render
+from igae.scenes import PlanesConfig
 
 SIZE, SEED, SCALE = 16, 1234, 0.3
 OPTIONS = RenderOptions(coarse_samples=5, fine_samples=5)
@@ -45,12 +44,12 @@ def weights(**values: float) -> LossWeights:
 def build(autoencoder: Autoencoder | None = None, background: tuple[float, float, float] = (1.0, 0.5, 0.0)) -> IGAE:
     model = IGAE(
         autoencoder or create("AutoencoderKL", scale=SCALE),
-        torch.Generator().manual_seed(3),
-        8,
+        PlanesConfig(resolution=6, features=8),
         OPTIONS,
         (SIZE, SIZE),
         background,
-        Distance(),  # type: ignore[arg-type]
+        seed=3,
+        perceptual=Distance(),  # type: ignore[arg-type]
     )
     model.refresh_background()
     return model
@@ -91,9 +90,7 @@ def rendered(model: IGAE, rows: Tensor, given: Views, seed: int | None) -> Rende
     return render(
         rows,
         model.mlp,
-        given.cam2world,
-        given.intrinsics,
-        (SIZE // 2, SIZE // 2),
+        Cameras(given.cam2world, given.intrinsics, (SIZE // 2, SIZE // 2)),
         OPTIONS,
         background=model.background,
         scene=given.index,
@@ -296,7 +293,7 @@ def test_the_perceptual_network_is_not_part_of_the_module(model: IGAE) -> None:
     assert not any("plain" in key or "perceptual" in key for key in keys)
 
 
-def test_the_mlp_depends_on_its_generator_alone() -> None:
+def test_the_mlp_depends_on_its_seed_alone() -> None:
     torch.manual_seed(0)
     first = build()
     torch.manual_seed(1)

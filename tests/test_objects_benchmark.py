@@ -16,7 +16,7 @@ from benchmarks import objects
 from benchmarks.objects_table import flat_from
 from igae import config
 from igae.data import Manifest, Scene, Shard
-from igae.training.recipe import Recipe
+from igae.training import Recipe
 
 
 @given(st.integers(0, 200), st.none() | st.integers(-1, 200), st.none() | st.integers(0, 200))

@@ -23,7 +23,8 @@ FLOORS = (
     ("storage", "kernels"),
     ("rendering", "data", "scenes"),
     ("models", "checkpoint"),
-    ("evaluation", "export"),
+    ("evaluation",),
+    ("export",),
     ("training", "viewer"),
     ("cli",),
 )

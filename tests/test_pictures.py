@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from igae.evaluation import pictures
+import igae.evaluation as pictures
 
 Frames = NDArray[np.uint8]
 

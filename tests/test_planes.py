@@ -17,10 +17,8 @@ from torch import Tensor
 from igae import checkpoint, config
 from igae.config import ConfigError
 from igae.models.losses import orthogonality
-from igae.scenes import BasePlanes, PlanesConfig, SceneBank
-from igae.training.recipe import Recipe
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.scenes import BasePlanes, PlanesConfig, SceneStore
+from igae.training import Recipe, Stage, StageState, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
@@ -153,18 +151,18 @@ def test_stages_that_make_no_sense_are_refused(overrides: list[str], word: str, 
 @variants
 def test_the_start_of_a_scene(name: str) -> None:
     given = planes_config(name)
-    bank = SceneBank(given, [5, 2], 7, torch.device("cpu"))
-    assert torch.equal(bank.planes[1], SceneBank(given, [2], 7, torch.device("cpu")).planes[0])
-    assert not torch.equal(bank.planes[0], bank.planes[1])
+    store = SceneStore(given, [5, 2], 7, torch.device("cpu"))
+    assert torch.equal(store.rows[1], SceneStore(given, [2], 7, torch.device("cpu")).rows[0])
+    assert not torch.equal(store.rows[0], store.rows[1])
     if given.bias:
-        assert bank.planes[:, -1].count_nonzero() == 0
+        assert store.rows[:, -1].count_nonzero() == 0
 
 
 def test_macro_planes_start_with_the_noise_of_plain_ones() -> None:
     given = PlanesConfig(resolution=8, features=8, init_std=0.3, base_planes=20, macro_features=8, bias=True)
-    bank = SceneBank(given, range(200), 0, torch.device("cpu"))
+    store = SceneStore(given, range(200), 0, torch.device("cpu"))
     with torch.no_grad():
-        fused, _ = BasePlanes(given, generator(4))(bank.planes)
+        fused, _ = BasePlanes(given, generator(4))(store.rows)
     # The standard deviation of a sum of M terms with weights of variance 1 / M: 0.3; 200 scenes x 20 weights know it
     # to 1 / sqrt(8000) of it, about 1 %.
     assert fused.std() == pytest.approx(0.3, rel=0.05)
@@ -197,7 +195,7 @@ def test_losses_are_those_of_the_planes_that_rows_stand_for(name: str) -> None:
     given = planes_config(name)
     plain, model = build(), build()
     model.base = BasePlanes(given, generator(5))
-    rows = SceneBank(given, range(3), 3, torch.device("cpu")).planes * 5
+    rows = SceneStore(given, range(3), 3, torch.device("cpu")).rows * 5
     fused = torch.stack([by_formula(given, model.base.planes.detach(), row) for row in rows])
     terms = {"latent": 1.0, "rgb": 0.5, "planes_tv": 0.3, "depth_tv": 0.2}
     expected = plain(fused, views(), None, weights(**terms), False, SEED)
@@ -232,14 +230,14 @@ def recipe(folder: Path, shards: str, name: str, *overrides: str) -> Recipe:
 def test_a_step_moves_every_number_of_its_scenes(tmp_path: Path, shards: str, name: str) -> None:
     trainer = Trainer(recipe(tmp_path, shards, name))
     before = {key: value.clone() for key, value in trainer.model.named_parameters()}
-    rows = trainer.bank.planes.clone()
-    stage = Stage("joint", trainer.recipe, trainer.engine, trainer.model, trainer.bank, trainer.data, {})
+    rows = trainer.store.rows.clone()
+    stage = Stage("joint", trainer.recipe, trainer.engine, trainer.model, trainer.store, trainer.data, StageState())
     assert stage.step(0).read() == (True, False)
     stage.close()
     still = [key for key, value in trainer.model.named_parameters() if torch.equal(value, before[key])]
     assert still == [] and "base.planes" in before
     assert bool((trainer.model.base.planes != before["base.planes"]).all())  # type: ignore[union-attr]
-    moved = trainer.bank.planes != rows
+    moved = trainer.store.rows != rows
     touched = moved.any(1)
     assert 1 <= touched.sum() <= 4  # four views
     assert bool(moved[touched].all())
@@ -255,13 +253,13 @@ def test_a_run_with_base_planes_goes_on_as_if_it_had_not_stopped(tmp_path: Path,
     first.run("warmup")
     AcceleratorState._reset_state(reset_partial_state=True)
     second = Trainer(recipe(tmp_path, shards, name, "experiment=parts", *short))
-    assert torch.equal(second.bank.planes, first.bank.planes)
+    assert torch.equal(second.store.rows, first.store.rows)
     assert second.run() == figures
-    assert torch.equal(second.bank.planes, whole.bank.planes)
+    assert torch.equal(second.store.rows, whole.store.rows)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[key], value), key
-    saved = checkpoint.load(checkpoint.list_complete(second.checkpoints)[-1])
-    assert torch.equal(saved.rows([2])["planes"][0], second.bank.planes[second.bank.scene_ids == 2][0])
+    saved = checkpoint.load_checkpoint(checkpoint.list_complete(second.recipe.checkpoint_root)[-1])
+    assert torch.equal(saved.rows([2])["planes"][0], second.store.rows[second.store.ids == 2][0])
     assert saved.rows([2])["planes"].shape[1:] == second.recipe.planes.row_shape
 
 
@@ -269,10 +267,10 @@ def test_base_planes_are_frozen_by_a_rate_of_0(tmp_path: Path, shards: str) -> N
     frozen = ["train.warmup.learning_rates.base_planes=0", "train.warmup.epochs=1", "train.joint.epochs=0"]
     trainer = Trainer(recipe(tmp_path, shards, "concat", "train.joint.weights.base_orthogonality=0", *frozen))
     base = {key: value.clone() for key, value in trainer.model.state_dict().items() if key.startswith("base")}
-    rows = trainer.bank.planes.clone()
+    rows = trainer.store.rows.clone()
     trainer.run()
     assert torch.equal(trainer.model.state_dict()["base.planes"], base["base.planes"])
-    assert bool((trainer.bank.planes != rows).any(1).all())
+    assert bool((trainer.store.rows != rows).any(1).all())
 
 
 @given(st.sampled_from(sorted(VARIANTS)), st.integers(1, 4), st.data())

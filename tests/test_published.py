@@ -16,10 +16,10 @@ import yaml
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from igae.cli.published import main
 from igae.data import orbit
-from igae.export import Export
-from igae.export.published import architecture, main, read_published
-from igae.models.igae import Views
+from igae.export import Export, architecture, read_published
+from igae.models import Views
 
 Array = NDArray[np.float64]
 KL = {

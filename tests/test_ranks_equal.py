@@ -14,13 +14,10 @@ from torch import Tensor
 
 from igae import config
 from igae.data import Manifest, ViewBatch
-from igae.models.igae import IGAE
+from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
-from igae.scenes import BasePlanes, SceneBank
-from igae.training.parallel.engine import Engine
-from igae.training.recipe import Recipe
-from igae.training.shares import own_data
-from igae.training.stage import Stage
+from igae.scenes import SceneStore
+from igae.training import Engine, RankData, Recipe, Stage, StageState
 
 STEPS = 20
 POISONED = 7
@@ -85,12 +82,19 @@ def train(
     if not set(overrides) & set(FROZEN):
         ranks.send_in_buckets()
     engine = Engine()
-    data = own_data(recipe)
+    data = RankData.split(recipe)
     if world_size() > 1:
         assert [[scene.id for scene in part] for part in data.parts] == parts
-    model = build(recipe, data.manifest)
-    bank = SceneBank(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
-    stage = Stage("joint", recipe, engine, model, bank, data, {})
+    model, poison = build(recipe, data.manifest), False
+    # Fixed sample positions: random ones depend on the place of a view in its batch.
+    model.register_forward_pre_hook(lambda _, arguments: (*arguments[:5], None, *arguments[6:]))
+
+    def poisoned(_: IGAE, __: Any, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        return losses | {"total": losses["total"] * torch.nan} if poison and rank() == world_size() - 1 else losses
+
+    model.register_forward_hook(poisoned)
+    store = SceneStore(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
+    stage = Stage("joint", recipe, engine, model, store, data, StageState())
     stage.close()
     views = every_view(recipe, data.manifest)
     natural_images = open_images(recipe.data.root, data.manifest, batch_size=11, shuffle=0, repeat=False, workers=0)
@@ -110,22 +114,13 @@ def train(
         natural_batches = [
             torch.cat(natural_batches[i : i + accumulate]) for i in range(0, len(natural_batches), accumulate)
         ]
-    stage._streams = {"views": Fixed(view_batches), "natural_images": Fixed(natural_batches)}
-    forward, poison = engine.forward, False
-
-    def changed(*arguments: Any, last: bool) -> dict[str, Tensor]:
-        # Fixed sample positions: random ones depend on the place of a view in its batch.
-        losses: dict[str, Tensor] = forward(*arguments[:5], None, *arguments[6:], last=last)
-        if poison and rank() == world_size() - 1:
-            losses["total"] = losses["total"] * torch.nan
-        return losses
-
-    engine.forward = changed  # type: ignore[method-assign]
+    stage.refresh_every = 10
+    stage.streams = {"views": Fixed(view_batches), "natural_images": Fixed(natural_batches)}
     channel, norms = Channel(), {}
     start = {name: value.clone() for name, value in model.named_parameters()}
     for step in range(STEPS):
         poison = step == POISONED
-        outcome = stage.step(step, refresh=step % 10 == 0)
+        outcome = stage.step(step)
         assert outcome.read() == (not poison, False)
         if step in (0, STEPS - 1):
             for name, value in stage.meter.read(stage.taken, channel).items():
@@ -138,15 +133,15 @@ def train(
             frozen = [] if trains else [name for name in start if name.startswith("autoencoder.")]
             assert still == frozen, f"one step did not move {still}"
     moments = engine.optimizer_state()
-    stage.plane_adam.catch_up()
+    store.catch_up()
     engine.finish()
     result = {f"weights/{k}": v.clone() for k, v in model.state_dict().items()}
     result |= {f"moments/{k}": v.clone() for k, v in moments.items()} | norms
     planes = {}
-    for row, i in enumerate(bank.scene_ids.tolist()):
-        planes[f"planes/{i}"] = bank.planes[row].clone()
+    for row, i in enumerate(store.ids.tolist()):
+        planes[f"planes/{i}"] = store.rows[row].clone()
         # Adam's steps don't depend on the scale of gradients, and its moments do.
-        planes[f"plane moments/{i}"] = stage.plane_adam.exp_avg[row].clone()
+        planes[f"plane moments/{i}"] = store.state_dict()["exp_avg"][row].clone()
     for part in Channel().gather(planes):
         result |= part
     engine.close()
@@ -154,16 +149,9 @@ def train(
 
 
 def build(recipe: Recipe, manifest: Manifest) -> IGAE:
-    from igae.models.autoencoder import load_autoencoder
+    from igae.models import load_autoencoder
 
-    model = IGAE(
-        load_autoencoder(recipe.autoencoder, 1),
-        torch.Generator().manual_seed(2),
-        recipe.planes.features,
-        recipe.render,
-        manifest.image_size,
-        base=BasePlanes(recipe.planes, torch.Generator().manual_seed(3)) if recipe.planes.base_planes else None,
-    )
+    model = IGAE(load_autoencoder(recipe.autoencoder, 1), recipe.planes, recipe.render, manifest.image_size, seed=2)
     model.refresh_background()
     return model
 

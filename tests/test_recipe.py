@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from igae import config
 from igae.config import ConfigError
-from igae.training.recipe import Recipe, StageConfig
+from igae.training import Recipe, StageConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

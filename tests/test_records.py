@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,11 @@ import runs
 import torch
 
 from igae import config
+from igae.data import LatentLoader
 from igae.errors import TrainingError
 from igae.ranks import rank
-from igae.scenes import RowAdam
-from igae.training import captured
-from igae.training import meter as records
-from igae.training.meter import Meter, Outcome
-from igae.training.recipe import Recipe
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.scenes import SceneStore
+from igae.training import Meter, Outcome, Recipe, Stage, StageName, Trainer
 
 PREFIXES = {
     "encoder": ("autoencoder.net.encoder.", "autoencoder.net.quant_conv."),
@@ -44,8 +41,53 @@ def recorded(trainer: Trainer) -> list[dict[str, Any]]:
     return [line for line in lines if "loss/total" in line]
 
 
+class Norms(Trainer):
+    """Computes the norms of gradients from the gradients themselves."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.newest: dict[str, float] = {}
+        self.of_steps: list[dict[str, float]] = []
+        self._squares: dict[str, dict[str, float]] = {part: {} for part in PREFIXES}
+        for name, parameter in self.model.named_parameters():
+            part = next(part for part, prefixes in PREFIXES.items() if name.startswith(prefixes))
+            parameter.register_post_accumulate_grad_hook(partial(self._see, part, name))
+
+    def _see(self, part: str, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self._squares[part][name] = float(parameter.grad.double().square().sum())
+
+    def open_stage(self, name: StageName) -> Stage:
+        stage = super().open_stage(name)
+        stage.run.store = SeenStore(stage.store, self.newest)
+        make = stage.run
+
+        def run(inputs: Any) -> Any:
+            output = make(inputs)
+            for part, squares in self._squares.items():
+                if squares:
+                    self.newest[part] = sum(squares.values()) ** 0.5
+                squares.clear()
+            self.of_steps.append(dict(self.newest))
+            return output
+
+        stage.run = run
+        return stage
+
+
+class SeenStore:
+    """A scene store, and the norm of the newest gradient."""
+
+    def __init__(self, store: SceneStore, newest: dict[str, float]) -> None:
+        self.take, self._store, self._newest = store.take, store, newest
+
+    def step(self, rows: Any, gradient: Any, learning_rate: Any, *, scale: float, apply: Any) -> None:
+        self._newest["planes"] = float((gradient.double() * scale).square().sum()) ** 0.5
+        self._store.step(rows, gradient, learning_rate, scale=scale, apply=apply)
+
+
 @pytest.mark.usefixtures("one_run_a_process")
-def test_norms_are_those_of_the_gradients(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_those_of_the_gradients(recipe_file: str) -> None:
     """With batches that alternate: a part that a step does not reach keeps the norm of the step before."""
     options = [
         "planes={resolution: 8, features: 8, base_planes: 3, micro_features: 3, macro_features: 5, bias: true}",
@@ -54,30 +96,11 @@ def test_norms_are_those_of_the_gradients(recipe_file: str, monkeypatch: pytest.
         "train.joint.alternate=true",
         "train.joint.accumulate=2",
     ]
-    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *options, "experiment=norms"]))
-    newest: dict[str, float] = {}
-    expected: list[dict[str, float]] = []
-    step, plane_step = trainer.engine.step, RowAdam.step
-
-    def seen(rates: Any, apply: Any) -> Any:
-        for part, prefixes in PREFIXES.items():
-            grads = [p.grad for name, p in trainer.model.named_parameters() if name.startswith(prefixes)]
-            found = [g.double().square().sum() for g in grads if g is not None]
-            if found:
-                newest[part] = float(sum(found)) ** 0.5
-        expected.append(dict(newest))
-        return step(rates, apply)
-
-    def seen_planes(self: RowAdam, rows: Any, gradient: Any, lr: Any, *, scale: float = 1.0, apply: Any = None) -> None:
-        newest["planes"] = float((gradient.double() * scale).square().sum()) ** 0.5
-        expected[-1]["planes"] = newest["planes"]
-        plane_step(self, rows, gradient, lr, scale=scale, apply=apply)
-
-    monkeypatch.setattr(trainer.engine, "step", seen)
-    monkeypatch.setattr(RowAdam, "step", seen_planes)
+    trainer = Norms(config.load(Recipe, recipe_file, [*SHORT, *options, "experiment=norms"]))
     trainer.run("warmup")
-    newest.clear()
+    trainer.newest.clear()
     trainer.run("joint")
+    expected = trainer.of_steps
     lines = recorded(trainer)
     assert len(lines) == len(expected) == 8
     for line, norms in zip(lines, expected, strict=True):
@@ -90,14 +113,12 @@ def test_norms_are_those_of_the_gradients(recipe_file: str, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("one_run_a_process")
-def test_a_captured_step_records_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_records_the_same(recipe_file: str) -> None:
     """The function that a CUDA graph is captured from; views are counted there too."""
     options = [*SHORT, "autoencoder.latents=sample"]
     plain = Trainer(config.load(Recipe, recipe_file, [*options, "experiment=plain"]))
     plain.run()
-    monkeypatch.setattr(captured, "EAGER_CALLS", 10**9)
-    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
-    other = Trainer(config.load(Recipe, recipe_file, [*options, "experiment=captured"]))
+    other = runs.StaticTrainer(config.load(Recipe, recipe_file, [*options, "experiment=captured"]))
     other.run()
     for a, b in zip(recorded(plain), recorded(other), strict=True):
         assert a.keys() == b.keys() and {"grad_norm/mlp", "grad_norm/planes"} <= a.keys()
@@ -116,8 +137,9 @@ def test_a_step_that_asks_the_host_is_no_graph(recipe_file: str, monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", refused)
-    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
-    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, "train.warmup.epochs=1", "experiment=refused"]))
+    settings = [*SHORT, "train.warmup.epochs=1", "experiment=refused"]
+    trainer = runs.StaticTrainer(config.load(Recipe, recipe_file, settings))
+    trainer.warmup_calls = 3
     with pytest.raises(TrainingError, match="stream is capturing\\).*set train.cuda_graph=false$"):
         trainer.run()
 
@@ -132,9 +154,9 @@ class Told:
         return [value, *self.others]
 
 
-def test_figures_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(records.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     meter = Meter(torch.device("cpu"), ranks=3, replicated=True)
     meter.restart(1000)
     one = torch.ones(())
@@ -190,25 +212,27 @@ def test_one_rank_waits_for_no_other_and_says_nothing_of_it() -> None:
     assert figures.keys() == {"loss/total", "views_per_second", "data_wait"}
 
 
-def train_with_a_slow_rank(folder: str) -> None:
+class Slow(Trainer):
     """The second rank waits for its data in the warm-up, and is slow to compute in the joint stage."""
+
+    def open_stage(self, name: StageName) -> Stage:
+        stage = super().open_stage(name)
+        if rank() == 1 and name == "warmup":
+            stage.streams["views"] = SlowLatents(stage.cache, stage.config.batch_size, 0)
+        elif rank() == 1:
+            self.model.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+        return stage
+
+
+class SlowLatents(LatentLoader):
+    def take(self) -> torch.Tensor:
+        time.sleep(0.5)
+        return super().take()
+
+
+def train_with_a_slow_rank(folder: str) -> None:
     options = ["train.warmup.epochs=1", "train.joint.epochs=1", "tracking.every=1", "experiment=slow"]
-    trainer = Trainer(config.load(Recipe, f"{folder}/recipe.yaml", options))
-    take, forward = Stage._take, trainer.engine.forward
-
-    def slow_take(self: Stage, name: str, wanted: bool) -> Any:
-        if rank() == 1 and self.name == "warmup" and name == "views":
-            with self.meter.waiting_for_data():
-                time.sleep(0.5)
-        return take(self, name, wanted)
-
-    def slow_forward(*arguments: Any, last: bool) -> Any:
-        if rank() == 1 and trainer.progress.stage == "joint":
-            time.sleep(0.5)
-        return forward(*arguments, last=last)
-
-    Stage._take = slow_take  # type: ignore[method-assign]
-    trainer.engine.forward = slow_forward  # type: ignore[method-assign]
+    trainer = Slow(config.load(Recipe, f"{folder}/recipe.yaml", options))
     trainer.run()
     trainer.engine.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from igae.cli import reference
-from igae.training.recipe import Recipe
+from igae.training import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

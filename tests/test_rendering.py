@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igae.rendering import DecodingMLP, RenderOptions, render, rng
+from igae.rendering import Cameras, DecodingMLP, RenderOptions, ray_marching, render, rng
+from igae.rendering.ray_marching import composite, interval_weights, plane_features
 from igae.rendering.rays import box_range, pixel_rays
-from igae.rendering.reference import composite, interval_weights, plane_features
 
 F64 = torch.float64
 
@@ -135,7 +135,7 @@ def test_rays_that_miss_the_box_are_background_with_finite_gradients(spacing: An
     pose = along_z(3.0).float()
     pose[0, 0, 3] = 5.0  # the box is far to the left of the view
     options = RenderOptions(spacing=spacing)
-    out = render(planes, Direct(2), pose, pinhole().float(), (4, 4), options, background=background, seed=0)
+    out = render(planes, Direct(2), Cameras(pose, pinhole().float(), (4, 4)), options, background=background, seed=0)
     assert (out.opacity == 0).all()
     assert (out.features == 2 * background.detach() - 1).all()
     assert out.depth.isfinite().all() and (out.depth > 0).all()
@@ -146,7 +146,7 @@ def test_rays_that_miss_the_box_are_background_with_finite_gradients(spacing: An
 def test_pixel_rays_invert_the_projection() -> None:
     pose, k = look_at((1.0, -2.0, 0.7))[None], pinhole(1.3)
     k[0, 0, 1], k[0, 0, 2], k[0, 1, 1] = 0.07, 0.45, 0.9  # skew, off-center, another focal length
-    origins, directions = pixel_rays(pose, k, (3, 5))
+    origins, directions = pixel_rays(Cameras(pose, k, (3, 5)), F64)
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(15, dtype=F64))
     points = (origins + 2.5 * directions) @ pose[0, :3, :3] - pose[0, :3, 3] @ pose[0, :3, :3]
     assert (points[:, 2] > 0).all()
@@ -165,8 +165,9 @@ def test_a_blob_appears_where_it_projects(point: tuple[float, float, float]) -> 
     planes = torch.cat((planes, torch.ones_like(planes)), -1)
     poses = torch.cat((along_z(), look_at((1.1, 1.3, 0.8))[None]))
     k = pinhole(1.2, 2)
+    options = RenderOptions(reduce="product", coarse_samples=96)
     out = render(
-        planes, Direct(2, 400.0, -20.0), poses, k, (size, size), RenderOptions(reduce="product", coarse_samples=96),
+        planes, Direct(2, 400.0, -20.0), Cameras(poses, k, (size, size)), options,
         background=torch.zeros(1, dtype=F64), scene=torch.tensor([0, 0]),
     )  # fmt: skip
     grid = (torch.arange(size, dtype=F64) + 0.5) / size
@@ -192,7 +193,7 @@ def test_slab_of_constant_density(coarse: int, fine: int) -> None:
     raw, color, behind, near, far = 2.5, 0.7, 0.2, 1.6, 2.4
     options = RenderOptions(near=near, far=far, box=4.0, coarse_samples=coarse, fine_samples=fine)
     out = render(
-        constant_planes([raw, color]), Direct(2), along_z(), pinhole(20.0), (3, 3), options,
+        constant_planes([raw, color]), Direct(2), Cameras(along_z(), pinhole(20.0), (3, 3)), options,
         background=torch.tensor([behind], dtype=F64),
     )  # fmt: skip
     # Equal densities: the intervals' products telescope, wherever the samples are. The leak makes it 3e-9.
@@ -209,7 +210,7 @@ def test_slab_depth_is_the_discrete_rule_and_its_limit() -> None:
     def depth(count: int) -> float:
         options = RenderOptions(near=near, far=far, box=6.0, coarse_samples=count, fine_samples=0)
         planes, bg = constant_planes([raw, 0.5]), torch.zeros(1, dtype=F64)
-        out = render(planes, Direct(2), along_z(), pinhole(9.0), (1, 1), options, background=bg)
+        out = render(planes, Direct(2), Cameras(along_z(), pinhole(9.0), (1, 1)), options, background=bg)
         return out.depth.item()
 
     step = (far - near) / 3  # 4 samples, jitter 1/2
@@ -229,7 +230,7 @@ def test_linear_density_is_integrated_exactly() -> None:
     planes[0, 1, ..., 0] = 60 + 800 * c[:, None]  # (x, z): linear in z, and softplus(raw - 1) = raw - 1 up here
     options = RenderOptions(near=1.99, far=2.01, box=box, coarse_samples=9, fine_samples=5)
     bg = torch.zeros(1, dtype=F64)
-    out = render(planes, Direct(2), along_z(), pinhole(50.0), (1, 1), options, background=bg)
+    out = render(planes, Direct(2), Cameras(along_z(), pinhole(50.0), (1, 1)), options, background=bg)
     first, last = -0.01 + 0.02 / 8 / 2, 0.01 + 0.02 / 8 / 2
     depth = 59 * (last - first) + 400 * (last**2 - first**2)
     assert out.opacity.item() == pytest.approx(1 - math.exp(-depth), abs=1e-9)
@@ -239,7 +240,7 @@ def test_empty_field_is_background_at_the_end_of_the_ray() -> None:
     planes = constant_planes([-1000.0, 0.9]).requires_grad_()
     background = torch.rand(3, 4, 1, dtype=F64, generator=torch.Generator().manual_seed(2))
     options = RenderOptions(near=1.0, far=3.0, box=8.0, coarse_samples=5, fine_samples=4)
-    out = render(planes, Direct(2), along_z(), pinhole(), (3, 4), options, background=background)
+    out = render(planes, Direct(2), Cameras(along_z(), pinhole(), (3, 4)), options, background=background)
     assert (out.opacity == 0).all()
     torch.testing.assert_close(out.features[0], 2 * background - 1, rtol=0, atol=0)
     torch.testing.assert_close(out.depth, torch.full((1, 3, 4), 3.25, dtype=F64))
@@ -256,7 +257,7 @@ def half_space(resolution: int = 64, at: float = 0.0) -> Tensor:
 
 def test_opaque_field_shows_its_surface() -> None:
     options, bg = RenderOptions(near=1.55, far=2.45), torch.zeros(1, dtype=F64)
-    out = render(half_space(), Direct(2), along_z(), pinhole(8.0), (4, 4), options, background=bg)
+    out = render(half_space(), Direct(2), Cameras(along_z(), pinhole(8.0), (4, 4)), options, background=bg)
     torch.testing.assert_close(out.opacity, torch.ones(1, 4, 4, dtype=F64), rtol=0, atol=1e-6)
     torch.testing.assert_close(out.features, torch.full((1, 4, 4, 1), 0.6, dtype=F64), rtol=0, atol=1e-5)
     assert (out.depth - 2.0).abs().max() < 0.012  # a pixel is 0.016; measured: 0.007
@@ -272,7 +273,7 @@ def test_importance_samples_reduce_the_error_on_a_thin_surface() -> None:
             options = RenderOptions(near=1.55, far=2.45, coarse_samples=coarse, fine_samples=fine)
             bg = torch.zeros(1, dtype=F64)
             out, exact = (
-                render(planes, Direct(2), along_z(), pinhole(40.0), (1, 1), o, background=bg)
+                render(planes, Direct(2), Cameras(along_z(), pinhole(40.0), (1, 1)), o, background=bg)
                 for o in (options, RenderOptions(near=1.55, far=2.45, coarse_samples=4000, fine_samples=0))
             )
             errors.append((out.depth - exact.depth).abs().item())
@@ -331,44 +332,42 @@ def test_image_equals_the_slow_renderer(options: dict[str, Any], seeded: bool) -
     background = torch.rand(*size, 3, dtype=F64, generator=g)
     rays = 3 * 12
     counts = options["coarse_samples"], options["fine_samples"]
-    if seeded:
-        seed = (123 << 40) + 77
-        noise = [
-            np.array([[slow_renderer.uniform(seed, tag, r, s) for s in range(n)] for r in range(rays)]).reshape(rays, n)
-            for n, tag in zip(counts, (slow_renderer.COARSE_TAG, slow_renderer.FINE_TAG), strict=True)
-        ]
-        kwargs: dict[str, Any] = {"seed": seed}
-    else:
-        given = tuple(torch.rand(rays, n, dtype=F64, generator=g) for n in counts)
-        noise, kwargs = [n.numpy() for n in given], {"noise": given}
-    cameras, (coarse, fine) = (poses.numpy(), k.numpy()), noise
+    seed = (123 << 40) + 77 if seeded else None  # without one every jitter is 1/2
+    coarse, fine = (
+        np.array(
+            [[0.5 if seed is None else slow_renderer.uniform(seed, tag, r, s) for s in range(n)] for r in range(rays)]
+        ).reshape(rays, n)
+        for n, tag in zip(counts, (slow_renderer.COARSE_TAG, slow_renderer.FINE_TAG), strict=True)
+    )
     weights = {name: value.detach().numpy() for name, value in mlp.named_parameters()}
     expected = slow_renderer.render(
-        planes.numpy(), weights, *cameras, size, options, background.numpy(), scene, (coarse, fine)
+        planes.numpy(), weights, poses.numpy(), k.numpy(), size, options, background.numpy(), scene, (coarse, fine)
     )
     assert expected[2].std() > 0.05  # a picture, not a wall
-    shared = {"background": background, "scene": torch.tensor(scene), **kwargs}
-    out = render(planes, mlp, poses, k, size, RenderOptions(**options), **shared)
+    shared = {"background": background, "scene": torch.tensor(scene), "seed": seed}
+    out = render(planes, mlp, Cameras(poses, k, size), RenderOptions(**options), **shared)
     for got, wanted in zip(out, expected, strict=True):
         np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=1e-9)  # measured: 7e-11
     single = {
         name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in shared.items()
     }
-    out = render(planes.float(), mlp.float(), poses.float(), k.float(), size, RenderOptions(**options), **single)
+    out = render(
+        planes.float(), mlp.float(), Cameras(poses.float(), k.float(), size), RenderOptions(**options), **single
+    )
     for got, wanted in zip(out, expected, strict=True):
         assert got.dtype == torch.float32
         np.testing.assert_allclose(got.detach().numpy(), wanted, rtol=0, atol=2e-4)  # measured: 3e-5
 
 
-def test_without_seed_and_noise_every_jitter_is_one_half() -> None:
+def test_without_a_seed_every_jitter_is_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(7)
     planes, mlp = torch.randn(1, 3, 6, 6, 4, dtype=F64, generator=g), DecodingMLP(4, 3, generator=g).to(F64)
     options, bg = RenderOptions(coarse_samples=6, fine_samples=5), torch.zeros(3, dtype=F64)
-    halves = torch.full((16, 6), 0.5, dtype=F64), torch.full((16, 5), 0.5, dtype=F64)
-    plain = render(planes, mlp, along_z(), pinhole(), (4, 4), options, background=bg)
-    given = render(planes, mlp, along_z(), pinhole(), (4, 4), options, background=bg, noise=halves)
-    assert all(torch.equal(a, b) for a, b in zip(plain, given, strict=True))
+    plain = render(planes, mlp, Cameras(along_z(), pinhole(), (4, 4)), options, background=bg)
+    monkeypatch.setattr(ray_marching, "uniform", lambda seed, stage, rays, samples, _: torch.full((rays, samples), 0.5))
+    halves = render(planes, mlp, Cameras(along_z(), pinhole(), (4, 4)), options, background=bg, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, halves, strict=True))
 
 
 def test_stage_tags_are_those_of_the_definition() -> None:
@@ -378,5 +377,7 @@ def test_stage_tags_are_those_of_the_definition() -> None:
 def test_broken_planes_give_nan_and_no_wild_read() -> None:
     mlp = DecodingMLP(4, 2, generator=torch.Generator().manual_seed(0))
     planes = torch.full((1, 3, 8, 8, 4), float("nan"))
-    image = render(planes, mlp, along_z(), pinhole(), (4, 4), RenderOptions(), background=torch.ones(2), seed=0)
+    image = render(
+        planes, mlp, Cameras(along_z(), pinhole(), (4, 4)), RenderOptions(), background=torch.ones(2), seed=0
+    )
     assert image.features.isnan().any()

@@ -14,9 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from igae.rendering import DecodingMLP, Rendered, RenderOptions, reference, render, rng
+from igae.rendering import Cameras, DecodingMLP, Rendered, RenderOptions, ray_marching, render, rng
+from igae.rendering.ray_marching import (
+    coarse_depths,
+    importance_depths,
+    importance_probabilities,
+    interval_weights,
+)
 from igae.rendering.rays import NEAREST, box_range
-from igae.rendering.reference import coarse_depths, importance_depths, importance_probabilities, interval_weights
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -35,9 +40,7 @@ def setup(dtype: torch.dtype = torch.float32, scenes: int = 2) -> dict[str, Any]
     return {
         "planes": torch.randn(scenes, 3, 6, 6, 4, generator=g).to(dtype),
         "mlp": mlp.to(dtype),
-        "cam2world": pose.to(dtype),
-        "intrinsics": intrinsics.to(dtype),
-        "size": (4, 5),
+        "cameras": Cameras(pose.to(dtype), intrinsics.to(dtype), (4, 5)),
         "options": RenderOptions(coarse_samples=6, fine_samples=5),
         "background": torch.rand(3, generator=g).to(dtype),
         "scene": torch.tensor([0, 1, 0]),
@@ -191,11 +194,11 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch, reduce: Any, fine: int) -> N
     args = setup(F64)
     args["planes"] = args["planes"][:, :, 1:4, 1:4]
     options = RenderOptions(coarse_samples=4, fine_samples=fine, reduce=reduce)
-    args |= {"size": (1, 2), "options": options}
+    args |= {"cameras": args["cameras"]._replace(size=(1, 2)), "options": options}
     if fine:  # positions carry no gradient, so finite differences must not move them
         depths: list[Tensor] = []
-        original: Callable[..., Tensor] = reference.importance_depths
-        monkeypatch.setattr(reference, "importance_depths", lambda *a: depths.append(original(*a)) or depths[0])
+        original: Callable[..., Tensor] = ray_marching.importance_depths
+        monkeypatch.setattr(ray_marching, "importance_depths", lambda *a: depths.append(original(*a)) or depths[0])
     names = [name for name, _ in args["mlp"].named_parameters()]
 
     def run(planes: Tensor, background: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -242,8 +245,9 @@ def test_views_do_not_touch_each_other() -> None:
     args = setup(F64)
     everything = render(**args)
     for view in range(3):
-        one = {k: args[k][view : view + 1] for k in ("cam2world", "intrinsics", "scene")}
-        alone = render(**(args | one))
+        cam2world, intrinsics, size = args["cameras"]
+        one = Cameras(cam2world[view : view + 1], intrinsics[view : view + 1], size)
+        alone = render(**(args | {"cameras": one, "scene": args["scene"][view : view + 1]}))
         for a, b in zip(everything, alone, strict=True):
             torch.testing.assert_close(a[view : view + 1], b, rtol=0, atol=1e-13)
 
@@ -340,16 +344,17 @@ def test_mlp_initialization_and_ranges() -> None:
         ({"scene": torch.zeros(3, dtype=torch.int64, device="meta")}, "scene is on meta and planes are on cpu"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed is torch.int64 \[2\]"),
         ({"seed": torch.tensor(0.5)}, "seed is torch.float32"),
-        ({"noise": (torch.zeros(60, 6), torch.zeros(60, 4))}, r"noise\[1\] is \[60, 4\]; it must be \[60, 5\]"),
-        ({"noise": (torch.zeros(60, 6), torch.zeros(60, 5)), "seed": 1}, "both seed and noise"),
         ({"backend": "metal"}, "backend is 'metal'"),
         ({"backend": "cuda"}, "backend is cuda, but planes are on cpu"),
         ({"planes": torch.zeros(2, 3, 6, 6, 4).bfloat16()}, "torch.bfloat16, which only the cuda backend takes"),
     ],
 )
 def test_render_refuses(change: dict[str, Any], message: str) -> None:
+    args = setup()
+    inside = {name: value for name, value in change.items() if name in Cameras._fields}
+    others = {name: value for name, value in change.items() if name not in Cameras._fields}
     with pytest.raises(ValueError, match=message):
-        render(**(setup() | change))
+        render(**(args | {"cameras": args["cameras"]._replace(**inside)} | others))
 
 
 @pytest.mark.parametrize(

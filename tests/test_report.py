@@ -19,12 +19,9 @@ from PIL import Image
 
 from igae.cli.report import main
 from igae.evaluation.pictures import save_png, write_video
-from igae.training.recipe import TrackingConfig
-from igae.training.trackers import Tracker
-from igae.viewer.report import media
+from igae.training import Tracker, TrackingConfig
+from igae.viewer.report import LoggedStep, media, read_run, scene_table, try_to_write, write_report
 from igae.viewer.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
-from igae.viewer.report.page import scene_table, try_to_write, write_report
-from igae.viewer.report.run import Record, read_run
 
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
 PSNR = {"chair": 21.5, "duck": 9.75, "mug": 30.25, HOSTILE: 25.0}
@@ -91,7 +88,7 @@ class Reader(HTMLParser):
 def test_names_and_settings_of_others_are_text(report: str) -> None:
     reader = Reader(report)
     assert [tag for tag, _ in reader.tags].count("script") == 1
-    # as a scene (in the table and among the best), a figure's name, a device and in the settings
+    # as a scene (in the table and among the best), a metric's name, a device and in the settings
     assert sum(HOSTILE in text for text in reader.texts) >= 5
     assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
     for tag, attributes in reader.tags:
@@ -117,7 +114,7 @@ def test_pictures_and_the_last_stage_s_orbits_are_inside(report: str, run: Path)
         assert abs(shown - truth).mean() < 6  # 2.6; of other colors: more than 70
 
 
-def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_is_bounded(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for i in range(30):
         save_png(tmp_path / f"pictures/joint-{i:08d}.png", random.integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -128,8 +125,7 @@ def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shown, left_out = media.pictures(tmp_path)
     assert (len(shown), left_out) == (media.COUNT, 18) and shown[-1].name == "joint-00000029"
     size = len(base64.b64decode(shown[-1].url.partition(",")[2]))
-    monkeypatch.setattr(media, "BUDGET", 3 * size)
-    shown, left_out = media.pictures(tmp_path)
+    shown, left_out = media.pictures(tmp_path, budget=3 * size)
     assert 2 <= len(shown) <= 4 and len(shown) + left_out == 30 and shown[-1].name == "joint-00000029"
     (tmp_path / "orbits/joint").mkdir(parents=True)
     (tmp_path / "orbits/joint/broken.mp4").write_bytes(b"not a video")
@@ -167,7 +163,7 @@ def test_ranking() -> None:
 
 def test_curves_have_the_recorded_values() -> None:
     records = [
-        Record(step, "joint", 0.0, {"views_per_second": value}) for step, value in ((0, 10), (50, 30), (100, 20))
+        LoggedStep(step, "joint", 0.0, {"views_per_second": value}) for step, value in ((0, 10), (50, 30), (100, 20))
     ]
     (chart,) = charts(records)
     points = [tuple(map(float, place.split())) for place in re.findall(r"[\d.]+ [\d.]+", chart.lines[0].paths[0])]
@@ -184,7 +180,7 @@ def test_curves_have_the_recorded_values() -> None:
         "grad_norm/planes",
     ]
     names += ["lr/mlp", "loss/total", "eval/heldout/rgb_psnr", "loss/rgb"]
-    found = charts([Record(1, "joint", 0.0, dict.fromkeys(names, 1.0))])
+    found = charts([LoggedStep(1, "joint", 0.0, dict.fromkeys(names, 1.0))])
     assert {chart.title: [line.label for line in chart.lines] for chart in found} == {
         "loss/total": ["loss/total"],
         "PSNR (dB)": ["heldout/rgb"],
@@ -197,7 +193,7 @@ def test_curves_have_the_recorded_values() -> None:
     }
     assert [chart.title for chart in found][::7] == ["loss/total", "views_per_second"]
     # a rate that falls by a decade in each step is a straight line; 0 has no place on a logarithmic axis
-    rates = [Record(step, "joint", 0.0, {"lr/planes": 10.0**-step, "lr/encoder": 0.0}) for step in range(5)]
+    rates = [LoggedStep(step, "joint", 0.0, {"lr/planes": 10.0**-step, "lr/encoder": 0.0}) for step in range(5)]
     planes, encoder = charts(rates)[0].lines
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", planes.paths[0])]
     assert heights == pytest.approx([TOP + (BOTTOM - TOP) * i / 4 for i in range(5)], abs=0.06) and not encoder.paths
@@ -222,12 +218,26 @@ def test_a_run_that_is_under_way_or_was_killed(tmp_path: Path) -> None:
     good = {"step": 1, "stage": "joint", "time": 5.0, "loss/total": None, "views_per_second": 2}
     lines = [json.dumps(good), '{"step": 2, "sta', "[1]", '{"step": NaN, "stage": "joint", "time": 1}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert read_run(tmp_path).records == [Record(1, "joint", 5.0, {"views_per_second": 2})]
+    assert read_run(tmp_path).steps == [LoggedStep(1, "joint", 5.0, {"views_per_second": 2})]
     assert "No stage has ended yet" in write_report(tmp_path).read_text()
 
 
+def test_metrics_of_version_0_1_have_their_names_of_today(tmp_path: Path) -> None:
+    old = {"loss/photo_ae": 1, "eval/photos/ae_psnr": 2, "eval/heldout/constant_psnr": 3, "imbalance": 4, "photos": 5}
+    old["loss/rgb"] = 6
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "stage": "joint", "time": 5.0, **old}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"joint": {"photos/ae_psnr": 7}}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"means": {"photos/ae_psnr": 8}, "scenes": {}}))
+    run = read_run(tmp_path)
+    new = ["loss/natural_ae", "eval/natural/ae_psnr", "eval/heldout/baseline_psnr", "straggler_factor", "natural"]
+    assert run.steps[0].values == dict(zip([*new, "loss/rgb"], range(1, 7), strict=True))
+    assert run.stage_metrics == {"joint": {"natural/ae_psnr": 7}}
+    assert run.evaluation is not None and run.evaluation.means == {"natural/ae_psnr": 8}
+    assert not re.search("photo|constant|imbalance", write_report(tmp_path).read_text())
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"means": {}}', '{"means": 1, "scenes": {}}', '{"means": {}, "scenes": []}']
+    "text", ["{", "[]", "[" * 100_000, '{"means": {}}', '{"means": 1, "scenes": {}}', '{"means": {}, "scenes": []}']
 )
 def test_wrong_input_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2

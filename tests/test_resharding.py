@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +14,57 @@ import torch
 from torch import Tensor
 
 from igae import config
-from igae.training.recipe import Recipe
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.training import Recipe, Stage, StageName, Trainer
 
 EPOCHS = 40
 
 
-def snapshot(trainer: Trainer, stage: Stage) -> dict[str, Tensor]:
-    """Shared weights and moments, and by scene its planes and their moments, of this rank's scenes. Collective."""
-    moments = trainer.engine.optimizer_state()
-    with trainer.engine.weights():
-        state = {f"weights/{name}": value.clone() for name, value in trainer.model.state_dict().items()}
-    state |= {f"moments/{name}": value.clone() for name, value in moments.items()}
-    rows = {"planes": trainer.bank.planes, **stage.plane_adam.state()}
-    state["rates"] = rows.pop("learning_rates")
-    for row, scene in enumerate(trainer.bank.scene_ids.tolist()):
-        state |= {f"scene {scene}/{name}": values[row].clone() for name, values in rows.items()}
-    return state
+class Watched(Trainer):
+    """Is asked to stop after so many epochs of a stage, and looks at its state before and after them."""
+
+    epochs = 0.0
+    found: dict[str, Any]
+
+    def open_stage(self, name: StageName) -> Stage:
+        last = round(self.epochs * self.data.steps_per_epoch(self.recipe.train.joint))
+
+        def stop(*_: object) -> None:  # ranks agree on it in the next step
+            if self.progress.step == last - 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        self.model.register_forward_pre_hook(stop)
+        return super().open_stage(name)
+
+    def train(self, stage: Stage) -> bool:
+        self.found = {"strategy": self.engine.strategy, **self.look("start")}
+        stopped = super().train(stage)
+        self.found |= self.look("end")
+        return stopped
+
+    def look(self, when: str) -> dict[str, Any]:
+        """Metrics, and shared weights and moments, and by scene its planes and their moments, of this rank's scenes.
+        Collective."""
+        moments = self.engine.optimizer_state()
+        with self.engine.weights():
+            state = {f"weights/{name}": value.clone() for name, value in self.model.state_dict().items()}
+        state |= {f"moments/{name}": value.clone() for name, value in moments.items()}
+        rows = {name: value.clone() for name, value in self.store.state_dict().items()}
+        state["rates"] = rows.pop("learning_rates")
+        for row, scene in enumerate(rows.pop("ids").tolist()):
+            state |= {f"scene {scene}/{name}": values[row] for name, values in rows.items()}
+        metrics = self.evaluate(self.store, "joint", self.progress.total, orbits=False)
+        return {when: state, f"metrics at {when}": metrics}
 
 
 def train_on(recipe: str, strategy: str, epochs: float) -> dict[str, Any]:
-    """Go on from what is there, and stop with a checkpoint after so many epochs of the joint stage."""
+    """Resume from what is there, and stop with a checkpoint after so many epochs of the joint stage."""
     os.environ.update(ranks.launch_environment(strategy))
     settings = [f"train.joint.epochs={EPOCHS}", "train.warmup.epochs=0", "tracking.every=1"]
-    trainer = Trainer(config.load(Recipe, recipe, settings))
-    found: dict[str, Any] = {}
-    loop = trainer._loop
-
-    def watched(stage: Stage) -> None:
-        found["strategy"] = trainer.engine.strategy
-        found["start"] = snapshot(trainer, stage)
-        found["figures at start"] = trainer._evaluate("joint", last=False)
-        real = stage.step
-
-        def step(number: int, stop: bool = False, refresh: bool = False) -> Any:
-            return real(number, stop or number + 1 == round(epochs * stage.steps_per_epoch), refresh)
-
-        stage.step = step  # type: ignore[method-assign]
-        loop(stage)
-        found["end"] = snapshot(trainer, stage)
-        found["figures at end"] = trainer._evaluate("joint", last=False)
-
-    trainer._loop = watched  # type: ignore[method-assign]
+    trainer = Watched(config.load(Recipe, recipe, settings))
+    trainer.epochs = epochs
     trainer.run()
-    found["steps"] = trainer.progress.total
     trainer.engine.close()
-    return found
+    return trainer.found | {"steps": trainer.progress.total}
 
 
 def together(results: list[dict[str, Any]], which: str) -> dict[str, Tensor]:
@@ -98,8 +103,8 @@ def test_resharding(tmp_path: Path, chain: list[tuple[int, str]]) -> None:
             assert old.keys() == new.keys()
             different = [name for name in old if not torch.equal(old[name], new[name])]
             assert different == []
-            for name, value in before[0]["figures at end"].items():
-                assert results[0]["figures at start"][name] == pytest.approx(value, abs=1e-4), name
+            for name, value in before[0]["metrics at end"].items():
+                assert results[0]["metrics at start"][name] == pytest.approx(value, abs=1e-4), name
         ends.append(len(losses(metrics)))
         before = results
     curve = losses(metrics)

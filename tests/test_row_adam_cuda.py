@@ -8,9 +8,7 @@ import torch
 from test_row_adam import ROWS, SHAPE, dense, history, run, start
 from torch import Tensor
 
-from igae.kernels import compile_source
-from igae.kernels.launch import INSTALLED
-from igae.rendering import build
+from igae.kernels import ARCHITECTURES, INSTALLED, compile_source
 from igae.scenes import CudaRowAdam, RowAdam, make_row_adam
 from igae.scenes.row_adam import horizon_of
 from igae.scenes.row_adam_cuda import SOURCE, most_parts
@@ -34,7 +32,7 @@ def has_nvrtc() -> bool:
 
 
 @pytest.mark.skipif(not has_nvrtc(), reason="needs cuda-core and NVRTC")
-@pytest.mark.parametrize("arch", build.ARCHITECTURES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_it_compiles_without_spills(arch: int) -> None:
     code, usage = compile_source(SOURCE, {}, arch)
     assert code[:4] == b"\x7fELF"

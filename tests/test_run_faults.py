@@ -84,7 +84,7 @@ def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     epochs = f"train.joint.epochs={steps // 4 + 2}"
     assert ranks.Ranks(runs.train, 1, recipe, *LONG, epochs, log=f"{recipe}.log").exit_codes(120) == [0]
     log = Path(f"{recipe}.log").read_text()
-    assert f"going on from {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
+    assert f"resumes from step {steps}, {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
 
 
 def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:
@@ -132,7 +132,7 @@ def test_the_disk_is_full(recipe: str, small_disk: Path) -> None:
     assert all("can't be written: rank" in line and "No space left on device" in line for line in errors(recipe))
     kept = checkpoint.list_complete(str(small_disk))
     assert kept and len(list(small_disk.iterdir())) == len(kept)  # nothing half written is left
-    assert checkpoint.load(kept[-1]).progress.total == 5 * len(kept)
+    assert checkpoint.load_checkpoint(kept[-1]).progress.total == 5 * len(kept)
 
 
 def test_credentials_are_in_nothing_that_a_run_leaves(recipe: str) -> None:

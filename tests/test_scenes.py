@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from hypothesis import strategies as st
 
 from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
 from igae.ranks import derive_seed, rank, world_size
-from igae.scenes import PlanesConfig, SceneBank
+from igae.scenes import PlanesConfig, SceneStore, make_row_adam
 
 CPU = torch.device("cpu")
 SEED = 601897789664990678
 
 
-def bank(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneBank:
-    return SceneBank(PlanesConfig(resolution=6, features=5, **settings), ids, seed, CPU)  # type: ignore[arg-type]
+def store(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneStore:
+    return SceneStore(PlanesConfig(resolution=6, features=5, **settings), ids, seed, CPU)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True), st.integers(0, 10**9), st.data())
@@ -26,34 +27,90 @@ def bank(ids: Sequence[int], seed: int = 0, **settings: float) -> SceneBank:
 def test_the_start_of_a_scene_depends_on_seed_and_id_alone(ids: list[int], seed: int, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99)))
     before = torch.get_rng_state()
-    every = bank(ids, seed)
+    every = store(ids, seed)
     assert torch.equal(torch.get_rng_state(), before)
     others = data.draw(st.permutations([*ids, 10**6 + 1]))
-    assert every.planes.shape == (len(ids), 3, 6, 6, 5) and every.planes.dtype == torch.float32
-    mixed = bank(others, seed)
+    assert every.rows.shape == (len(ids), 3, 6, 6, 5) and every.rows.dtype == torch.float32
+    mixed = store(others, seed)
     for row, scene in enumerate(ids):
-        assert torch.equal(every.planes[row], bank([scene], seed).planes[0])
-        assert torch.equal(every.planes[row], mixed.planes[others.index(scene)])
-        assert not torch.equal(every.planes[row], bank([scene], seed + 1).planes[0])
-        assert not torch.equal(every.planes[row], bank([scene + 1], seed).planes[0])
+        assert torch.equal(every.rows[row], store([scene], seed).rows[0])
+        assert torch.equal(every.rows[row], mixed.rows[others.index(scene)])
+        assert not torch.equal(every.rows[row], store([scene], seed + 1).rows[0])
+        assert not torch.equal(every.rows[row], store([scene + 1], seed).rows[0])
 
 
 def test_planes_start_from_normal_noise() -> None:
-    planes = bank(range(100), init_std=0.3).planes.double() / 0.3
+    planes = store(range(100), init_std=0.3).rows.double() / 0.3
     count = planes.numel()
     assert abs(planes.mean()) < 4 / count**0.5 and abs(planes.var() - 1) < 4 * (2 / count) ** 0.5
-    assert bank([3], init_std=0).planes.count_nonzero() == 0
+    assert store([3], init_std=0).rows.count_nonzero() == 0
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9, unique=True), st.data())
 def test_rows_of_a_batch(ids: list[int], data: st.DataObject) -> None:
-    own = bank(ids)
+    own = store(ids)
     scene = torch.tensor(data.draw(st.lists(st.sampled_from(ids), min_size=1, max_size=12)))
-    rows, index = own.rows_of(scene)
+    rows, index = own.locate(scene)
     assert rows.dtype == index.dtype == torch.int64 and index.shape == scene.shape
-    assert torch.equal(own.scene_ids[rows[index]], scene)
+    assert torch.equal(own.ids[rows[index]], scene)
     assert len(set(rows.tolist())) == len(rows) == len(set(scene.tolist()))
     assert len(own) == len(ids)
+
+
+# --- Rows and their optimizer ---------------------------------------------------------------------------------------
+
+
+def stepped(own: SceneStore, steps: int, seed: int = 0) -> None:
+    """Steps of random rows with random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randperm(len(own), generator=generator)[:2]
+        leaf = own.take(rows).requires_grad_()
+        leaf.backward(torch.randn(leaf.shape, generator=generator))
+        assert leaf.grad is not None
+        own.step(rows, leaf.grad, 1e-2)
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_a_store_moves_its_rows_as_the_optimizer_of_all_rows_does(mode: Literal["exact", "lazy"]) -> None:
+    own, other = store([5, 3, 8, 1]), store([5, 3, 8, 1])
+    own.start_optimizer(mode, "torch")
+    adam = make_row_adam(other.rows, mode=mode, backend="torch")
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        rows, index = own.locate(torch.tensor([[5, 3, 3], [8, 8, 8], [1, 5, 1]][step % 3]))
+        gradient = torch.randn(len(rows), 3, 6, 6, 5, generator=generator)
+        assert torch.equal(own.take(rows), adam.visit(rows))
+        own.step(rows, gradient, 0.1, scale=0.5, apply=torch.tensor(step != 3))
+        adam.step(rows, gradient, 0.1, scale=0.5, apply=torch.tensor(step != 3))
+    assert torch.equal(own.rows, other.rows) and not own.can_be_captured
+    adam.catch_up()
+    assert torch.equal(own.read([8, 5]), other.rows[[2, 0]])
+    own.catch_up()
+    assert torch.equal(own.rows, other.rows)
+    assert not torch.equal(own.rows, store([5, 3, 8, 1]).rows)
+
+
+def test_a_store_resumes_from_its_state() -> None:
+    ids = [4, 2, 9]
+    whole, first, second = store(ids), store(ids), SceneStore(PlanesConfig(resolution=6, features=5), ids, None, CPU)
+    for own in (whole, first, second):
+        own.start_optimizer()
+    for seed in (1, 2):
+        stepped(whole, 4, seed)
+    stepped(first, 4, 1)
+    state = first.state_dict()
+    assert list(state) == ["ids", "planes", "exp_avg", "exp_avg_sq", "updated", "visited", "learning_rates"]
+    assert state["ids"].tolist() == ids and len(state["learning_rates"]) == 4
+    second.load_state_dict({"planes": state.pop("planes")})
+    second.load_state_dict(state)
+    stepped(second, 4, 2)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    # A new stage begins with the rows as they are, and nothing else.
+    second.start_optimizer()
+    assert second.state_dict()["exp_avg"].count_nonzero() == 0 and torch.equal(second.rows, whole.rows)
+    assert list(store(ids).state_dict()) == ["ids", "planes"]
 
 
 # --- Cached latents ------------------------------------------------------------------------------------------------

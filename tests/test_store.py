@@ -19,9 +19,7 @@ from hypothesis import strategies as st
 from scene_files import write_data
 
 from igae.data import Manifest, PackOptions, RawSample, ShardError, ShardReader, pack
-from igae.storage import reading as store
-from igae.storage.paths import join
-from igae.storage.reading import File, Missing, StoreError, read_whole
+from igae.storage import LIMITS, File, Missing, StoreError, join, read_whole, retry
 
 DATA = bytes(range(256)) * 40
 SECRETS = "https://user:hunter2@host/x?X-Amz-Signature=hunter3"
@@ -107,8 +105,8 @@ class Hanging(AsyncFileSystem):
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     fsspec.register_implementation("hanging", Hanging, clobber=True)
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.0)
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 1000)
+    monkeypatch.setattr(LIMITS, "first_wait", 0.0)
+    monkeypatch.setattr(LIMITS, "remote_block", 1000)
     fsspec.filesystem("memory").pipe_file("/file", DATA)
     reset()
     yield
@@ -121,7 +119,7 @@ def reset(plan: tuple[str | None, ...] = (), after: str | None = None) -> None:
 
 
 def runs_are_bounded(plan: list[str | None]) -> bool:
-    return all(any(fault is None for fault in plan[i : i + store.ATTEMPTS]) for i in range(len(plan)))
+    return all(any(fault is None for fault in plan[i : i + LIMITS.attempts]) for i in range(len(plan)))
 
 
 @given(
@@ -155,20 +153,20 @@ def test_local_files(tmp_path_factory, block, pieces):
     path = tmp_path_factory.mktemp("local") / "file"
     path.write_bytes(DATA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "LOCAL_BLOCK", block)
+        patch.setattr(LIMITS, "local_block", block)
         with File(str(path), "it") as file:
             assert b"".join(file.read(number) for number in [*pieces, len(DATA)]) == DATA
 
 
 def test_requests_are_few(monkeypatch):
     reset()
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 4000)
+    monkeypatch.setattr(LIMITS, "remote_block", 4000)
     assert read_whole("flaky:///file", "it", 10**6) == DATA
     assert Flaky.calls == ["info", *["cat_file"] * -(-len(DATA) // 4000)]
 
 
 def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LOCAL_BLOCK", 1000)
+    monkeypatch.setattr(LIMITS, "local_block", 1000)
     path, other = tmp_path / "file", tmp_path / "other"
     path.write_bytes(DATA)
     other.write_bytes(DATA[::-1])
@@ -184,12 +182,12 @@ def test_a_store_that_stays_down(fault, caplog):
     with caplog.at_level(logging.DEBUG), pytest.raises(StoreError) as error:
         read_whole("flaky:///file", "shard x in flaky://", 10**6)
     text = str(error.value)
-    assert text.startswith(f"shard x in flaky:// cannot be read, it was tried {store.ATTEMPTS} times: ")
-    assert "\n" not in text and Flaky.calls == ["info", *["cat_file"] * store.ATTEMPTS]
+    assert text.startswith(f"shard x in flaky:// cannot be read, it was tried {LIMITS.attempts} times: ")
+    assert "\n" not in text and Flaky.calls == ["info", *["cat_file"] * LIMITS.attempts]
     warnings = [record.getMessage() for record in caplog.records if record.name == "igae.storage.reading"]
-    assert len(warnings) == store.ATTEMPTS - 1  # each further try is announced once
+    assert len(warnings) == LIMITS.attempts - 1  # each further try is announced once
     for number, warning in enumerate(warnings, start=1):
-        assert warning.startswith(f"shard x in flaky://: try {number} of {store.ATTEMPTS} failed (")
+        assert warning.startswith(f"shard x in flaky://: try {number} of {LIMITS.attempts} failed (")
     printed = "".join(traceback.format_exception(error.value)) + "".join(warnings)
     assert "hunter" not in printed and "object at" not in text
 
@@ -215,7 +213,7 @@ def test_what_http_calls_missing(monkeypatch):
 
         return call
 
-    for status, tries in ((500, store.ATTEMPTS), (None, store.ATTEMPTS), (403, 1)):
+    for status, tries in ((500, LIMITS.attempts), (None, LIMITS.attempts), (403, 1)):
         reset()
         monkeypatch.setattr(Flaky, "info", info(status))
         with pytest.raises(StoreError, match="cannot be read") as error:
@@ -243,30 +241,28 @@ class Clock:
 @pytest.mark.parametrize("attempt", [0.0, 1.0, 13.0, 60.0])
 def test_time_is_bounded(attempt, monkeypatch):
     clock = Clock(attempt)
-    monkeypatch.setattr(store, "FIRST_WAIT", 1.0)
-    monkeypatch.setattr(store, "time", clock)
+    monkeypatch.setattr(LIMITS, "first_wait", 1.0)
     limits = []
 
-    def fail(self, limit, method, **_):
+    def fail(limit):
         limits.append(limit)
         clock.now += min(limit, attempt)
         raise TimeoutError
 
-    monkeypatch.setattr(File, "_call", fail)
     with pytest.raises(StoreError):
-        File("flaky:///file", "it")
-    assert clock.now <= store.TOTAL_SECONDS
-    assert 1 < len(limits) <= store.ATTEMPTS and max(limits) <= store.ATTEMPT_SECONDS
+        retry(fail, "it", clock)
+    assert clock.now <= LIMITS.total_seconds
+    assert 1 < len(limits) <= LIMITS.attempts and max(limits) <= LIMITS.attempt_seconds
     for number, wait in enumerate(clock.sleeps):
         assert 0.75 * 2**number <= wait <= 1.25 * 2**number
     if attempt <= 1:
-        assert len(limits) == store.ATTEMPTS and 23 <= sum(clock.sleeps) <= 39
+        assert len(limits) == LIMITS.attempts and 23 <= sum(clock.sleeps) <= 39
         assert len(set(clock.sleeps)) == len(clock.sleeps)
 
 
 def test_a_request_that_is_never_answered(monkeypatch):
-    monkeypatch.setattr(store, "ATTEMPT_SECONDS", 0.1)
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
+    monkeypatch.setattr(LIMITS, "attempt_seconds", 0.1)
+    monkeypatch.setattr(LIMITS, "attempts", 3)
     with (
         File("hanging://x/file", "it") as file,
         pytest.raises(StoreError, match="tried 3 times: FSTimeoutError: no answer"),

@@ -16,7 +16,7 @@ from object_store import Proxy
 from scene_files import open_images, open_views, write_data
 
 from igae.data import Manifest, PackOptions, ShardError, pack, verify_packed
-from igae.storage import reading as store
+from igae.storage import LIMITS
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -53,8 +53,8 @@ def server(local: str) -> Iterator[Proxy]:
 def proxy(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """The proxy, which s3:// goes through; botocore's own tries are off, so that each fault meets s3fs and us."""
     object_store.use(monkeypatch, server.port, retries={"max_attempts": 0}, read_timeout=READ_TIMEOUT)
-    monkeypatch.setattr(store, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr(store, "REMOTE_BLOCK", 5000)  # several requests a shard
+    monkeypatch.setattr(LIMITS, "first_wait", 0.001)
+    monkeypatch.setattr(LIMITS, "remote_block", 5000)  # several requests a shard
     server.reset()
     yield server
     server.released.set()
@@ -90,7 +90,7 @@ def test_no_fault(kind, roots, local, caplog):
 )
 def test_same_samples_with_faults(kind, fault, roots, proxy, local, monkeypatch):
     if kind == "http":  # its client has no timeout of seconds
-        monkeypatch.setattr(store, "ATTEMPT_SECONDS", READ_TIMEOUT)
+        monkeypatch.setattr(LIMITS, "attempt_seconds", READ_TIMEOUT)
     proxy.faults.extend([None, fault, None, None, fault, fault])
     if fault in (500, 503, "close"):
         proxy.head_faults.extend([fault, None] * 4)
@@ -120,8 +120,8 @@ def test_a_store_that_stays_down(kind, fault, roots, proxy, local, monkeypatch, 
     root = roots[kind]
     manifest = Manifest.load(root)
     proxy.after = fault
-    monkeypatch.setattr(store, "ATTEMPTS", 3)
-    monkeypatch.setattr(store, "ATTEMPT_SECONDS", 0.2)
+    monkeypatch.setattr(LIMITS, "attempts", 3)
+    monkeypatch.setattr(LIMITS, "attempt_seconds", 0.2)
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "igae"), pytest.raises(ShardError) as error:
         epoch(root, manifest)

@@ -21,8 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from igae.storage import tensors as tensorfile
-from igae.storage.tensors import DTYPES, Stamp, TensorFile, write
+from igae.storage import DTYPES, LIMITS, Stamp, TensorFile, write_tensors
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -68,7 +67,7 @@ def many() -> dict[str, Tensor]:
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     rows = {"planes": torch.randn(7, 3, 2), "updated": torch.arange(7), "flags": torch.rand(7, 3) > 0.5}
     path = tmp_path / "file.safetensors"
-    stamp = write(str(path), many(), rows)
+    stamp = write_tensors(str(path), many(), rows)
     assert stamp.bytes == path.stat().st_size
     found = load_file(path)
     sums = {name: found.pop(f"{name}.crc32") for name in rows}
@@ -94,12 +93,12 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 
 def test_round_trip(folder: str) -> None:
     rows = {"planes": torch.randn(7, 3, 2), "empty": torch.zeros(7, 0)}
-    stamp = write(f"{folder}/file", many(), rows)
+    stamp = write_tensors(f"{folder}/file", many(), rows)
     file = TensorFile(f"{folder}/file", stamp)
     assert bits(file.tensors()) == bits(many())
     assert sorted(file.row_names()) == ["empty", "planes"]
     assert torch.equal(file.rows("planes", range(7)), rows["planes"]) and file.rows("empty", [1, 2]).shape == (2, 0)
-    empty = write(f"{folder}/empty", {}, {})
+    empty = write_tensors(f"{folder}/empty", {}, {})
     assert TensorFile(f"{folder}/empty", empty).tensors() == {}
 
 
@@ -116,11 +115,11 @@ def test_rows_are_those_asked_for(
     """Whatever the rows, and wherever pieces and requests are cut."""
     count, index = taken
     tensor = of_dtype(DTYPES[dtype], count, *row)
-    parts = dict(zip(("CHUNK", "GAP", "SPAN", "REQUESTS"), sizes, strict=True))
-    with mock.patch.multiple(tensorfile, **parts):
+    parts = dict(zip(("chunk", "gap", "span", "requests"), sizes, strict=True))
+    with mock.patch.multiple(LIMITS, **parts):
         url = "memory://rows/file" if remote else f"{tempfile.gettempdir()}/igae-rows-{os.getpid()}"
         try:
-            stamp = write(url, {"other": torch.ones(3)}, {"rows": tensor})
+            stamp = write_tensors(url, {"other": torch.ones(3)}, {"rows": tensor})
             file = TensorFile(url, stamp)
             assert bits({"": file.rows("rows", index)}) == bits({"": tensor[index]})
             assert bits(file.tensors()) == bits({"other": torch.ones(3)})
@@ -130,7 +129,7 @@ def test_rows_are_those_asked_for(
 
 
 def test_rows_that_are_not_there(folder: str) -> None:
-    file = TensorFile(f"{folder}/file", write(f"{folder}/file", {}, {"rows": torch.ones(3, 2)}))
+    file = TensorFile(f"{folder}/file", write_tensors(f"{folder}/file", {}, {"rows": torch.ones(3, 2)}))
     for index in ([3], [-1], [0, 10**12]):
         with pytest.raises(IndexError):
             file.rows("rows", index)
@@ -139,7 +138,7 @@ def test_rows_that_are_not_there(folder: str) -> None:
 def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows of a large file: few bytes; neighbors: one request; rows a little apart: one request too."""
     rows = {"planes": torch.randn(1000, 10_000), "updated": torch.arange(1000)}  # 40 MB
-    stamp = write("memory://needed/file", {"ids": torch.arange(1000)}, rows)
+    stamp = write_tensors("memory://needed/file", {"ids": torch.arange(1000)}, rows)
     requests: list[int] = []
     real = MemoryFileSystem.cat_file
 
@@ -156,7 +155,7 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ([10, 13, 11, 12], 1, 4 * 40_000),
         ([20, 25], 1, 6 * 40_000),  # 160 kB apart
         ([20, 30], 2, 2 * 40_000),  # 360 kB
-        (range(1000), -(-1000 // (tensorfile.SPAN // 40_000)), 40_000_000),
+        (range(1000), -(-1000 // (LIMITS.span // 40_000)), 40_000_000),
     ):
         requests.clear()
         assert torch.equal(file.rows("planes", index), rows["planes"][list(index)])
@@ -168,7 +167,7 @@ def test_only_what_is_needed_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_written_as_a_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No piece is larger than the limit, nor is what is copied to make it contiguous."""
-    monkeypatch.setattr(tensorfile, "CHUNK", 1000)
+    monkeypatch.setattr(LIMITS, "chunk", 1000)
     sizes: list[int] = []
     real = Tensor.contiguous
 
@@ -178,7 +177,7 @@ def test_written_as_a_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     monkeypatch.setattr(Tensor, "contiguous", contiguous)
     tensors = {"turned": torch.randn(40, 300).T, "long": torch.randn(5000)}
-    write(str(tmp_path / "file"), tensors, {"rows": torch.randn(50, 70)})
+    write_tensors(str(tmp_path / "file"), tensors, {"rows": torch.randn(50, 70)})
     assert max(sizes) <= 1000 and sum(sizes) >= 48_000 + 20_000 + 14_000
     monkeypatch.undo()
     assert bits(TensorFile(str(tmp_path / "file")).tensors()) == bits(tensors)
@@ -187,13 +186,13 @@ def test_written_as_a_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_local_file_is_on_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
-    stamp = write(str(tmp_path / "file"), {"a": torch.ones(1000)})
+    stamp = write_tensors(str(tmp_path / "file"), {"a": torch.ones(1000)})
     assert synced == [stamp.bytes]  # all of it, not what a buffer had let go by then
 
 
 def test_types_without_a_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights is of torch.complex64"):
-        write(str(tmp_path / "file"), {"weights": torch.ones(2, dtype=torch.complex64)})
+        write_tensors(str(tmp_path / "file"), {"weights": torch.ones(2, dtype=torch.complex64)})
     assert not (tmp_path / "file").exists()
 
 
@@ -209,7 +208,7 @@ def named(error: pytest.ExceptionInfo[ValueError], url: str) -> bool:
 
 def test_every_flipped_bit_is_found() -> None:
     url, fs = "memory://flipped/file", fsspec.filesystem("memory")
-    stamp = write(url, {"ids": torch.tensor([4, 2, 9]), "b": torch.tensor(True)}, {"rows": torch.randn(3, 4)})
+    stamp = write_tensors(url, {"ids": torch.tensor([4, 2, 9]), "b": torch.tensor(True)}, {"rows": torch.randn(3, 4)})
     whole = bytearray(fs.cat_file("/flipped/file"))
     good = read_all(url, stamp)
     for place in range(len(whole)):
@@ -226,7 +225,7 @@ def test_every_flipped_bit_is_found() -> None:
 
 def test_a_damaged_row_is_no_obstacle_to_others(folder: str) -> None:
     rows = torch.arange(30, dtype=torch.float32).reshape(10, 3)
-    stamp = write(f"{folder}/file", {}, {"rows": rows})
+    stamp = write_tensors(f"{folder}/file", {}, {"rows": rows})
     fs, path = fsspec.core.url_to_fs(f"{folder}/file")
     raw = bytearray(fs.cat_file(path))
     raw[raw.index(rows[4].numpy().tobytes())] ^= 1
@@ -239,7 +238,7 @@ def test_a_damaged_row_is_no_obstacle_to_others(folder: str) -> None:
 
 def test_truncated_and_missing_files(folder: str) -> None:
     url = f"{folder}/file"
-    stamp = write(url, {"ids": torch.arange(3)}, {"rows": torch.randn(3, 4)})
+    stamp = write_tensors(url, {"ids": torch.arange(3)}, {"rows": torch.randn(3, 4)})
     fs, path = fsspec.core.url_to_fs(url)
     whole = fs.cat_file(path)
     for length in range(len(whole)):
@@ -341,7 +340,7 @@ def test_any_bytes_give_a_sentence_or_tensors(noise: bytes, changes: list[tuple[
     """Without a stamp, as another reader would take them. Nothing but ValueError ever comes out."""
     fs = fsspec.filesystem("memory")
     url = "memory://noise/file"
-    write(url, {"ids": torch.tensor([4, 2])}, {"rows": torch.ones(2, 3)})
+    write_tensors(url, {"ids": torch.tensor([4, 2])}, {"rows": torch.ones(2, 3)})
     raw = bytearray(fs.cat_file("/noise/file"))
     for place, value in changes:
         raw[place % len(raw)] = value

@@ -15,9 +15,8 @@ from ranks import free_port
 from wandb_server import Server
 
 from igae.config import ConfigError, load
-from igae.evaluation.pictures import write_video
-from igae.training.recipe import TrackingConfig
-from igae.training.trackers import Tracker
+from igae.evaluation import write_video
+from igae.training import Tracker, TrackingConfig
 
 PICTURE = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
 
@@ -135,8 +134,7 @@ import logging, os, signal, sys, time
 from pathlib import Path
 import numpy as np
 logging.basicConfig(format="%(message)s")
-from igae.training.trackers import Tracker
-from igae.training.recipe import TrackingConfig
+from igae.training import Tracker, TrackingConfig
 run, start, end, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 tracker = Tracker(run, TrackingConfig(trackers=["wandb"], project="tests"), start)
 print("started", flush=True)
@@ -237,17 +235,14 @@ def test_wandb_goes_on_with_the_same_run_and_does_not_wait_for_a_server_that_is_
     assert [step for step, _, _ in expected(wandb_run)] == list(range(1, 61))
 
 
-def test_wandb_without_its_server_records_offline(wandb_run: Path) -> None:
+def test_wandb_without_its_server_records_offline_and_without_account_is_an_error(wandb_run: Path) -> None:
     settings = {"WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "1", "WANDB_INIT_TIMEOUT": "1"}
     run = start_wandb(wandb_run, 0, 3, "closed", WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}", **settings)
+    refused = start_wandb(wandb_run / "refused", 0, 1, "closed", WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}")
     _, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
     (folder,) = (wandb_run / "wandb").glob("offline-run-*")
     assert "connection refused" in err and f"`wandb sync {folder}` sends it" in err
     assert (folder / f"run-{(wandb_run / 'wandb-id.txt').read_text().strip()}.wandb").stat().st_size > 1000
-
-
-def test_wandb_without_account_is_an_error(wandb_run: Path) -> None:
-    run = start_wandb(wandb_run, 0, 1, "closed", WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}")
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == 1 and "run `wandb login`, or set WANDB_MODE=offline" in err
+    _, err = refused.communicate(timeout=60)
+    assert refused.returncode == 1 and "run `wandb login`, or set WANDB_MODE=offline" in err

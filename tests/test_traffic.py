@@ -16,10 +16,8 @@ from test_ranks_equal import build, small_recipe
 
 from benchmarks.training_step import write_data
 from igae.ranks import Channel
-from igae.scenes import SceneBank
-from igae.training.parallel.engine import Engine
-from igae.training.shares import own_data
-from igae.training.stage import Stage
+from igae.scenes import SceneStore
+from igae.training import Engine, RankData, Stage, StageState
 
 FEW, MANY = 10, 1000
 STEPS = 5
@@ -53,16 +51,17 @@ def bytes_of_steps(folder: str, strategy: str) -> tuple[dict[int, int], int, int
     for scenes in (FEW, MANY):
         settings = [f"data.root={folder}/shards-{scenes}", "data.workers=0", PLANES, f"train.joint.batch_size={BATCH}"]
         recipe = small_recipe(Path(folder), *settings)
-        data = own_data(recipe)
+        data = RankData.split(recipe)
         model = build(recipe, data.manifest)
         shared = sum(p.numel() * p.element_size() for p in model.parameters())
-        bank = SceneBank(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
-        stage = Stage("joint", recipe, engine, model, bank, data, {})
+        store = SceneStore(recipe.planes, [scene.id for scene in data.owned], recipe.seed, engine.device)
+        stage = Stage("joint", recipe, engine, model, store, data, StageState())
+        stage.refresh_every = 5
         for step in range(STEPS + 3):
             if step == 3:  # after all that is done once, also by the other ranks
                 channel.barrier()
                 before = bytes_sent()
-            assert stage.step(step, refresh=step == 5).read() == (True, False)
+            assert stage.step(step).read() == (True, False)
         found[scenes] = bytes_sent() - before
         channel.barrier()
         stage.close()

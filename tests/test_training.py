@@ -19,11 +19,7 @@ from safetensors.torch import load_file
 import train
 from igae import checkpoint, config
 from igae.errors import LostRank, TrainingError
-from igae.training import captured
-from igae.training.parallel.engine import Engine
-from igae.training.recipe import Recipe
-from igae.training.stage import Stage
-from igae.training.trainer import LAG, Trainer
+from igae.training import ASYNC_STEPS, Recipe, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
 
@@ -59,24 +55,24 @@ def _newest(recipe_file: str, name: str) -> Path:
 def test_every_trainable_parameter_moves_in_each_stage(recipe_file: str) -> None:
     recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=0.2", "train.joint.epochs=0.2"])
     trainer = Trainer(recipe)
-    model, bank = trainer.model, trainer.bank
+    model, store = trainer.model, trainer.store
     names = {name for name, _ in model.named_parameters()}
     assert any("quant_conv" in name for name in names) and any("post_quant_conv" in name for name in names)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    planes = bank.planes.clone()
+    rows = store.rows.clone()
     trainer.run("warmup")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in names if name.startswith("mlp.")}
     # One step of four views touches at least one scene, and exactly the touched scenes move.
-    assert (bank.planes != planes).flatten(1).any(1).sum() >= 1
+    assert (store.rows != rows).flatten(1).any(1).sum() >= 1
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    planes = bank.planes.clone()
+    rows = store.rows.clone()
     trainer.run("joint")
     still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
     assert still == set()
-    assert (bank.planes != planes).flatten(1).any(1).sum() >= 1
+    assert (store.rows != rows).flatten(1).any(1).sum() >= 1
 
 
 @pytest.mark.parametrize("mode", ["exact", "lazy"])
@@ -110,14 +106,12 @@ def test_five_and_five_steps_equal_ten(recipe_file: str, mode: str) -> None:
 def _stop_after(trainer: Trainer, total: int) -> None:
     """Send this process a SIGTERM in the middle of the step before step number ``total``: all ranks agree to stop while
     they make a step, so it is the next one that is the last."""
-    forward = trainer.model.forward
 
-    def stopping(*arguments: object) -> object:
+    def stopping(*_: object) -> None:
         if trainer.progress.total == total - 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(*arguments)  # type: ignore[arg-type]
 
-    trainer.model.forward = stopping  # type: ignore[method-assign, assignment]
+    trainer.model.register_forward_pre_hook(stopping)
 
 
 def _start(tmp_path: Path, *command: str) -> "subprocess.Popen[str]":
@@ -211,85 +205,85 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
 
 def _poison_from(trainer: Trainer, total: int) -> None:
     """Make the loss NaN from step number ``total`` (from 0) of the run on."""
-    forward = trainer.model.forward
 
-    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
-        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
+    def poisoned(_: object, __: object, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         bad = trainer.progress.total >= total
         return losses | {"total": losses["total"] * float("nan")} if bad else losses
 
-    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    trainer.model.register_forward_hook(poisoned)
 
 
-@pytest.fixture(params=[False, True], ids=["host waits", "host ahead"])
-def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the host learns how a step went while later ones are made, as on a GPU."""
-    if request.param:
-        monkeypatch.setattr(Engine, "asynchronous", property(lambda _: True))
-    return bool(request.param)
+async_steps = pytest.mark.parametrize("async_steps", [0, ASYNC_STEPS], ids=["synchronous", "asynchronous"])
+"""Steps that are made before it is known how the last one went, as on a GPU."""
 
 
-def test_a_host_that_is_ahead_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asynchronous_steps_compute_the_same(recipe_file: str) -> None:
     short = ["train.warmup.epochs=1", "train.joint.epochs=2", "tracking.every=7", "checkpoint.every=5"]
     Trainer(config.load(Recipe, recipe_file, [*short, "experiment=waits"])).run()
-    monkeypatch.setattr(Engine, "asynchronous", property(lambda _: True))
     recipe = config.load(Recipe, recipe_file, [*short, "experiment=ahead"])
     first = Trainer(recipe)
+    first.async_steps = ASYNC_STEPS
     _stop_after(first, 7)
     first.run()
-    assert 7 <= first.progress.total <= 7 + LAG  # the stop is seen a little later, and the steps until then are made
-    Trainer(recipe).run()
+    # The stop is seen a little later, and the steps until then are made.
+    assert 7 <= first.progress.total <= 7 + ASYNC_STEPS
+    second = Trainer(recipe)
+    second.async_steps = ASYNC_STEPS
+    second.run()
     waits, ahead = _tensors(_newest(recipe_file, "waits")), _tensors(_newest(recipe_file, "ahead"))
     assert waits.keys() == ahead.keys()
     assert [name for name in waits if not torch.equal(waits[name], ahead[name])] == []
 
 
-def test_the_step_that_is_captured_computes_the_same(recipe_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_that_is_captured_computes_the_same(recipe_file: str) -> None:
     """Its padded rows, and what it is told in one tensor; the CUDA graph itself is tested on a GPU."""
     short = ["train.warmup.epochs=3", "train.joint.epochs=0", "tracking.every=7"]
     Trainer(config.load(Recipe, recipe_file, [*short, "experiment=plain"])).run()
-    monkeypatch.setattr(captured, "EAGER_CALLS", 10**9)
-    monkeypatch.setattr(Stage, "_can_be_captured", lambda _: True)
-    trainer = Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"]))
+    trainer = runs.StaticTrainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"]))
     _stop_after(trainer, 7)
     trainer.run()
-    Trainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"])).run()
+    runs.StaticTrainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"])).run()
     plain, other = _tensors(_newest(recipe_file, "plain")), _tensors(_newest(recipe_file, "captured"))
     assert plain.keys() == other.keys()
     assert [name for name in plain if not torch.equal(plain[name], other[name])] == []
 
 
-def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str, ahead: bool) -> None:
+@async_steps
+def test_steps_that_are_not_finite_change_nothing_and_stop_the_run(recipe_file: str, async_steps: int) -> None:
     recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.joint.epochs=1", "train.max_skipped=3"])
     trainer = Trainer(recipe)
+    trainer.async_steps = async_steps
     trainer.run("warmup")
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
-    planes = trainer.bank.planes.clone()
+    rows = trainer.store.rows.clone()
     _poison_from(trainer, 0)
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         trainer.run("joint")
     assert trainer.progress.skipped == 3
-    assert torch.equal(trainer.bank.planes, planes)
+    assert torch.equal(trainer.store.rows, rows)
     assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []
 
 
 @pytest.mark.parametrize("problem", [ValueError, LostRank])
-def test_why_training_ends_is_said_though_saving_fails_too(
-    recipe_file: str, problem: type[Exception], monkeypatch: pytest.MonkeyPatch, one_run_a_process: None
-) -> None:
-    def close(self: checkpoint.Writer) -> None:
-        raise problem("the last checkpoint can't be written")
+def test_why_training_ends_is_said_though_saving_fails_too(recipe_file: str, problem: type[Exception]) -> None:
+    class Failing(checkpoint.CheckpointWriter):
+        def close(self) -> None:
+            raise problem("the last checkpoint can't be written")
 
-    monkeypatch.setattr(checkpoint.Writer, "close", close)
     trainer = Trainer(config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.max_skipped=2"]))
+    trainer.writer = Failing(trainer.recipe.checkpoint_root, 3, trainer.channel)
     _poison_from(trainer, 0)
     with pytest.raises(TrainingError, match="2 steps in a row"):
         trainer.run("warmup")
 
 
-def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(recipe_file: str, ahead: bool) -> None:
+@async_steps
+def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one(
+    recipe_file: str, async_steps: int
+) -> None:
     options = ["train.warmup.epochs=1", "train.joint.epochs=0", "checkpoint.every=1", "checkpoint.keep=9"]
     trainer = Trainer(config.load(Recipe, recipe_file, options))
+    trainer.async_steps = async_steps
     _poison_from(trainer, 5)
     trainer.run()
     names = [Path(path).name for path in checkpoint.list_complete(str(trainer.folder / "checkpoints"))]
@@ -327,11 +321,11 @@ def test_options_train(recipe_file: str, overrides: list[str]) -> None:
     short = [f"train.{s}.epochs=0.5" for s in ("warmup", "joint") if not any(f"{s}.epochs" in o for o in overrides)]
     recipe = config.load(Recipe, recipe_file, [*short, *overrides])
     trainer = Trainer(recipe)
-    before = trainer.bank.planes.clone()
+    before = trainer.store.rows.clone()
     figures = trainer.run()
     assert figures and all(value == value for value in figures.values())
     assert trainer.progress.finished and trainer.progress.skipped == 0
-    assert torch.equal(before, trainer.bank.planes) == ("train.joint.batch_size=0" in overrides)
+    assert torch.equal(before, trainer.store.rows) == ("train.joint.batch_size=0" in overrides)
 
 
 @pytest.mark.parametrize(

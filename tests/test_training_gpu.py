@@ -11,8 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from igae import config
-from igae.training.recipe import Recipe
-from igae.training.trainer import Trainer
+from igae.training import Recipe, Trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_run_a_process"),
@@ -40,7 +39,7 @@ def run(recipe_file: str, *settings: str) -> dict[str, torch.Tensor]:
     trainer.run()
     assert trainer.progress.skipped == 0
     AcceleratorState._reset_state(reset_partial_state=True)
-    return {**trainer.model.state_dict(), "planes": trainer.bank.planes}
+    return {**trainer.model.state_dict(), "planes": trainer.store.rows}
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -116,15 +115,9 @@ def test_skipped_steps_change_nothing(recipe_file: str, ahead: bool) -> None:
     trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, *settings]))
     trainer.run("warmup")
     before = {name: p.clone() for name, p in trainer.model.state_dict().items()}
-    planes = trainer.bank.planes.clone()
-    forward = trainer.model.forward
-
-    def poisoned(*arguments: object) -> dict[str, torch.Tensor]:
-        losses: dict[str, torch.Tensor] = forward(*arguments)  # type: ignore[arg-type]
-        return losses | {"total": losses["total"] * float("nan")}
-
-    trainer.model.forward = poisoned  # type: ignore[method-assign, assignment]
+    planes = trainer.store.rows.clone()
+    trainer.model.register_forward_hook(lambda _, __, losses: losses | {"total": losses["total"] * float("nan")})
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         trainer.run("joint")
-    assert torch.equal(trainer.bank.planes, planes)
+    assert torch.equal(trainer.store.rows, planes)
     assert [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])] == []

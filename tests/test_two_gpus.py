@@ -6,20 +6,19 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
 import runs
-import test_exchange
+import test_all_reduce
 import torch
 from test_training_gpu import PLAIN, difference
 
 from igae import config
 from igae.errors import is_lost_rank
 from igae.ranks import rank
-from igae.training.recipe import Recipe
-from igae.training.stage import Stage
-from igae.training.trainer import Trainer
+from igae.training import CapturedStep, Recipe, Stage, StageName, Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,27 +35,30 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("sent_as", [torch.float32, torch.bfloat16])
 def test_the_mean_over_two_gpus(sent_as: torch.dtype) -> None:
-    for step in test_exchange.means(2, 10**6, 48, 64, sent_as):
+    for step in test_all_reduce.means(2, 10**6, 48, 64, sent_as):
         assert (step.calls, step.early) == (3, 2)
+
+
+class Kept(Trainer):
+    """Keeps its stages."""
+
+    opened: tuple[Stage, ...] = ()
+
+    def open_stage(self, name: StageName) -> Stage:
+        self.opened = (*self.opened, super().open_stage(name))
+        return self.opened[-1]
 
 
 def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[bool, int]:
     """A whole run of this rank, whose weights and planes go into a file; whether the warm-up was captured, and how many
     steps were skipped."""
     ranks.send_in_buckets()
-    trainer = Trainer(config.load(Recipe, recipe_file, [*SHORT, f"experiment={name}", *settings]))
-    captured, step = [], Stage.step
-
-    def noted(self: Stage, *arguments: object) -> object:
-        outcome = step(self, *arguments)  # type: ignore[arg-type]
-        captured.append(self._captured is not None and self._captured._graph is not None)
-        return outcome
-
-    Stage.step = noted  # type: ignore[method-assign, assignment]
+    trainer = Kept(config.load(Recipe, recipe_file, [*SHORT, f"experiment={name}", *settings]))
     trainer.run()
     state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
-    torch.save({**state, "planes": trainer.bank.planes.cpu()}, f"{file}-{rank()}")
+    torch.save({**state, "planes": trainer.store.rows.cpu()}, f"{file}-{rank()}")
     trainer.engine.close()
+    captured = [isinstance(stage.run, CapturedStep) and stage.run.is_captured for stage in trainer.opened]
     return any(captured), trainer.progress.skipped
 
 
@@ -76,6 +78,26 @@ def test_a_captured_exchange_is_the_same_training(recipe_file: str) -> None:
     assert warmup and "straggler_factor" not in warmup[-1] and warmup[-1]["grad_norm/mlp"] > 0
 
 
+class Lost(Trainer):
+    """The second rank makes no step number 6."""
+
+    begun = 0.0
+
+    def open_stage(self, name: StageName) -> Stage:
+        stage = super().open_stage(name)
+        make = stage.run
+
+        def run(inputs: Any) -> Any:
+            if rank() == 1 and self.progress.step == 6:
+                time.sleep(60)
+                os._exit(0)
+            self.begun = time.monotonic()
+            return make(inputs)
+
+        stage.run = run
+        return stage
+
+
 def lose_a_rank(recipe_file: str, stage: str, file: str) -> None:
     """The second rank stops in the middle of a stage without a word; the first writes how it takes note of that."""
     own = [
@@ -83,24 +105,13 @@ def lose_a_rank(recipe_file: str, stage: str, file: str) -> None:
         "train.timeout=10",
         f"train.{'joint' if stage == 'warmup' else 'warmup'}.epochs=0",
     ]
-    trainer, step = Trainer(config.load(Recipe, recipe_file, [*SHORT, *own])), Stage.step
-    start = time.monotonic()
-
-    def stops(self: Stage, number: int, *arguments: object) -> object:
-        nonlocal start
-        if rank() == 1 and number == 6:
-            time.sleep(60)
-            os._exit(0)
-        start = time.monotonic()
-        return step(self, number, *arguments)  # type: ignore[arg-type]
-
-    Stage.step = stops  # type: ignore[method-assign, assignment]
+    trainer = Lost(config.load(Recipe, recipe_file, [*SHORT, *own]))
     faulthandler.dump_traceback_later(45)  # into the log: where it waits, if it does
     try:
         trainer.run()
     except RuntimeError as error:
         if is_lost_rank(error):
-            Path(file).write_text(f"{time.monotonic() - start:.1f} s: {str(error).splitlines()[0]}")
+            Path(file).write_text(f"{time.monotonic() - trainer.begun:.1f} s: {str(error).splitlines()[0]}")
     os._exit(1)
 
 

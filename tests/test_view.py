@@ -16,41 +16,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from view_models import CPU, NAMES, Made, make, open_as_run
+from view_models import CPU, NAMES, Made, open_as_run
 
 from igae.cli.view import main
 from igae.data import orbit
-from igae.evaluation.pictures import latent_to_rgb
+from igae.evaluation import latent_to_rgb
 from igae.export import Export
-from igae.viewer.cameras import (
+from igae.viewer import (
+    ALL,
+    CHANNELS,
+    DEPTH,
+    LATENTS,
+    RGB,
+    VIEWS,
     Camera,
+    Followed,
+    Sheet,
     angle_of,
+    arrange,
     between,
+    draw,
     dump_path,
     lens_of,
+    open_subject,
     orbit_from,
+    panels,
     parse_path,
     pose_of,
     quaternion_of,
     rotation_of,
+    side_by_side,
 )
-from igae.viewer.drawing import ALL, CHANNELS, DEPTH, LATENTS, RGB, VIEWS, Sheet, arrange, draw, panels, side_by_side
-from igae.viewer.subject import Followed, open_subject
 
 ROOT = Path(__file__).resolve().parent.parent
 LENS = lens_of(50, (16, 16))
 numbers = st.floats(-1, 1, allow_subnormal=False)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    found = make(tmp_path_factory.mktemp("view"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return found
 
 
 def turned(axis: int, angle: float) -> Tensor:
@@ -166,10 +169,10 @@ def test_a_wrong_path_is_one_sentence(data: bytes, words: str) -> None:
         parse_path(data, (16, 16))
 
 
-def test_pictures_are_those_of_the_export(made: Made) -> None:
-    export = Export(str(made.export))
-    by_export = open_subject(str(made.export), [], CPU)
-    by_run = open_subject(str(made.newer), made.overrides, CPU)
+def test_pictures_are_those_of_the_export(viewed: Made) -> None:
+    export = Export(str(viewed.export))
+    by_export = open_subject(str(viewed.export), [], CPU)
+    by_run = open_subject(str(viewed.newer), viewed.overrides, CPU)
     assert by_run.names == by_export.names == NAMES and by_run.image_size == (16, 16)
     assert by_run.distance == pytest.approx(by_export.distance, rel=1) and "step 8" in by_run.title
     pose = orbit(5, 1.2, 0.3)[2].double()
@@ -190,8 +193,8 @@ def test_pictures_are_those_of_the_export(made: Made) -> None:
             assert np.abs(panels(LATENTS, drawn, scene, (16, 16))[0].astype(int) - colored).max() <= 1
 
 
-def test_views_and_fewer_pixels(made: Made) -> None:
-    subject = open_subject(str(made.export), [], CPU)
+def test_views_and_fewer_pixels(viewed: Made) -> None:
+    subject = open_subject(str(viewed.export), [], CPU)
     scene = subject.scene("scene_1")
     whole = draw(subject.model, scene, subject.front, LENS)
     half = draw(subject.model, scene, subject.front, LENS, 0.5)
@@ -211,7 +214,7 @@ def test_views_and_fewer_pixels(made: Made) -> None:
         gray = ((0.5 + unit / 4).clamp(0, 1) * 255).round().int().numpy()
         assert np.abs(cell - gray[:, :, None]).max() <= 1
     assert side_by_side(panels(ALL, whole, scene, (16, 16))).shape == (16, 48, 3)
-    assert subject.model.options == open_subject(str(made.newer), made.overrides, CPU).model.options
+    assert subject.model.options == open_subject(str(viewed.newer), viewed.overrides, CPU).model.options
 
 
 @pytest.mark.parametrize("window", [(900, 900), (300, 1400), (1400, 300), (40, 30), (1, 1)])
@@ -241,22 +244,22 @@ def test_empty_places_and_long_labels() -> None:
     assert (sheet.picture == 238).all(-1).mean() > 0.3
 
 
-def test_a_run_is_followed(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = open_as_run(made, tmp_path)
-    followed = Followed(str(run), made.overrides, CPU)
+def test_a_run_is_followed(viewed: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = open_as_run(viewed, tmp_path)
+    followed = Followed(str(run), viewed.overrides, CPU)
     assert followed.is_run and "step 4" in followed.subject.title
     before = followed.subject.scene("scene_2").planes
     assert followed.check() is None
-    target = run / "checkpoints" / made.newer.name
+    target = run / "checkpoints" / viewed.newer.name
     # Half written: without state.json it is none yet.
-    shutil.copytree(made.newer, target, ignore=shutil.ignore_patterns("state.json"))
+    shutil.copytree(viewed.newer, target, ignore=shutil.ignore_patterns("state.json"))
     caplog.clear()
     assert followed.check() is None and not caplog.records
     # Broken: a line, once, and the one before goes on.
-    weights = bytearray((made.newer / "shared.safetensors").read_bytes())
+    weights = bytearray((viewed.newer / "shared.safetensors").read_bytes())
     weights[-5] ^= 1
     (target / "shared.safetensors").write_bytes(bytes(weights))
-    shutil.copy(made.newer / "state.json", target)
+    shutil.copy(viewed.newer / "state.json", target)
     with caplog.at_level(logging.WARNING):
         assert followed.check() is None and followed.check() is None
     (record,) = caplog.records
@@ -265,20 +268,19 @@ def test_a_run_is_followed(made: Made, tmp_path: Path, caplog: pytest.LogCapture
     # The next one is whole.
     shutil.rmtree(target)
     assert followed.check() is None
-    shutil.copytree(made.newer, target)
+    shutil.copytree(viewed.newer, target)
     newer = followed.check()
     assert newer is not None and newer is followed.subject and "step 8" in newer.title
-    expected = open_subject(str(made.newer), made.overrides, CPU).scene("scene_2").planes
+    expected = open_subject(str(viewed.newer), viewed.overrides, CPU).scene("scene_2").planes
     assert torch.equal(newer.scene("scene_2").planes, expected) and not torch.equal(expected, before)
     assert followed.check() is None
     # A checkpoint or an export that is named stays what it is.
-    assert not Followed(str(target), made.overrides, CPU).is_run and not Followed(str(made.export), [], CPU).is_run
+    assert not Followed(str(target), viewed.overrides, CPU).is_run and not Followed(str(viewed.export), [], CPU).is_run
 
 
-def test_few_planes_stay_in_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("igae.viewer.subject.KEPT", 2)
-    monkeypatch.setattr("igae.viewer.subject.KEPT_THUMBNAILS", 3)
-    subject = open_subject(str(made.export), [], CPU)
+def test_few_planes_stay_in_memory(viewed: Made) -> None:
+    subject = open_subject(str(viewed.export), [], CPU)
+    subject.kept, subject.kept_thumbnails = 2, 3
     first = subject.scene("scene_0")
     assert subject.scene("scene_0") is first
     for name in NAMES:
@@ -287,7 +289,7 @@ def test_few_planes_stay_in_memory(made: Made, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_refused_is_one_sentence(
-    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    viewed: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def error(*arguments: str) -> str:
         assert main([*arguments]) == 2
@@ -298,19 +300,19 @@ def test_what_is_refused_is_one_sentence(
 
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        text = error(str(made.export), "--port", str(port))
+        text = error(str(viewed.export), "--port", str(port))
         assert f"127.0.0.1:{port}" in text and "in use" in text and "--port" in text
-    assert "--host" in error(str(made.export), "--host", "203.0.113.1")  # nobody's address
-    assert "--port" in error(str(made.export), "--port", "70000")
+    assert "--host" in error(str(viewed.export), "--host", "203.0.113.1")  # nobody's address
+    assert "--port" in error(str(viewed.export), "--port", "70000")
     assert "neither a checkpoint" in error(str(tmp_path))
-    assert "no manifest.json" in error(str(made.newer), f"data.root={tmp_path}")
-    assert "leave it out" in error(str(made.export), "data.root=x")
+    assert "no manifest.json" in error(str(viewed.newer), f"data.root={tmp_path}")
+    assert "leave it out" in error(str(viewed.export), "data.root=x")
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "pip install 'igae[viewer]'" in error(str(made.export), "--port", "0")
+    assert "pip install 'igae[viewer]'" in error(str(viewed.export), "--port", "0")
 
 
-def test_the_command_serves_this_machine_alone_until_it_is_ended(made: Made) -> None:
-    command = [sys.executable, "-m", "igae.view", str(made.export), "--port", "0"]
+def test_the_command_serves_this_machine_alone_until_it_is_ended(viewed: Made) -> None:
+    command = [sys.executable, "-m", "igae.view", str(viewed.export), "--port", "0"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

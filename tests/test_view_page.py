@@ -15,30 +15,18 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from PIL import Image
-from view_models import CPU, Made, make, open_as_run, write_many
+from view_models import CPU, Made, open_as_run, write_many
 
-from igae.export import load_run, open_run
-from igae.export.reader import Scene
-from igae.viewer.drawing import arrange
-from igae.viewer.server import Viewer
-from igae.viewer.session import Session
-from igae.viewer.subject import Followed
+from igae.export import load_trained
+from igae.viewer import Followed, Session, Viewer, arrange
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 
 Pixels = NDArray[np.int16]
 WIDTH, HEIGHT = 570, 600  # of the picture; the controls have the rest of the window
 MANY = 10_000
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    found = make(tmp_path_factory.mktemp("view"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +39,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
 
 
 def only_session(viewer: Viewer) -> Session:
-    wait(lambda: viewer._sessions)
-    (session,) = viewer._sessions.values()
+    wait(lambda: viewer.sessions)
+    (session,) = viewer.sessions.values()
     return session
 
 
@@ -107,9 +95,9 @@ def close_notes(page: browser.Page) -> None:
     page.run("document.querySelectorAll('.mantine-Notification-closeButton').forEach(e => e.click())")
 
 
-def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = open_as_run(made, tmp_path)
-    viewer = Viewer(Followed(str(run), made.overrides, CPU), port=0, poll=0.2)
+def test_the_page(viewed: Made, shown: browser.Page, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = open_as_run(viewed, tmp_path)
+    viewer = Viewer(Followed(str(run), viewed.overrides, CPU), port=0, poll=0.2)
     try:
         shown.open(viewer.url)
         session = only_session(viewer)
@@ -122,7 +110,7 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         first = settled(shown)
         pose = session.camera().cam2world
         torch.testing.assert_close(pose, viewer.subject.front, atol=1e-5, rtol=0)
-        expected = picture_of(made, session)
+        expected = picture_of(viewed, session)
         assert np.abs(first - expected).mean() < 4  # of 255: JPEG, and the page's enlargement; measured 1
 
         # Another view; a drag turns the camera around the object, and the picture with it; another scene.
@@ -137,7 +125,7 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         fourth = changed(shown, third)
 
         # The run removes old checkpoints: a scene that was not read yet is gone, and the page says so.
-        (run / "checkpoints" / made.older.name / "scenes-00000.safetensors").unlink()
+        (run / "checkpoints" / viewed.older.name / "scenes-00000.safetensors").unlink()
         choose(shown, "scene_3", "scene_1")
         shown.wait_for("""document.body.innerText.includes("can't be shown")""")
         close_notes(shown)
@@ -145,7 +133,7 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         assert not differ(settled(shown), fourth)
 
         # A newer checkpoint takes its place; camera, view and scene stay.
-        shutil.copytree(made.newer, run / "checkpoints" / made.newer.name)
+        shutil.copytree(viewed.newer, run / "checkpoints" / viewed.newer.name)
         changed(shown, fourth)
         assert "step 8" in viewer.subject.title and session.name == "scene_1"
         shown.wait_for("[...document.querySelectorAll('input')].some(e => e.value.endsWith('step 8'))")
@@ -159,21 +147,21 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         wait(lambda: (saved / "scene_1.png").is_file())
         assert Image.open(saved / "scene_1.png").size == (16, 16)
         shown.click_text("Add this camera")
-        wait(lambda: session._count.value == "1")
+        wait(lambda: session.count.value == "1")
         shown.click_text("Reset the view")
         wait(lambda: torch.allclose(session.camera().cam2world, pose, atol=1e-4))
         shown.click_text("Add this camera")
-        wait(lambda: session._count.value == "2")
+        wait(lambda: session.count.value == "2")
         shown.click_text("Save path (JSON)")
         wait(lambda: (saved / "scene_1.json").is_file())
         frames = json.loads((saved / "scene_1.json").read_text())["frames"]
         assert frames[0]["transform_matrix"] == turned.tolist() and len(frames) == 2
         shown.click_text("Remove the last")
-        wait(lambda: session._count.value == "1")
+        wait(lambda: session.count.value == "1")
         shown.choose_file("input[type=file]", saved / "scene_1.json")
-        wait(lambda: session._count.value == "2")
-        assert torch.equal(session._path[0].cam2world, turned)
-        session._seconds.value = 1  # a slider is no easy thing to hit with a mouse
+        wait(lambda: session.count.value == "2")
+        assert torch.equal(session.path[0].cam2world, turned)
+        session.seconds.value = 1  # a slider is no easy thing to hit with a mouse
         shown.click_text("Save video (MP4)")
         wait(lambda: (saved / "scene_1.mp4").is_file())
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(saved / "scene_1.mp4"), "-f", "null", "-"]
@@ -189,11 +177,10 @@ def test_the_page(made: Made, shown: browser.Page, tmp_path: Path, tmp_path_fact
         viewer.close()
 
 
-def picture_of(made: Made, session: Session) -> Pixels:
+def picture_of(viewed: Made, session: Session) -> Pixels:
     """What the page should show of scene_0 in the older checkpoint, by the renderer's other way to it."""
-    run = open_run(str(made.older), made.overrides)
     camera = session.camera()
-    scene = Scene("scene_0", run.rows([0])[0], load_run(run).eval())
+    scene = load_trained(str(viewed.older), viewed.overrides).scene("scene_0")
     image = scene.image(camera.cam2world, camera.intrinsics)[0].numpy()
     window = (session.client.camera.image_height, session.client.camera.image_width)
     sheet = arrange([image], ["decoded RGB"], window, 1280).picture
@@ -214,7 +201,7 @@ def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
         start = time.monotonic()
         shown.run("[...document.querySelectorAll('input')].find(e => !e.value && e.type === 'text').focus()")
         shown.type("9876")
-        wait(lambda: session._place.value == "1 to 1 of 1")
+        wait(lambda: session.place.value == "1 to 1 of 1")
         shown.click_text("Show thumbnails")
         wait(lambda: set(viewer.subject.thumbnails) == {names[9876]})
         changed(shown, before)
@@ -222,13 +209,13 @@ def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
         wait(lambda: session.name == names[9876])
         assert time.monotonic() - start < 30
         # Of all others nothing was drawn or read; the next page is drawn as soon as it is looked at.
-        session._text.value = ""
+        session.text.value = ""
         shown.click_text("next")
-        wait(lambda: session._place.value == f"13 to 24 of {MANY}")
-        assert len(viewer.subject.thumbnails) == 1 and len(viewer.subject._scenes) == 2
+        wait(lambda: session.place.value == f"13 to 24 of {MANY}")
+        assert len(viewer.subject.thumbnails) == 1 and len(viewer.subject.scenes) == 2
         shown.click_text("Show thumbnails")
         wait(lambda: set(viewer.subject.thumbnails) == {names[9876], *names[12:24]})
-        sheet = wait(lambda: session._sheet)
+        sheet = wait(lambda: session.sheet)
         left, top, right, bottom = sheet.cells[5]  # type: ignore[attr-defined]
         window = session.client.camera.image_width, session.client.camera.image_height
         shown.drag([[window[0] * (left + right) / 2, window[1] * (top + bottom) / 2]])

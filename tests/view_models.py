@@ -11,8 +11,7 @@ import torch
 import train
 from igae import checkpoint
 from igae.export import Content, read_run, write
-from igae.models.autoencoder import Autoencoder
-from igae.models.igae import IGAE
+from igae.models import IGAE, Autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
@@ -59,9 +58,9 @@ def open_as_run(made: Made, folder: Path) -> Path:
 
 def write_many(url: Path, count: int) -> list[str]:
     """An export of RGB scenes, 16 x 16 pixels; returns their names."""
-    model = IGAE(Autoencoder(None, 1.0), torch.Generator().manual_seed(0), 4, RenderOptions(), (16, 16))
-    model.refresh_background()
     planes = PlanesConfig(resolution=4, features=4)
+    model = IGAE(Autoencoder(None, 1.0), planes, RenderOptions(), (16, 16))
+    model.refresh_background()
     names = [f"object-{i:05d}" for i in range(count)]
 
     def rows(start: int, stop: int) -> torch.Tensor:

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-from .layout import CONFIG as CONFIG
-from .layout import FORMAT as FORMAT
-from .layout import RATES as RATES
-from .layout import Progress as Progress
-from .layout import folder_of as folder_of
-from .layout import is_complete as is_complete
-from .layout import list_complete as list_complete
-from .layout import reason as reason
-from .parts import Parts as Parts
-from .reader import Loaded as Loaded
-from .reader import load as load
-from .reader import settings as settings
-from .writer import Writer as Writer
+from .format import CONFIG as CONFIG
+from .format import LEARNING_RATES as LEARNING_RATES
+from .format import Progress as Progress
+from .format import folder_of as folder_of
+from .format import is_complete as is_complete
+from .format import list_complete as list_complete
+from .load import Checkpoint as Checkpoint
+from .load import load_checkpoint as load_checkpoint
+from .load import saved_config as saved_config
+from .save import CheckpointWriter as CheckpointWriter
+from .waves import WaveCheckpoint as WaveCheckpoint

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a run: ``python -m igae.export RUN TARGET [key=value ...]``."""
+"""Export a run: ``igae export RUN TARGET [key=value ...]``."""
 
 import argparse
-import sys
 
-from igae.errors import log_to_stderr, redact, say
+from igae.errors import command, log_to_stderr, redact
 from igae.export import check_target, read_run, write
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.export", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="igae export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder or URL of a run, or of one of its checkpoints")
     parser.add_argument(
         "target", metavar="TARGET", help="empty or new folder, fsspec URL, or hf://user/name[@revision][/folder]"
@@ -18,16 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS, where they moved")
     arguments = parser.parse_args(argv)
     log_to_stderr()
-    try:
-        check_target(arguments.target)
-        description = write(read_run(arguments.run, arguments.overrides), arguments.target)
-    except (ValueError, OSError, ImportError) as error:
-        say(f"error: {error}")
-        return 2
+    check_target(arguments.target)
+    description = write(read_run(arguments.run, arguments.overrides), arguments.target)
     size = sum(file.bytes for file in description.files.values()) / 1e6
     print(redact(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,11 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from webdataset import TarWriter
 
-from igae.data.cache import Cache
 from igae.data.config import Verify
 from igae.data.manifest import Shard, ShardKind
 from igae.errors import redact
-from igae.storage import File, StoreError, file_system, join
+from igae.storage import Cache, File, StoreError, file_system, join
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 MEMBER = re.compile(r"((?!.*\.\.)[^/\\]+/[0-9]{1,18})\.(png|jpg|jpeg|webp|json)", re.DOTALL)

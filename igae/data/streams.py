@@ -12,13 +12,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from igae.data.cache import Cache
 from igae.data.config import DataConfig
 from igae.data.decoding import Decoder, ViewBatch
 from igae.data.loader import Loader, Plan, StreamState
 from igae.data.manifest import Manifest, Scene, Shard
 from igae.data.shards import ShardReader
 from igae.errors import redact
+from igae.storage import Cache
 
 WHITE = (1.0, 1.0, 1.0)
 """What transparent natural images are laid over: the background of the configuration is that of objects."""

@@ -2,7 +2,6 @@
 """Pictures and videos out of tensors. Pictures are uint8 arrays [H, W, 3], several of them [N, H, W, 3]."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from igae.storage import staged
 
 Picture = NDArray[np.uint8]
 
@@ -40,8 +41,7 @@ def latent_to_rgb(latents: Tensor, size: tuple[int, int], statistics: tuple[Tens
     colors = latents.detach().float()[:, [i % channels for i in range(3)]]
     if statistics is None:
         statistics = colors.mean((0, 2, 3)), colors.std((0, 2, 3), correction=0)
-    mean, std = (value.to(colors)[:, None, None] for value in statistics)
-    return _enlarge(0.5 + (colors - mean) / (4 * std.clamp_min(1e-12)), size)
+    return _enlarge(_stretch(colors, *(value.to(colors)[:, None, None] for value in statistics)), size)
 
 
 def channels_to_gray(latents: Tensor, size: tuple[int, int]) -> Picture:
@@ -54,8 +54,8 @@ def channels_to_gray(latents: Tensor, size: tuple[int, int]) -> Picture:
     """
     values = latents.detach().float()
     mean, std = values.mean((0, 2, 3), keepdim=True), values.std((0, 2, 3), correction=0, keepdim=True)
-    gray = 0.5 + (values - mean) / (4 * std.clamp_min(1e-12))
-    return _enlarge(gray.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), size).reshape(*latents.shape[:2], *size, 3)
+    gray = _stretch(values, mean, std).flatten(0, 1)[:, None]
+    return _enlarge(gray.expand(-1, 3, -1, -1), size).reshape(*latents.shape[:2], *size, 3)
 
 
 def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Picture:
@@ -124,9 +124,8 @@ def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFo
 def save_png(path: Path, picture: Picture) -> None:
     """Write a picture; the file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(staging, format="PNG")
-    os.replace(staging, path)
+    with staged(path) as staging:
+        Image.fromarray(picture).save(staging, format="PNG")
 
 
 def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
@@ -140,25 +139,28 @@ def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.tmp.mp4")
-    size = (frames.shape[2], frames.shape[1])
-    # quality 8 of 10; faststart puts the index first, so that a browser plays the file while it loads
-    writer = imageio_ffmpeg.write_frames(
-        str(staging),
-        size,
-        fps=fps,
-        codec="libx264",
-        pix_fmt_out="yuv420p",
-        quality=8,
-        macro_block_size=2,
-        output_params=["-movflags", "+faststart"],
-        ffmpeg_log_level="error",
-    )
-    writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
-    writer.close()
-    os.replace(staging, path)
+    with staged(path) as staging:
+        writer = imageio_ffmpeg.write_frames(
+            str(staging),
+            (frames.shape[2], frames.shape[1]),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_out="yuv420p",
+            quality=8,  # of 10
+            macro_block_size=2,
+            # the index first, so that a browser plays the file while it loads
+            output_params=["-movflags", "+faststart", "-f", "mp4"],
+            ffmpeg_log_level="error",
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+
+
+def _stretch(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """mean - 2 std -> 0, mean + 2 std -> 1."""
+    return 0.5 + (values - mean) / (4 * std.clamp_min(1e-12))
 
 
 def _quantize(values: Tensor) -> Tensor:

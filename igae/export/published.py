@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights of the code that was published with the IG-AE paper (github.com/k-kassab/igae), as an export.
 
-``python -m igae.published gvae_latest.pt TARGET``
-
 The file is a dictionary (torch.save) of state dictionaries. N scenes, F features, planes of R x R texels, c latent
 channels; M base planes of G features and L own features where there are global planes:
 
@@ -25,9 +23,7 @@ Two things are otherwise than there. Samples by importance are stratified and dr
 moves a pixel by no more than another draw does; and the decoder gets latents clamped at 1 - 1e-3, not 1 - 1e-4.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +32,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from igae.errors import redact
-from igae.export import Content, check_target, write
-from igae.export.reader import bare_model
-from igae.models import Autoencoder, AutoencoderConfig, load_autoencoder
+from igae.export.model import Content
+from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
@@ -81,7 +75,7 @@ def read_published(path: Path, settings: Mapping[str, Any] | None = None, config
         )
     size = int(_get(settings, "dataset.img_size", 128))
     autoencoder = _autoencoder(vae, config, float(_get(settings, "vae.normalization.scale", SCALE)), path)
-    model = bare_model(autoencoder, planes, options, (size, size), (1.0, 1.0, 1.0))
+    model = IGAE(autoencoder, planes, options, (size, size), (1.0, 1.0, 1.0))
     if model.latent_shape[0] != channels:
         raise ValueError(f"{path}: its decoder makes {channels} channels and its latents have {model.latent_shape[0]}")
     model.mlp.load_state_dict(mlp)
@@ -229,7 +223,8 @@ def architecture(vae: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """The published code's configuration. Raises ValueError where the file is none."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -238,30 +233,3 @@ def _settings(path: Path) -> Mapping[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} is no configuration of the published code: it has no keys")
     return tree
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m igae.published", description=__doc__.splitlines()[0])
-    parser.add_argument("file", metavar="FILE", type=Path, help="gvae_latest.pt")
-    parser.add_argument("target", metavar="TARGET", help="as of python -m igae.export")
-    parser.add_argument("--config", type=Path, help="the published code's config.yaml (default: the one beside FILE)")
-    parser.add_argument("--autoencoder", help="diffusers folder or hub id with the architecture of FILE's autoencoder")
-    arguments = parser.parse_args(argv)
-    try:
-        beside = arguments.file.parent / "config.yaml"
-        found = arguments.config or (beside if beside.is_file() else None)
-        if found is None:
-            print(f"no {beside}: rays are sampled as the published default configuration says", file=sys.stderr)
-        check_target(arguments.target)
-        settings = {} if found is None else _settings(found)
-        description = write(read_published(arguments.file, settings, arguments.autoencoder), arguments.target)
-    except (ValueError, OSError, ImportError) as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return 2
-    print(redact(f"{arguments.target}: {description.scenes} scenes"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

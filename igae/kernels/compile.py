@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+ARCHITECTURES = (80, 86, 89, 90, 100)
+"""Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
+
 
 class Usage(NamedTuple):
     """What the assembler reports of a kernel."""
@@ -51,7 +54,7 @@ def compile_source(path: Path, defines: dict[str, int], arch: int) -> tuple[byte
 
 @functools.cache
 def _fingerprint(folder: Path) -> bytes:
-    """Of everything but the variant that decides a cubin: the sources and the compiler."""
+    """Of what decides a cubin besides macros and architecture: the sources and the compiler."""
     from cuda.bindings import nvrtc
 
     digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()[1:]).encode())
@@ -60,25 +63,22 @@ def _fingerprint(folder: Path) -> bytes:
     return digest.digest()
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
-
-
-def source_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
+def cached_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
     """What `compile_source` makes, from disk if it is there.
 
     Any number of processes may ask at once: each that finds nothing compiles, and moves its whole result into place. A
     folder that cannot be written costs a compilation in each process and is otherwise fine.
     """
     key = hashlib.sha256(_fingerprint(source.parent) + repr(sorted(defines.items())).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{source.stem}-sm{arch}-{key}.cubin"
+    folder = Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
+    path = folder / f"{source.stem}-sm{arch}-{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         code, _ = compile_source(source, defines, arch)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(code)
         os.replace(name, path)

@@ -6,5 +6,4 @@ from .config import LossWeights as LossWeights
 from .igae import IGAE as IGAE
 from .igae import Views as Views
 from .igae import to_signed as to_signed
-from .losses import LPIPS as LPIPS
-from .losses import psnr as psnr
+from .lpips import LPIPS as LPIPS

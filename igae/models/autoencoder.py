@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
-from igae.models.layers import keep_dtypes, to_channels_last
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3

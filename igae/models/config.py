@@ -35,12 +35,7 @@ class AutoencoderConfig(Section):
 class LossWeights(Section):
     """Weights of the loss terms; a term of weight 0 is not computed."""
 
-    RENAMED = {
-        "photo_ae": "natural_ae",
-        "photo_lpips": "natural_lpips",
-        "photo_kl": "natural_kl",
-        "photo_tv": "natural_tv",
-    }
+    RENAMED = {f"photo_{term}": f"natural_{term}" for term in ("ae", "lpips", "kl", "tv")}
 
     latent: float = Field(default=1.0, ge=0)
     """mse of rendered and encoded normalized latents."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volume rendering of tri-planes. This package imports nothing else of igae."""
+"""Volume rendering of tri-planes: by PyTorch, or by CUDA kernels that do the same."""
 
 import lazy_loader
 

@@ -3,4 +3,5 @@ from .api import render as render
 from .build import build_main as build_main
 from .config import RenderOptions as RenderOptions
 from .mlp import DecodingMLP as DecodingMLP
-from .options import Rendered as Rendered
+from .ray_marching import Rendered as Rendered
+from .rays import Cameras as Cameras

@@ -11,37 +11,37 @@ results, by default `~/.cache/igae/kernels`.
 import argparse
 import itertools
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from igae.kernels import Usage, compile_source, source_cubin
+from igae.kernels import cached_cubin
 
-Kernel = Literal["forward", "backward"]
-
-ARCHITECTURES = (80, 86, 89, 90, 100)
-"""Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
+Pass = Literal["forward", "backward"]
 
 HIDDEN = 64
+"""Hidden units of the MLP that the kernels know."""
 SOURCES = Path(__file__).parent / "kernels"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What a kernel is specialized for."""
+class Variant(NamedTuple):
+    """What a kernel is specialized for. A switch may be an integer."""
 
     features: int = 32
     colors: int = 16
     coarse: int = 48
     fine: int = 48
-    eg3d: bool = False
-    product: bool = False
-    disparity: bool = False
-    bf16: bool = False
+    eg3d: bool | int = False
+    product: bool | int = False
+    disparity: bool | int = False
+    bf16: bool | int = False
     """Planes in bfloat16, not float32."""
-    fp32: bool = False
+    fp32: bool | int = False
     """Matrix products of float32 numbers (three TF32 ones for one), not of float16."""
-    deterministic: bool = False
+    deterministic: bool | int = False
+
+
+MACROS = ("C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC")
+"""Their names in the sources, in this order."""
 
 
 class Shape(NamedTuple):
@@ -55,13 +55,14 @@ class Shape(NamedTuple):
     """Bytes of dynamic shared memory of a block."""
 
 
-def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
+def shape(kernel: Pass, variant: Variant, arch: int) -> Shape:
     """The launch of a kernel. Raises ValueError where the architecture has too little shared memory for the variant."""
     samples, chunks, tiles = variant.coarse + variant.fine, -(-variant.features // 16), -(-variant.colors // 8)
     pairs, words = -(-tiles // 2), 4 if variant.fp32 else 2  # 32-bit words of four numbers
     weights = words * (256 * chunks + 128 * tiles) + HIDDEN + 8 * tiles + HIDDEN + 4
     if kernel == "forward":
-        per_warp = _up(2 * (samples + 2) + 3 + max(3 * (samples + 2), 192), 4) + samples * _up(variant.colors, 8)
+        floats = 2 * (samples + 2) + 3 + max(3 * (samples + 2), 192)
+        per_warp = -(-floats // 4) * 4 + samples * 8 * tiles
     else:
         weights += words * 256 * (chunks + pairs)
         matrices = 2 * words * (4 * HIDDEN + 64 * chunks + 32 * pairs) + 8 * words
@@ -81,10 +82,6 @@ def shape(kernel: Kernel, variant: Variant, arch: int) -> Shape:
     raise ValueError(f"{variant} needs {shared} bytes of shared memory on sm_{arch}, which has {limit}")
 
 
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
 def kept_size(variant: Variant) -> int:
     """Floats that the forward pass keeps of a ray for the backward pass."""
     samples = variant.coarse + variant.fine
@@ -96,55 +93,33 @@ def partial_size(variant: Variant) -> int:
     return HIDDEN * variant.features + HIDDEN + (1 + variant.colors) * (HIDDEN + 1)
 
 
-def macros(kernel: Kernel, variant: Variant, arch: int) -> dict[str, int]:
+def macros(kernel: Pass, variant: Variant, arch: int) -> dict[str, int]:
+    """What a kernel's source is compiled with."""
     launch = shape(kernel, variant, arch)
-    return {
-        "C": variant.features,
-        "OUT": variant.colors,
-        "K": variant.coarse,
-        "KF": variant.fine,
-        "EG3D": variant.eg3d,
-        "PRODUCT": variant.product,
-        "DISPARITY": variant.disparity,
-        "BF16": variant.bf16,
-        "FP32": variant.fp32,
-        "DETERMINISTIC": variant.deterministic,
-        "WARPS": launch.warps,
-        f"{kernel.upper()}_BLOCKS": launch.blocks,
-        "SHARED_BYTES": launch.shared,
-    }
-
-
-def compile_kernel(kernel: Kernel, variant: Variant, arch: int) -> tuple[bytes, Usage]:
-    """A cubin for sm_<arch>, and what it uses. It is not kept: see `cubin`. Raises what `compile_source` does."""
-    return compile_source(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
-
-
-def cubin(kernel: Kernel, variant: Variant, arch: int) -> bytes:
-    """The compiled kernel, from disk if it is there. Raises what `compile_kernel` does."""
-    return source_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+    own = {"WARPS": launch.warps, f"{kernel.upper()}_BLOCKS": launch.blocks, "SHARED_BYTES": launch.shared}
+    return {**dict(zip(MACROS, map(int, variant), strict=True)), **own}
 
 
 def build_main(argv: list[str] | None = None) -> None:
+    """The command: compile variants into the cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
     parser.add_argument("--colors", type=int, nargs="+", default=[16], help="channels of the image")
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
-    for switch in ("eg3d", "product", "disparity", "bf16", "deterministic"):
+    switches = ("eg3d", "product", "disparity", "bf16", "deterministic")
+    for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args(argv)
     for arch, features, colors, precision in itertools.product(args.arch, args.features, args.colors, args.precision):
-        variant = Variant(
-            features, colors, args.samples[0], args.samples[1], args.eg3d, args.product, args.disparity, args.bf16,
-            precision == "fp32", args.deterministic,
-        )  # fmt: skip
+        chosen = {"fp32": precision == "fp32", **{switch: getattr(args, switch) for switch in switches}}
+        variant = Variant(features, colors, *args.samples, **chosen)
         for kernel in ("forward", "backward"):
             start = time.perf_counter()
-            code = cubin(kernel, variant, arch)
-            print(f"{kernel} sm_{arch} {features} -> {colors} {precision}: {len(code)} bytes, "
-                  f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+            code = cached_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
+            seconds = time.perf_counter() - start
+            print(f"{kernel} sm_{arch} {features} -> {colors} {precision}: {len(code)} bytes, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 """Settings of the renderer."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,10 @@ class RenderOptions:
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("spacing", self.spacing, ("depth", "disparity")),
-            ("axes", self.axes, ("orthogonal", "eg3d")),
-            ("reduce", self.reduce, ("sum", "product")),
-            ("precision", self.precision, ("fp32", "fp16")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        for field in fields(self):
+            value, known = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in known:
+                raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(known)}")
         if not (math.isfinite(self.box) and self.box > 0):
             raise ValueError(f"box is {self.box}; the side of the cube must be a positive number")
         if self.coarse_samples < 2:

@@ -1,30 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The renderer as two CUDA kernels, with the signature of `reference.render_torch`.
+"""The renderer as two CUDA kernels, with the signature of `ray_marching.render_torch`.
 
 Operators `igae::render` and `igae::render_backward`: they run on the current stream, never wait for the device, can be
 captured in a CUDA graph (after one call outside it, which compiles and loads the kernels) and are known to
 torch.compile.
 """
 
-from typing import Any
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from igae.kernels import pointer, unavailable
+from igae.kernels import LIBRARIES, Library, pointer, unavailable
 from igae.rendering import build
 from igae.rendering.config import RenderOptions
-from igae.rendering.launch import Params, load
 from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered
+from igae.rendering.ray_marching import Rendered
+from igae.rendering.rays import Cameras
 
 PARTIALS = 32
 """Places to which a backward pass's blocks add gradients of the MLP: at one they would wait for each other."""
 
-_HALF, _VALUE, _TENSOR, _NOISE = range(4)  # where the jitter comes from: the enumeration in common.cuh
+
+class Params(ctypes.Structure):
+    """The kernels' argument: `struct Params` in kernels/common.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "planes w1 b1 w2 b2 cam2world intrinsics background scene seed".split()),
+        *((name, ctypes.c_void_p) for name in "features depth opacity kept g_features g_depth g_opacity".split()),
+        *((name, ctypes.c_void_p) for name in "g_planes partial largest".split()),
+        ("seed_value", ctypes.c_uint64),
+        *((name, ctypes.c_int) for name in "rays height width resolution background_stride jitter".split()),
+        *((name, ctypes.c_int) for name in ("measure", "partials")),
+        *((name, ctypes.c_float) for name in ("near", "far", "box")),
+    ]
 
 
-def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], options: RenderOptions) -> str | None:
+class Call(NamedTuple):
+    """A render as the operators take it. Tensors are contiguous, and float32 but for planes, scene and seed."""
+
+    planes: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    cam2world: Tensor
+    intrinsics: Tensor
+    background: Tensor
+    scene: Tensor
+    seed: Tensor | None
+    seed_value: int | None
+    """Of the jitter where `seed` is None; with neither every jitter is 1/2."""
+    height: int
+    width: int
+    near: float
+    far: float
+    """Not above 0: rays are sampled where they are in the box."""
+    box: float
+    variant: list[int]
+    keep: bool
+    """Whether a backward pass will follow."""
+
+
+TENSORS = 10
+TYPES: Any = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", int | None: "int?", float: "float", list[int]: "int[]",
+    bool: "bool",
+}  # fmt: skip
+SCHEMA = ", ".join(f"{TYPES[kind]} {name}" for name, kind in Call.__annotations__.items())
+
+
+def unsupported(planes: Tensor, mlp: torch.nn.Module, options: RenderOptions) -> str | None:
     """Why the kernels cannot do this, in a sentence; None: they can."""
     features, resolution = planes.shape[4], planes.shape[2]
     why = unavailable("planes", planes)
@@ -50,20 +99,17 @@ def unsupported(planes: Tensor, mlp: torch.nn.Module, size: tuple[int, int], opt
 def render_cuda(
     planes: Tensor,
     mlp: DecodingMLP,
-    cam2world: Tensor,
-    intrinsics: Tensor,
-    size: tuple[int, int],
+    cameras: Cameras,
     options: RenderOptions,
     background: Tensor,
     scene: Tensor,
     seed: int | Tensor | None,
-    noise: tuple[Tensor, Tensor] | None,
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments. Results are float32, also of bfloat16 planes.
 
     Raises ValueError with the sentence of `unsupported`.
     """
-    why = unsupported(planes, mlp, size, options)
+    why = unsupported(planes, mlp, options)
     if why is not None:
         raise ValueError(f"backend is cuda, but {why}")
     deterministic = options.deterministic or torch.are_deterministic_algorithms_enabled()
@@ -75,158 +121,144 @@ def render_cuda(
         deterministic,
     ]  # fmt: skip
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
-    jitter = _NOISE if noise is not None else _HALF if seed is None else _TENSOR if isinstance(seed, Tensor) else _VALUE
-    value = seed if isinstance(seed, int) else 0
+    trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
+    call = Call(
+        planes=planes.contiguous(),
+        w1=mlp.w1.float().contiguous(),
+        b1=mlp.b1.float().contiguous(),
+        w2=mlp.w2.float().contiguous(),
+        b2=mlp.b2.float().contiguous(),
+        cam2world=cameras.cam2world.detach().float().contiguous(),
+        intrinsics=cameras.intrinsics.detach().float().contiguous(),
+        background=background.float().contiguous(),
+        scene=scene.contiguous(),
+        seed=seed if isinstance(seed, Tensor) else None,
+        seed_value=(seed + 2**63) % 2**64 - 2**63 if isinstance(seed, int) else None,
+        height=cameras.size[0],
+        width=cameras.size[1],
+        near=float(options.near) if numbers else -1.0,
+        far=float(options.far) if numbers else -1.0,
+        box=options.box,
+        variant=[int(entry) for entry in variant],
+        keep=torch.is_grad_enabled() and any(x.requires_grad for x in trained),
+    )
     # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
     run: Any = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
-    trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
-    features, depth, opacity, _ = run(
-        planes.contiguous(),
-        *(x.float().contiguous() for x in (mlp.w1, mlp.b1, mlp.w2, mlp.b2)),
-        *(x.detach().float().contiguous() for x in (cam2world, intrinsics)),
-        background.float().contiguous(),
-        scene.contiguous(),
-        seed if isinstance(seed, Tensor) else None,
-        *(noise_part.float().contiguous() for noise_part in noise or ()),
-        *([None] * (0 if noise is not None else 2)),
-        (value + 2**63) % 2**64 - 2**63,
-        jitter,
-        *size,
-        float(options.near) if numbers else -1.0,
-        float(options.far) if numbers else -1.0,
-        options.box,
-        torch.is_grad_enabled() and any(x.requires_grad for x in trained),
-        [int(entry) for entry in variant],
-    )
+    features, depth, opacity, _ = run(*call)
     return Rendered(features, depth, opacity)
 
 
-def _params(
-    planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
-    background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
-    seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float,
-) -> Params:  # fmt: skip
+@functools.cache
+def _load(
+    kind: type[Library], name: build.Pass, variant: build.Variant, device: torch.device
+) -> tuple[Library, int, int]:
+    """A kernel, compiled if need be, the warps of its blocks, and how many blocks the device, which must be the current
+    one, runs at once."""
+    arch, entry = kind.architecture(device), f"render_{name}"
+    warps, _, shared = build.shape(name, variant, arch)
+    library = kind(build.SOURCES / f"{name}.cu", build.macros(name, variant, arch), device, (entry,), shared)
+    return library, warps, library.resident_blocks(entry, 32 * warps)
+
+
+def _prepare(name: build.Pass, call: Call) -> tuple[Params, int, Callable[[], None]]:
+    """The argument of a kernel, but for what it writes; the number of its blocks; what launches it."""
     params = Params(
-        seed_value=seed_value % 2**64, jitter=jitter, rays=cam2world.shape[0] * height * width, height=height,
-        width=width, resolution=planes.shape[2], near=near, far=far, box=box,
-        background_stride=0 if background.ndim == 1 else background.shape[-1],
-    )  # fmt: skip
-    tensors = {
-        "planes": planes, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "cam2world": cam2world, "intrinsics": intrinsics,
-        "background": background, "scene": scene, "seed": seed, "noise_coarse": noise_coarse, "noise_fine": noise_fine,
-    }  # fmt: skip
-    for name, tensor in tensors.items():
-        setattr(params, name, pointer(tensor))
-    return params
+        seed_value=(call.seed_value or 0) % 2**64,
+        jitter=2 if call.seed is not None else int(call.seed_value is not None),  # the enumeration in common.cuh
+        rays=len(call.cam2world) * call.height * call.width,
+        height=call.height,
+        width=call.width,
+        resolution=call.planes.shape[2],
+        background_stride=0 if call.background.ndim == 1 else call.background.shape[-1],
+        near=call.near,
+        far=call.far,
+        box=call.box,
+    )
+    tensors: Any = call[:TENSORS]
+    for field, tensor in zip(Call._fields, tensors, strict=False):
+        setattr(params, field, pointer(tensor))
+    device = call.planes.device
+    library, warps, resident = _load(LIBRARIES[device.type], name, build.Variant(*call.variant), device)
+    blocks = min(resident, -(-params.rays // warps))
+    return params, blocks, lambda: library.launch(f"render_{name}", blocks, 32 * warps, params)
 
 
-def _forward(
-    planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
-    background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
-    seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, keep: bool,
-    variant: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Images, and what the backward pass needs of each ray if ``keep``: see KEPT in kernels/common.cuh."""
-    params = _params(
-        planes, w1, b1, w2, b2, cam2world, intrinsics, background, scene, seed, noise_coarse, noise_fine, seed_value,
-        jitter, height, width, near, far, box,
-    )  # fmt: skip
-    with torch.cuda.device(planes.device):
-        kernel = load("forward", _variant(variant), planes.device.index)
-        results = _empty_results(cam2world, height, width, variant, keep)
+def _empty_results(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images, variant = (call.cam2world.shape[0], call.height, call.width), build.Variant(*call.variant)
+    rays = images[0] * call.height * call.width if call.keep else 0
+    new = call.cam2world.new_empty
+    return new((*images, variant.colors)), new(images), new(images), new(rays, build.kept_size(variant))
+
+
+def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, and what the backward pass needs of each ray if `keep`: see KEPT in kernels/common.cuh."""
+    call = Call(*flat)
+    with torch.cuda.device_of(call.planes):
+        params, _, launch = _prepare("forward", call)
+        results = _empty_results(call)
         params.features, params.depth, params.opacity, kept = map(pointer, results)
-        params.kept = kept if keep else None
-        kernel(params)
+        params.kept = kept if call.keep else None
+        launch()
     return results
 
 
-def _variant(entries: list[int]) -> build.Variant:
-    features, colors, coarse, fine = entries[:4]
-    return build.Variant(features, colors, coarse, fine, *map(bool, entries[4:]))
-
-
-def _empty_results(
-    cam2world: Tensor, height: int, width: int, variant: list[int], keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, specialized = (cam2world.shape[0], height, width), _variant(variant)
-    rays = cam2world.shape[0] * height * width if keep else 0
-    return (
-        cam2world.new_empty((*images, specialized.colors)),
-        cam2world.new_empty(images),
-        cam2world.new_empty(images),
-        cam2world.new_empty(rays, build.kept_size(specialized)),
-    )
-
-
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(args[5], args[14], args[15], args[20], args[19])
-
-
 def _gradients(
-    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, kept: Tensor,
-    planes: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, cam2world: Tensor, intrinsics: Tensor,
-    background: Tensor, scene: Tensor, seed: Tensor | None, noise_coarse: Tensor | None, noise_fine: Tensor | None,
-    seed_value: int, jitter: int, height: int, width: int, near: float, far: float, box: float, variant: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, kept: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor]:
     """Gradients of planes (float32) and of w1, b1, w2, b2, one after the other in one tensor."""
-    params = _params(
-        planes, w1, b1, w2, b2, cam2world, intrinsics, background, scene, seed, noise_coarse, noise_fine, seed_value,
-        jitter, height, width, near, far, box,
-    )  # fmt: skip
+    call = Call(*flat)
+    planes, variant = call.planes, build.Variant(*call.variant)
     given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity)]
-    params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
-    params.kept = pointer(kept)
-    specialized = _variant(variant)
-    with torch.cuda.device(planes.device):
-        kernel = load("backward", specialized, planes.device.index)
-        blocks = kernel.blocks(params.rays)
-        params.partials = blocks if specialized.deterministic else min(blocks, PARTIALS)
-        partial = w1.new_zeros(params.partials, build.partial_size(specialized))
+    with torch.cuda.device_of(planes):
+        params, blocks, launch = _prepare("backward", call)
+        params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
+        params.kept = pointer(kept)
+        params.partials = blocks if variant.deterministic else min(blocks, PARTIALS)
+        partial = call.w1.new_zeros(params.partials, build.partial_size(variant))
         params.partial = pointer(partial)
-        if not specialized.deterministic:
+        if not variant.deterministic:
             g_planes = torch.zeros_like(planes, dtype=torch.float32)
             params.g_planes = pointer(g_planes)
-            kernel(params)
+            launch()
             return g_planes, partial.sum(0)
         # Twice: first to find the largest addend, then to add up multiples of a unit that suits it, as integers.
-        fixed, largest = torch.zeros_like(planes, dtype=torch.int64), scene.new_zeros((), dtype=torch.int32)
+        fixed, largest = torch.zeros_like(planes, dtype=torch.int64), call.scene.new_zeros((), dtype=torch.int32)
         params.g_planes, params.largest = pointer(fixed), pointer(largest)
-        params.measure = 1
-        kernel(params)
-        params.measure = 0
-        kernel(params)
+        for params.measure in (1, 0):
+            launch()
         exponent = (largest >> 23) - 127
         unit = torch.where(exponent > 127, torch.nan, torch.exp2((exponent - 37).double()))
         return (fixed * unit).float(), partial.sum(0)
 
 
-def _fake_gradients(*args: Any) -> tuple[Tensor, Tensor]:
-    planes, w1, variant = args[4], args[5], args[-1]
-    return torch.empty_like(planes, dtype=torch.float32), w1.new_empty(build.partial_size(_variant(variant)))
+def _fake_gradients(*flat: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*flat[4:])
+    size = build.partial_size(build.Variant(*call.variant))
+    return torch.empty_like(call.planes, dtype=torch.float32), call.w1.new_empty(size)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:12], output[2], output[3])
-    *ctx.rest, _, ctx.variant = inputs[12:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
+    ctx.numbers = inputs[TENSORS:]
 
 
 def _backward(
     run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, _: Tensor | None
 ) -> Any:
     *inputs, opacity, kept = ctx.saved_tensors
-    _, w1, b1, w2, b2, _, _, background = inputs[:8]
+    weights, background = inputs[1:5], inputs[7]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *inputs, *ctx.rest, ctx.variant)
-        parts = flat.split([w1.numel(), b1.numel(), w2.numel(), b2.numel()])
-        g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, (w1, b1, w2, b2), strict=True))
+        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *inputs, *ctx.numbers)
+        parts = flat.split([weight.numel() for weight in weights])
+        g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, weights, strict=True))
     g_background = None
     if ctx.needs_input_grad[7] and g_features is not None:
         share = 2 * (1 - opacity)[..., None] * g_features
         g_background = share.sum(0) if background.ndim == 3 else share.flatten(0, 2).sum(0)
-    return (g_planes, *g_mlp, None, None, g_background, *(None,) * 13)
+    return (g_planes, *g_mlp, None, None, g_background, *(None,) * (len(Call._fields) - 8))
 
 
 class _Render(torch.autograd.Function):
@@ -241,10 +273,17 @@ class _Render(torch.autograd.Function):
         return _backward(_gradients, ctx, *grads)
 
 
-_operator = torch.library.custom_op("igae::render", _forward, mutates_args=(), device_types="cuda")
-_operator.register_fake(_fake_forward)
-_operator_backward = torch.library.custom_op("igae::render_backward", _gradients, mutates_args=(), device_types="cuda")
+_operator_backward = torch.library.custom_op(
+    "igae::render_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"(Tensor? g_features, Tensor? g_depth, Tensor? g_opacity, Tensor kept, {SCHEMA}) -> (Tensor, Tensor)",
+)
 _operator_backward.register_fake(_fake_gradients)
+_operator = torch.library.custom_op(
+    "igae::render", _forward, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_operator.register_fake(lambda *flat: _empty_results(Call(*flat)))
 _operator.register_autograd(
     lambda ctx, *grads: _backward(torch.ops.igae.render_backward, ctx, *grads), setup_context=_setup_context
 )

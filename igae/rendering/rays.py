@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rays through the pixels of pinhole cameras, and where they cross the box."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,15 +10,23 @@ NEAREST = 1e-3
 """Rays start at least this fraction of the box from their camera, which may stand in the box: 1/0 is no disparity."""
 
 
-def pixel_rays(cam2world: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rays through the pixel centers: origins and unit directions [B * h * w, 3] in world space, row by row.
+class Cameras(NamedTuple):
+    """B pinhole cameras."""
 
-    `cam2world` [B, 4, 4] maps OpenCV camera space (x right, y down, z forward) to the world; `intrinsics` [B, 3, 3]
-    maps it to the image, whose width and height are 1.
-    """
-    height, width = size
-    v = (torch.arange(height, device=cam2world.device).to(cam2world.dtype)[:, None] + 0.5) / height
-    u = (torch.arange(width, device=cam2world.device).to(cam2world.dtype) + 0.5) / width
+    cam2world: Tensor
+    """[B, 4, 4] from OpenCV camera space (x right, y down, z forward) to the world."""
+    intrinsics: Tensor
+    """[B, 3, 3] from camera space to the image, whose width and height are 1."""
+    size: tuple[int, int]
+    """Height and width of the images in pixels."""
+
+
+def pixel_rays(cameras: Cameras, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rays through the pixel centers: origins and unit directions [B * h * w, 3] in world space, row by row."""
+    cam2world, intrinsics = cameras.cam2world.to(dtype), cameras.intrinsics.to(dtype)
+    height, width = cameras.size
+    v = (torch.arange(height, device=cam2world.device).to(dtype)[:, None] + 0.5) / height
+    u = (torch.arange(width, device=cam2world.device).to(dtype) + 0.5) / width
     (fx, skew, cx), (fy, cy) = intrinsics[:, 0, :, None, None].unbind(1), intrinsics[:, 1, 1:, None, None].unbind(1)
     y = (v - cy) / fy
     x = (u - cx - skew * y) / fx

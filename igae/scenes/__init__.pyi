@@ -8,4 +8,4 @@ from .planes import BasePlanes as BasePlanes
 from .row_adam import RowAdam as RowAdam
 from .row_adam_cuda import CudaRowAdam as CudaRowAdam
 from .row_adam_cuda import make_row_adam as make_row_adam
-from .store import SceneBank as SceneBank
+from .store import SceneStore as SceneStore

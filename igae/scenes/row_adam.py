@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Rows that move together: their moments are copied while they do.
 CHUNK = 64
-# Owed steps are taken together while the scale of their second moment changes by no more than this factor. With the
-# usual betas that is all of them from step 700 on, and 12 parts at most, at the start of training.
+"""Rows that are updated together: their moments are copied meanwhile."""
 SPREAD = 1.2
+"""Deferred updates are applied together while the scale of their second moment changes by no more than this factor:
+with the usual betas all of them from step 700 on, and in 12 parts at most before that."""
 NODES = 3
+"""Of :func:`quadrature`."""
 
 
 def horizon_of(betas: tuple[float, float]) -> int:
@@ -25,18 +26,17 @@ def horizon_of(betas: tuple[float, float]) -> int:
 class RowAdam:
     """Adam (Kingma & Ba, ICLR 2015) for a tensor of which each step has gradients of a few rows only.
 
-    ``exact`` computes what ``torch.optim.Adam`` over the whole tensor computes. There a row without gradient goes on
-    moving by its momentum; here it owes those moves, and :meth:`catch_up` makes them when the row is next read, with
-    the learning rates of their steps. However many there are, they are made in one go (see :func:`quadrature`), to
-    6e-8 of their sum or better: about float32's rounding. After ``horizon`` steps without a gradient the momentum is
-    below float32's resolution, and the row rests. Equal calls give equal bits. But a row that is caught up in two
-    parts may differ in the last bits from one that is caught up at once: runs are equal only if they catch up at the
-    same steps.
+    ``exact`` computes what ``torch.optim.Adam`` over the whole tensor computes. There a row without gradient is still
+    updated by its momentum. Here these updates are deferred and applied on access, by :meth:`catch_up`, with the
+    learning rates of their steps. However many there are, they are applied in one go (see :func:`quadrature`), to 6e-8
+    of their sum or better: about float32's rounding. After ``horizon`` steps without a gradient the momentum is below
+    float32's resolution, and the row rests. Equal calls give equal bits. But updates that are applied in two parts may
+    differ in the last bits from those that are applied at once: runs are equal only if they catch up at the same steps.
 
     ``lazy`` leaves a row as it is between its visits; its bias correction counts its own visits.
 
     Rows are int64 [S], distinct; entries of -1 are padding and stand for no row. No method waits for the device, but
-    :meth:`state` and :meth:`load_state` and what is given rows, a rate or a flag there. For planes on a GPU
+    :meth:`state` and :meth:`load_state` and what is given rows, a learning rate or a flag there. For planes on a GPU
     :class:`igae.scenes.CudaRowAdam` does the same and waits for nothing.
 
     Args:
@@ -53,16 +53,14 @@ class RowAdam:
         mode: Literal["exact", "lazy"] = "exact",
     ) -> None:
         self.horizon = horizon_of(betas)
-        self.parameters = parameters
+        self.parameters, self.betas, self.eps, self.mode = parameters, betas, eps, mode
         self.exp_avg = torch.zeros_like(parameters)
         self.exp_avg_sq = torch.zeros_like(parameters)
-        self.betas, self.eps, self.mode = betas, eps, mode
-        count = len(parameters)
         # On the CPU: they decide what is launched, and reading them must not wait for the device.
-        self.updated = torch.zeros(count, dtype=torch.int64)  # exact: last step applied; lazy: number of visits
-        self.visited = torch.zeros(count, dtype=torch.int64)  # exact: step of the last gradient, 0 = never
-        self._steps = 0
+        self.updated = torch.zeros(len(parameters), dtype=torch.int64)  # exact: last step applied; lazy: its visits
+        self.visited = torch.zeros(len(parameters), dtype=torch.int64)  # step of the last gradient, 0 = never
         self._rates = torch.zeros(1024, dtype=torch.float64)  # learning rate of every step so far, grown by doubling
+        self._steps = 0
         self._eps = torch.full((), eps, dtype=parameters.dtype, device=parameters.device)
 
     @property
@@ -71,13 +69,13 @@ class RowAdam:
         return self._steps
 
     def reserve(self, steps: int) -> None:
-        """Make room for the learning rates of so many steps in all, those that were made among them."""
+        """Make room for the learning rates of so many steps in all, those so far among them."""
         if steps > len(self._rates):
-            self._rates = torch.cat([self._rates, torch.zeros(steps - len(self._rates), dtype=torch.float64)])
+            self._rates = torch.cat([self._rates, self._rates.new_zeros(steps - len(self._rates))])
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
-        """Apply the moves that rows still owe, up to the current step (exact mode; nothing to do in lazy mode).
+        """Apply the deferred updates of rows, up to the current step (exact mode; nothing to do in lazy mode).
 
         Args:
             rows: None for all rows.
@@ -87,11 +85,11 @@ class RowAdam:
         rows = torch.arange(len(self.parameters)) if rows is None else rows.cpu()
         rows = rows[rows >= 0]
         until = (self.visited[rows] + self.horizon).clamp(max=self._steps)
-        owed = torch.where(self.visited[rows] > 0, until - self.updated[rows], 0)
-        rows, owed = rows[owed > 0], owed[owed > 0]
-        for some, left in zip(rows.split(CHUNK), owed.split(CHUNK), strict=True):
+        deferred = torch.where(self.visited[rows] > 0, until - self.updated[rows], 0)
+        rows, deferred = rows[deferred > 0], deferred[deferred > 0]
+        for some, left in zip(rows.split(CHUNK), deferred.split(CHUNK), strict=True):
             while len(some) > 0:
-                left = left - self._move(some, left)
+                left = left - self._apply_first(some, left)
                 some, left = some[left > 0], left[left > 0]
 
     @torch.no_grad()
@@ -102,56 +100,6 @@ class RowAdam:
         copies = self.parameters[self._sent(rows.clamp(min=0))]
         padding = (rows < 0).nonzero()[:, 0]
         return copies.index_fill_(0, self._sent(padding), 0.0) if len(padding) > 0 else copies
-
-    def _move(self, rows: Tensor, owed: Tensor) -> Tensor:
-        """Make the first of the owed moves that can be made in one go; returns their number, [S], at least 1."""
-        past = torch.arange(1, int(owed.max()) + 1)[:, None]
-        steps = self.updated[rows] + past
-        rates = self._rates[(steps - 1).clamp(max=self._steps - 1)]
-        # In a step without gradient the moments are decayed by the steps since the last one that was applied.
-        size, root = self._factors(steps, rates)
-        size, root = size * self.betas[0] ** past.double(), root * self.betas[1] ** (0.5 * past.double())
-        together = (past <= owed) & (root * SPREAD >= root[0])  # the scale falls from step to step
-        count = together.sum(0)
-        weights, scales = quadrature(torch.where(together, size, 0), root)
-
-        where, (weights, scales, decay1, decay2) = self._send(rows, weights, scales, *self._decays(count))
-        p, m, v = self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where]
-        self._apply(p, m, v, weights, scales)
-        self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where] = p, m.mul_(decay1), v.mul_(decay2)
-        self.updated[rows] += count
-        return count
-
-    def _factors(self, steps: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-        """lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), in float64."""
-        return rates / (1 - self.betas[0] ** steps.double()), (1 - self.betas[1] ** steps.double()).rsqrt()
-
-    def _decays(self, count: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``count`` steps make of the moments: factors of both, in float64."""
-        return self.betas[0] ** count.double(), self.betas[1] ** count.double()
-
-    def _send(self, rows: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Rows, and factors [S] or [K, S] of them, on the device; factors as [S, 1, ...] or [K, S, 1, ...]."""
-        table = self._sent(torch.cat([torch.atleast_2d(factor) for factor in factors]).to(self.parameters.dtype))
-        table = table[(...,) + (None,) * (self.parameters.ndim - 1)]
-        parts = table.split([1 if factor.ndim == 1 else len(factor) for factor in factors])
-        return self._sent(rows), [
-            part[0] if factor.ndim == 1 else part for factor, part in zip(factors, parts, strict=True)
-        ]
-
-    def _sent(self, table: Tensor) -> Tensor:
-        """A tensor of the CPU, on the device."""
-        if self.parameters.device.type == "cuda":  # a copy of pageable memory would wait for all work before it
-            table = table.pin_memory()
-        return table.to(self.parameters.device, non_blocking=True)
-
-    def _apply(self, p: Tensor, m: Tensor, v: Tensor, weights: Tensor, scales: Tensor) -> None:
-        """Subtract the sum over k of weights[k] m / (scales[k] sqrt(v) + eps)."""
-        x = v.sqrt()
-        total = weights[0] / torch.addcmul(self._eps, x, scales[0])
-        for weight, scale in zip(weights[1:], scales[1:], strict=True):
-            total.addcdiv_(weight, torch.addcmul(self._eps, x, scale))
-        p.addcmul_(m, total, value=-1)
 
     @torch.no_grad()
     def step(
@@ -185,33 +133,70 @@ class RowAdam:
             self.reserve(max(1024, 2 * self._steps))
         self._rates[self._steps] = rate
         self._steps += 1
-        now = self._steps
         if self.mode == "exact":
-            steps = torch.full_like(rows, now)
-            # Steps beyond the horizon moved nothing, but the moments decayed in them.
-            decayed = torch.where(self.visited[rows] > 0, now - self.updated[rows], 1)
+            steps = torch.full_like(rows, self._steps)
+            # Steps beyond the horizon updated nothing, but the moments decayed in them.
+            decayed = torch.where(self.visited[rows] > 0, self._steps - self.updated[rows], 1)
         else:
             steps = self.updated[rows] + 1
             decayed = torch.ones_like(rows)
         size, root = self._factors(steps, torch.full(rows.shape, rate, dtype=torch.float64))
-        where, (weight, place, decay1, decay2) = self._send(rows, size[None], root[None], *self._decays(decayed))
-        p, m, v = self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where]
-        m.mul_(decay1).add_(gradient, alpha=1 - self.betas[0])
-        v.mul_(decay2).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        self._apply(p, m, v, weight, place)
-        self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where] = p, m, v
+        self._update(rows, size[None], root[None], decayed, gradient)
         self.updated[rows] = steps
-        self.visited[rows] = now
+        self.visited[rows] = self._steps
+
+    def _apply_first(self, rows: Tensor, deferred: Tensor) -> Tensor:
+        """Apply the first of the deferred updates that can be applied in one go; returns their number, [S], >= 1."""
+        past = torch.arange(1, int(deferred.max()) + 1)[:, None]
+        steps = self.updated[rows] + past
+        size, root = self._factors(steps, self._rates[(steps - 1).clamp(max=self._steps - 1)])
+        # In a step without gradient the moments are decayed by the steps since the last one that was applied.
+        size, root = size * self.betas[0] ** past.double(), root * self.betas[1] ** (0.5 * past.double())
+        together = (past <= deferred) & (root * SPREAD >= root[0])  # the scale falls from step to step
+        count = together.sum(0)
+        self._update(rows, *quadrature(torch.where(together, size, 0), root), count)
+        self.updated[rows] += count
+        return count
+
+    def _factors(self, steps: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+        """lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), in float64."""
+        return rates / (1 - self.betas[0] ** steps.double()), (1 - self.betas[1] ** steps.double()).rsqrt()
+
+    def _update(
+        self, rows: Tensor, weights: Tensor, scales: Tensor, decayed: Tensor, gradient: Tensor | None = None
+    ) -> None:
+        """Subtract the sum over k of weights[k] m / (scales[k] sqrt(v) + eps) from rows, whose moments decay by
+        ``decayed`` steps: before it and with the gradient where there is one, else after it."""
+        decays = torch.stack([beta ** decayed.double() for beta in self.betas])
+        # One transfer to the device.
+        table = self._sent(torch.cat([weights, scales, decays]).to(self.parameters.dtype))
+        table = table[(...,) + (None,) * (self.parameters.ndim - 1)]
+        weights, scales, (decay1, decay2) = table.split([len(weights), len(scales), 2])
+        where = self._sent(rows)
+        p, m, v = self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where]
+        if gradient is not None:
+            m.mul_(decay1).add_(gradient, alpha=1 - self.betas[0])
+            v.mul_(decay2).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        x = v.sqrt()
+        total = weights[0] / torch.addcmul(self._eps, x, scales[0])
+        for weight, scale in zip(weights[1:], scales[1:], strict=True):
+            total.addcdiv_(weight, torch.addcmul(self._eps, x, scale))
+        p.addcmul_(m, total, value=-1)
+        if gradient is None:
+            m.mul_(decay1)
+            v.mul_(decay2)
+        self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where] = p, m, v
+
+    def _sent(self, table: Tensor) -> Tensor:
+        """A tensor of the CPU, on the device."""
+        if self.parameters.device.type == "cuda":  # a copy of pageable memory would wait for all work before it
+            table = table.pin_memory()
+        return table.to(self.parameters.device, non_blocking=True)
 
     def state(self) -> dict[str, Tensor]:
         """Everything but the parameters, by name; rows first in all but ``learning_rates`` (on the CPU)."""
-        return {
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
-            "updated": self.updated,
-            "visited": self.visited,
-            "learning_rates": self._past_rates(),
-        }
+        tensors = {name: getattr(self, name) for name in ("exp_avg", "exp_avg_sq", "updated", "visited")}
+        return {**tensors, "learning_rates": self._rates[: self.step_count].to("cpu", copy=True)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` gave. Raises ValueError where shapes differ."""
@@ -222,9 +207,6 @@ class RowAdam:
             own.copy_(state[name])
         self._load_rates(state["learning_rates"])
 
-    def _past_rates(self) -> Tensor:
-        return self._rates[: self._steps].clone()
-
     def _load_rates(self, rates: Tensor) -> None:
         self._rates = rates.to("cpu", torch.float64, copy=True)
         self._steps = len(rates)
@@ -233,8 +215,8 @@ class RowAdam:
 def quadrature(masses: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Few masses that stand for many: Gauss's rule (Golub & Welsch, 1969) for each column.
 
-    The moves that a row owes add up to m times the sum over j of masses[j] / (places[j] x + eps), with x the root of
-    the second moment. NODES masses with the same first 2 NODES moments give the same sum but for
+    The deferred updates of a row add up to m times the sum over j of masses[j] / (places[j] x + eps), with x the root
+    of the second moment. NODES masses with the same first 2 NODES moments give the same sum but for
     4 ((r - 1) / 4)^(2 NODES) of it, where r is the largest place over the smallest: 6e-8 for r = SPREAD, whatever x.
 
     Args:

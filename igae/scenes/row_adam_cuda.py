@@ -5,12 +5,12 @@ import ctypes
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from igae.kernels import Library, architecture, pointer, source_cubin, unavailable
+from igae.kernels import LIBRARIES, Library, pointer, unavailable
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
 SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"
@@ -18,8 +18,6 @@ RECORD = 8
 """Floats of a slot's head and of each of its parts."""
 THREADS, ITEMS = 256, 2
 MOST_PARTS = 256
-
-Backend = Literal["auto", "cuda", "torch"]
 
 
 class Params(ctypes.Structure):
@@ -36,15 +34,13 @@ class Params(ctypes.Structure):
 
 
 @functools.cache
-def _library(device: int) -> tuple[Library, dict[str, Any]]:
-    """The kernels, compiled if need be, by name. The device must be the current one."""
-    library = Library(source_cubin(SOURCE, {}, architecture(device)), device)
-    names = ("plan", "begin", "move1", "move4", "update1", "update4")
-    return library, {name: library.function(name) for name in names}
+def _load(kind: type[Library], device: torch.device) -> Library:
+    """The kernels, compiled if need be. The device must be the current one."""
+    return kind(SOURCE, {}, device, ("plan", "begin", "catch_up1", "catch_up4", "update1", "update4"))
 
 
 def most_parts(betas: tuple[float, float], horizon: int) -> int:
-    """Parts that owed steps are taken in, at most: as `RowAdam` does after a first step, and two for rounding."""
+    """Parts that deferred updates are applied in, at most: as by `RowAdam` after a first step, and two for rounding."""
     steps = torch.arange(2, horizon + 2, dtype=torch.float64)
     decay = math.log(betas[1])
     places = 0.5 * torch.log1p(-torch.exp(decay * steps)) - 0.5 * decay * steps  # minus the logarithms: they rise
@@ -65,18 +61,19 @@ def unsupported(parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -
     if not parameters.is_contiguous():
         return "parameters are not contiguous"
     if most_parts(betas, horizon_of(betas)) > MOST_PARTS:
-        return f"with betas of {betas} the owed steps of a row can't be taken together"
+        return f"with betas of {betas} the deferred updates of a row can't be applied together"
     return None
 
 
-class _Visited(NamedTuple):
-    """The last visit, if nothing has moved since: a step of the same rows need not find out again what they owe."""
+class _Plan(NamedTuple):
+    """What a visit found of deferred updates, good for a step of the same rows if nothing has changed since."""
 
     rows: Tensor
     version: int
     there: Tensor
     """Rows on the device."""
     records: Tensor
+    """Must live until what reads them is launched."""
     captured: bool
 
     def holds(self, rows: Tensor) -> bool:
@@ -111,15 +108,14 @@ class CudaRowAdam(RowAdam):
         if why is not None:
             raise ValueError(f"optimizer of the planes: {why}")
         self._device = device = parameters.device
-        self.updated, self.visited = self.updated.to(device), self.visited.to(device)
+        self.updated, self.visited, self._rates = (x.to(device) for x in (self.updated, self.visited, self._rates))
         self._made = torch.zeros((), dtype=torch.int64, device=device)
-        self._rates = self._rates.to(device)
-        self._at_most = 0  # steps that were made, as far as the host knows
+        self._at_most = 0  # steps so far, as far as the host knows
         self._reserved, self._captured = False, False
-        self._visited: _Visited | None = None
+        self._visit: _Plan | None = None
         self._size = parameters[0].numel() if len(parameters) > 0 else 0
-        with torch.cuda.device(device):
-            self._kernels, self._functions = _library(device.index)
+        with torch.cuda.device_of(parameters):
+            self._kernels = _load(LIBRARIES[device.type], device)
         self._params = Params(
             p=pointer(parameters),
             m=pointer(self.exp_avg),
@@ -145,82 +141,39 @@ class CudaRowAdam(RowAdam):
         return int(self._made)
 
     def reserve(self, steps: int) -> None:
-        """Make room for the learning rates of so many steps in all, those that were made among them.
-
-        Raises RuntimeError where there is less room and a graph that was captured counts on where it is.
-        """
-        if steps > len(self._rates):
-            if self._captured:
-                raise RuntimeError(
-                    f"optimizer of the planes: {steps} steps are more than the {len(self._rates)} that were reserved, "
-                    "and a graph was captured"
-                )
-            self._rates = torch.cat([self._rates, self._rates.new_zeros(steps - len(self._rates))])
+        """See :meth:`RowAdam.reserve`. Raises RuntimeError where a captured graph counts on less room."""
+        if steps > len(self._rates) and self._captured:
+            raise RuntimeError(
+                f"optimizer of the planes: {steps} steps are more than the {len(self._rates)} that were reserved, "
+                "and a graph was captured"
+            )
+        super().reserve(steps)
         self._reserved = True
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
         """See :meth:`RowAdam.catch_up`."""
-        self._visited = None
+        self._visit = None
         if self.mode == "exact":
-            with torch.cuda.device(self._device):
-                rows = None if rows is None else self._on_device(rows)
-                slots = len(self.parameters) if rows is None else len(rows)
-                records = self._plan(rows, slots, settle=True)
+            with torch.cuda.device_of(self.parameters):
+                there = None if rows is None else self._on_device(rows)
+                slots = len(self.parameters) if there is None else len(there)
+                records = self._find(there, slots, settle=True)
                 self._params.copies = None
-                self._elements("move", slots)
+                self._launch("catch_up", slots)
                 del records  # after the launches
 
     @torch.no_grad()
     def visit(self, rows: Tensor) -> Tensor:
-        """See :meth:`RowAdam.visit`, but rows stay as they are: a step makes what they owe with its own move."""
-        with torch.cuda.device(self._device):
+        """See :meth:`RowAdam.visit`, but rows stay as they are: a step applies the deferred updates, too."""
+        with torch.cuda.device_of(self.parameters):
             there = self._on_device(rows)
             copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
-            records = self._plan(there, len(rows))
+            records = self._find(there, len(rows))
             self._params.copies = pointer(copies)
-            self._elements("move", len(rows), copies)
-        self._visited = _Visited(rows, rows._version, there, records, torch.cuda.is_current_stream_capturing())
+            self._launch("catch_up", len(rows), copies)
+        self._visit = _Plan(rows, rows._version, there, records, torch.cuda.is_current_stream_capturing())
         return copies
-
-    def _plan(self, rows: Tensor | None, slots: int, settle: bool = False) -> Tensor:
-        """Find what rows owe; returns their records, which must live until what reads them is launched.
-
-        Args:
-            settle: it is written of the rows that they have got it.
-        """
-        self._captured |= torch.cuda.is_current_stream_capturing()
-        records = torch.empty(slots * (2 + self._params.parts) * RECORD, device=self._device)
-        self._prepare(rows, slots, records)
-        self._params.settle = settle
-        if slots > 0:
-            self._kernels.launch(self._functions["plan"], slots, 32, self._params)
-        return records
-
-    def _prepare(self, rows: Tensor | None, slots: int, records: Tensor) -> None:
-        """Fill in what all kernels read."""
-        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
-        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
-
-    def _elements(self, kernel: str, slots: int, other: Tensor | None = None) -> None:
-        """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""
-        if slots * self._size == 0:
-            return
-        tensors = [self.parameters] if other is None else [self.parameters, other]
-        width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
-        blocks = slots * -(-self._size // (THREADS * ITEMS * width))
-        self._kernels.launch(self._functions[f"{kernel}{width}"], blocks, THREADS, self._params)
-
-    def _on_device(self, rows: Tensor) -> Tensor:
-        if rows.dtype != torch.int64 or rows.ndim != 1:
-            raise ValueError(f"rows must be int64 [S], not {rows.dtype} {list(rows.shape)}")
-        if rows.device.type == "cpu":
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("rows are on the CPU: a CUDA graph would keep those of its capture")
-            if len(rows) > 0 and int(rows.max()) >= len(self.parameters):
-                raise IndexError(f"row {int(rows.max())} of {len(self.parameters)}")
-            rows = self._sent(rows)
-        return rows.contiguous()
 
     @torch.no_grad()
     def step(
@@ -233,51 +186,86 @@ class CudaRowAdam(RowAdam):
         apply: Tensor | None = None,
     ) -> None:
         """See :meth:`RowAdam.step`. Raises RuntimeError where a graph is captured and nothing was reserved."""
-        if gradient.shape != (len(rows), *self.parameters.shape[1:]):
-            wanted = [len(rows), *self.parameters.shape[1:]]
+        wanted = [len(rows), *self.parameters.shape[1:]]
+        if list(gradient.shape) != wanted:
             raise ValueError(f"the gradient of the planes is {list(gradient.shape)}, not {wanted}")
         if apply is not None and not apply.is_cuda:
             if not apply:
                 return
             apply = None
-        with torch.cuda.device(self._device):
+        params = self._params
+        with torch.cuda.device_of(self.parameters):
             gradient = gradient.to(self._device, torch.float32).contiguous()
             self._make_room()
-            visited, self._visited = self._visited, None
-            if visited is not None and visited.holds(rows):
-                there, records = visited.there, visited.records
-                self._prepare(there, len(rows), records)
+            plan, self._visit = self._visit, None
+            if plan is not None and plan.holds(rows):
+                there, records = plan.there, plan.records
+                self._point_to(there, len(rows), records)
             else:
                 there = self._on_device(rows)
-                records = self._plan(there, len(rows))
+                records = self._find(there, len(rows))
             if isinstance(lr, Tensor) and lr.is_cuda:
                 lr = lr.double()
-                self._params.lr = pointer(lr)
+                params.lr = pointer(lr)
             else:
-                self._params.lr, self._params.lr_value = None, float(lr)
+                params.lr, params.lr_value = None, float(lr)
             apply = apply if apply is None or apply.dtype == torch.bool else apply != 0
-            self._params.apply, self._params.scale, self._params.gradient = pointer(apply), scale, pointer(gradient)
-            self._kernels.launch(self._functions["begin"], 1, min(1024, max(32, len(rows))), self._params)
-            self._elements("update", len(rows), gradient)
-            del visited, there, records  # after the launches
+            params.apply, params.scale, params.gradient = pointer(apply), scale, pointer(gradient)
+            self._kernels.launch("begin", 1, min(1024, max(32, len(rows))), params)
+            self._launch("update", len(rows), gradient)
+            del plan, there, records  # after the launches
+
+    def _find(self, rows: Tensor | None, slots: int, settle: bool = False) -> Tensor:
+        """Find the deferred updates of rows; returns the kernels' records of them.
+
+        Args:
+            settle: mark them as applied.
+        """
+        self._captured |= torch.cuda.is_current_stream_capturing()
+        records = torch.empty(slots * (2 + self._params.parts) * RECORD, device=self._device)
+        self._point_to(rows, slots, records)
+        self._params.settle = settle
+        if slots > 0:
+            self._kernels.launch("plan", slots, 32, self._params)
+        return records
+
+    def _point_to(self, rows: Tensor | None, slots: int, records: Tensor) -> None:
+        """Set what all kernels read."""
+        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
+        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+
+    def _launch(self, kernel: str, slots: int, other: Tensor | None = None) -> None:
+        """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""
+        if slots * self._size == 0:
+            return
+        tensors = [self.parameters] if other is None else [self.parameters, other]
+        width = 4 if self._size % 4 == 0 and not any(tensor.data_ptr() % 16 for tensor in tensors) else 1
+        blocks = slots * -(-self._size // (THREADS * ITEMS * width))
+        self._kernels.launch(f"{kernel}{width}", blocks, THREADS, self._params)
+
+    def _on_device(self, rows: Tensor) -> Tensor:
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ValueError(f"rows must be int64 [S], not {rows.dtype} {list(rows.shape)}")
+        if rows.device.type == "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("rows are on the CPU: a CUDA graph would keep those of its capture")
+            if len(rows) > 0 and int(rows.max()) >= len(self.parameters):
+                raise IndexError(f"row {int(rows.max())} of {len(self.parameters)}")
+            rows = self._sent(rows)
+        return rows.contiguous()
 
     def _make_room(self) -> None:
-        """For the rate of one more step."""
+        """For the learning rate of one more step."""
         if torch.cuda.is_current_stream_capturing() and not self._reserved:
             raise RuntimeError("a step is captured in a CUDA graph: call reserve(steps) before")
         self._at_most += 1
         if self._at_most > len(self._rates) and not self._captured:
             self.reserve(2 * len(self._rates))
 
-    def _past_rates(self) -> Tensor:
-        return self._rates[: self.step_count].cpu()
-
     def _load_rates(self, rates: Tensor) -> None:
-        if len(rates) > len(self._rates):
-            reserved = self._reserved
-            self.reserve(len(rates))
-            self._reserved = reserved
-        self._visited = None
+        reserved = self._reserved
+        self.reserve(len(rates))
+        self._reserved, self._visit = reserved, None
         self._rates[: len(rates)] = rates.to(self._device)
         self._made.fill_(len(rates))
         self._at_most = len(rates)
@@ -288,7 +276,7 @@ def make_row_adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     mode: Literal["exact", "lazy"] = "exact",
-    backend: Backend = "auto",
+    backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> RowAdam:
     """The optimizer of rows: `CudaRowAdam` where it can do it (``auto``), or the one that is asked for.
 

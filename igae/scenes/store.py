@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tri-planes of the scenes that this rank owns."""
+"""The scenes that a rank owns: a row of numbers for each, and the optimizer state of the rows."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,41 +10,128 @@ from torch import Tensor
 from igae.ranks import derive_seed
 from igae.scenes.config import PlanesConfig
 from igae.scenes.planes import initial_row
+from igae.scenes.row_adam import RowAdam
+from igae.scenes.row_adam_cuda import CudaRowAdam, make_row_adam
 
 
-class SceneBank:
-    """Rows ``planes`` [N, *row_shape] in fp32, one a scene, in the order of ``scene_ids``: its tri-planes [3, R, R, C]
-    or, with base planes, what of them is its own (see `igae.scenes.planes`).
+class SceneStore:
+    """Rows of scenes with their optimizer: what checkpoints call a rank's scenes.
 
-    The start of a scene depends on (seed, its id) alone, not on which other scenes this rank owns.
+    A row is a scene's tri-planes [3, R, R, C] or, with base planes, the part of them that is its own (see
+    `igae.scenes.planes`). In training, a step takes the rows of its scenes as a leaf of autograd and hands their
+    gradient back:
+
+        rows, index = store.locate(scenes)
+        leaf = store.take(rows).requires_grad_()
+        ...
+        store.step(rows, leaf.grad, learning_rate)
+
+    Rows that a step does not touch still move by their momentum. These updates are deferred until a row is accessed by
+    :meth:`take`, :meth:`read` or :meth:`catch_up`; ``rows`` alone are as they were last written.
+
+    Attributes:
+        ids: int64 [N] on the CPU, global ids of the scenes in the order of the rows.
+        rows: float32 [N, *row_shape] on ``device``.
 
     Args:
-        scene_ids: global ids of the owned scenes.
-        device: where the rows live.
+        seed: rows start from noise that depends on (seed, scene id) alone, not on the other scenes. None: rows are
+            unset until :meth:`load_state_dict`.
     """
 
-    def __init__(self, config: PlanesConfig, scene_ids: Sequence[int], seed: int, device: torch.device) -> None:
-        assert len(set(scene_ids)) == len(scene_ids)
-        self.scene_ids = torch.tensor(list(scene_ids), dtype=torch.int64)
-        self._row_of = {int(scene): row for row, scene in enumerate(scene_ids)}
-        self.planes = torch.empty(len(scene_ids), *config.row_shape, device=device)
-        generator = torch.Generator()
-        for row, scene in enumerate(scene_ids):
-            generator.manual_seed(derive_seed(seed, "planes", int(scene)))
-            self.planes[row] = initial_row(config, generator)
+    def __init__(self, config: PlanesConfig, ids: Sequence[int], seed: int | None, device: torch.device) -> None:
+        assert len(set(ids)) == len(ids)
+        self.ids = torch.tensor(list(ids), dtype=torch.int64)
+        self.rows = torch.empty(len(ids), *config.row_shape, device=device)
+        self._row_of = {int(scene): row for row, scene in enumerate(ids)}
+        self._adam: RowAdam | None = None
+        if seed is not None:
+            generator = torch.Generator()
+            for row, scene in enumerate(ids):
+                generator.manual_seed(derive_seed(seed, "planes", int(scene)))
+                self.rows[row] = initial_row(config, generator)
 
     def __len__(self) -> int:
-        return len(self.scene_ids)
+        return len(self.ids)
 
-    def rows_of(self, scene: Tensor) -> tuple[Tensor, Tensor]:
-        """The distinct rows that a batch touches, and the place of each view's scene among them.
+    def locate(self, scenes: Tensor) -> tuple[Tensor, Tensor]:
+        """The distinct rows of the scenes of some views, and the place of each view's scene among them.
 
         Args:
-            scene: global scene ids [B], on the CPU.
+            scenes: global scene ids [B], on the CPU.
 
         Returns:
-            rows [S] and index [B] with ``scene_ids[rows[index]] == scene``, both int64 on the CPU.
+            rows [S] and index [B] with ``ids[rows[index]] == scenes``, both int64 on the CPU.
         """
-        owned = torch.tensor([self._row_of[int(i)] for i in scene], dtype=torch.int64)
-        rows, index = torch.unique(owned, return_inverse=True)
+        rows, index = torch.unique(self._rows_of(scenes.tolist()), return_inverse=True)
         return rows, index
+
+    def start_optimizer(
+        self, mode: Literal["exact", "lazy"] = "exact", backend: Literal["auto", "cuda", "torch"] = "auto"
+    ) -> None:
+        """Drop the optimizer state, if there is some, and start with moments of zero; see `make_row_adam`."""
+        self._adam = None  # first: moments are as large as the rows
+        self._adam = make_row_adam(self.rows, mode=mode, backend=backend)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether :meth:`take` and :meth:`step` can be part of a CUDA graph (after :meth:`reserve`)."""
+        return isinstance(self._adam, CudaRowAdam)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Up-to-date copies [S, *row_shape] of rows (int64 [S], distinct); zeros where a row is -1 (padding)."""
+        return self._optimizer.visit(rows)
+
+    def step(
+        self,
+        rows: Tensor,
+        gradient: Tensor,
+        learning_rate: float | Tensor,
+        *,
+        scale: float = 1.0,
+        apply: Tensor | None = None,
+    ) -> None:
+        """One Adam step of all rows, of which ``rows`` have a gradient. They must have been taken since the last step.
+
+        Args:
+            gradient: [S, *row_shape], of the loss times 1 / ``scale``.
+            apply: 0-d; where it is 0, nothing changes.
+        """
+        self._optimizer.step(rows, gradient, learning_rate, scale=scale, apply=apply)
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """Up-to-date rows [n, *row_shape] of n different scenes, in the order of ``ids``."""
+        rows = self._rows_of(ids)
+        if self._adam is not None:
+            self._adam.catch_up(rows)
+        return self.rows[rows.to(self.rows.device)]
+
+    def catch_up(self) -> None:
+        """Apply all deferred updates."""
+        if self._adam is not None:
+            self._adam.catch_up()
+
+    def reserve(self, steps: int) -> None:
+        """Make room for so many further steps. Waits for the device."""
+        self._optimizer.reserve(self._optimizer.step_count + steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``ids``, the rows as ``planes`` and, where the optimizer was started, its tensors with a row for each scene
+        and ``learning_rates`` of all steps. Not copies."""
+        state = {"ids": self.ids, "planes": self.rows}
+        return state if self._adam is None else state | self._adam.state()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what is given of :meth:`state_dict`, rows in the order of ``ids``: ``planes``, the tensors of the
+        optimizer (which must have been started), or both."""
+        if "planes" in state:
+            self.rows.copy_(state["planes"])
+        if "learning_rates" in state:
+            self._optimizer.load_state(state)
+
+    @property
+    def _optimizer(self) -> RowAdam:
+        assert self._adam is not None, "start_optimizer comes first"
+        return self._adam
+
+    def _rows_of(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([self._row_of[int(scene)] for scene in ids], dtype=torch.int64)

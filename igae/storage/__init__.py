@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and object stores: paths and URLs, reads that are retried, tensor files."""
+"""Files in folders and object stores: retried reads, atomic writes, files of tensors, copies on a local disk."""
 
 import lazy_loader
 

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-from . import tensors as tensors
+from .cache import Cache as Cache
+from .paths import LIMITS as LIMITS
+from .paths import Damaged as Damaged
+from .paths import Missing as Missing
+from .paths import StoreError as StoreError
+from .paths import file_system as file_system
 from .paths import join as join
+from .paths import named_errors as named_errors
+from .paths import reason as reason
 from .reading import File as File
-from .reading import Missing as Missing
-from .reading import StoreError as StoreError
-from .reading import file_system as file_system
 from .reading import read_whole as read_whole
+from .reading import retry as retry
+from .tensors import DTYPES as DTYPES
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
+from .tensors import write_tensors as write_tensors
 from .writing import staged as staged
+from .writing import sync_folder as sync_folder
+from .writing import write_file as write_file
 from .writing import write_text as write_text

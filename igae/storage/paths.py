@@ -1,8 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths and URLs."""
+"""Paths and URLs, the file systems they are on, limits of transfers, and errors in one sentence without credentials."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import fsspec
+
+from igae.errors import redact
+
+CLIENTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs"}
+"""Packages that fsspec needs for some schemes."""
+
+
+@dataclass
+class Limits:
+    """Bytes of a transfer and seconds of an attempt. :data:`LIMITS` are those in force."""
+
+    attempts: int = 6
+    first_wait: float = 1.0  # before the second attempt; doubles with each further one
+    attempt_seconds: float = 60.0  # asynchronous file systems (S3, HTTP, GCS, Azure) only: others can't be interrupted
+    total_seconds: float = 120.0
+    visible_seconds: float = 60.0  # until other nodes see a file: network file systems cache what does not exist
+    local_block: int = 1 << 20
+    remote_block: int = 8 << 20  # object stores answer in tens of milliseconds: few large requests
+    chunk: int = 64 << 20  # of a tensor that is being copied from its device to a file
+    gap: int = 256 << 10  # between two rows that one request reads: a request takes as long as these bytes
+    span: int = 16 << 20  # of one request for rows
+    requests: int = 8  # at the same time
+
+
+LIMITS = Limits()
+
+
+class StoreError(ValueError):
+    """A file can't be read: one sentence that names it, without credentials."""
+
+
+class Missing(StoreError):
+    """There is no such file."""
+
+
+class Damaged(Exception):
+    """A file does not hold what was written; :func:`named_errors` names it."""
 
 
 def join(root: str, *parts: str) -> str:
-    """Joins a path or URL and names below it; the query of an HTTP URL stays at the end."""
+    """Join a path or URL and names below it; the query of an HTTP URL stays at the end."""
     path, mark, query = root.partition("?") if root.startswith(("http://", "https://")) else (root, "", "")
     return "/".join([path.rstrip("/"), *parts]) + mark + query
+
+
+def file_system(url: str, failure: str | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it.
+
+    Args:
+        failure: begins the error's sentence; "URL cannot be used" if left out.
+
+    Raises:
+        StoreError: there is none, its client is not installed, or does not take these options.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except Exception as error:
+        client = CLIENTS.get(url.split("://")[0].split("::")[-1])
+        hint = f"; pip install {client}" if client and isinstance(error, ImportError) else ""
+        sentence = failure or f"{redact(url)} cannot be used"
+        raise StoreError(f"{sentence}: {reason(error, with_class=True)}{hint}") from None
+    return fs, path
+
+
+@contextmanager
+def named_errors(url: str, how: str = "read") -> Iterator[None]:
+    """Turn every error into a ValueError that names a file: one sentence, without credentials.
+
+    Args:
+        how: what can't be done with it.
+    """
+    where = redact(url)
+    try:
+        yield
+    except StoreError as error:  # has a name in it
+        raise ValueError(str(error)) from None
+    except Damaged as error:
+        raise ValueError(f"{where} is damaged: {error}") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{where} is missing") from error
+    except Exception as error:  # object stores have errors of their own, for credentials and for the network
+        raise ValueError(f"{where} can't be {how}: {reason(error)}") from error
+
+
+def reason(error: Exception, with_class: bool = False) -> str:
+    """Why something failed, in one line without credentials.
+
+    Args:
+        with_class: always begin with the error's class; else only where the text says little without it.
+    """
+    text = next(iter(redact(str(error)[:10_000]).strip().splitlines()), "")  # a server's answer may have any length
+    if not text and isinstance(error, asyncio.TimeoutError | TimeoutError):
+        text = "no answer in time"
+    if not with_class and isinstance(error, OSError) and error.strerror:
+        return redact(error.strerror + (f": {error.filename}" if error.filename else ""))
+    text = text[:300] + ("..." if len(text) > 300 else "")
+    if text and not with_class and isinstance(error, OSError | ValueError):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

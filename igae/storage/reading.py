@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading bytes from folders and object stores. Manifests and shards are read here and nowhere else.
+"""Reading a file from its beginning to its end, in a folder or an object store.
 
-What may pass (server errors, timeouts, connections that break, answers of the wrong length) is tried again at the same
-byte, so nothing is lost or doubled. Tries and their time are bounded. s3fs and botocore try again by themselves for
-some of these, which is part of one try here; the HTTP client never does.
+Failures that may pass (server errors, timeouts, broken connections, answers of the wrong length) are tried again at the
+same byte, so nothing is lost or doubled. Attempts and their time are bounded by ``LIMITS``. s3fs and botocore retry
+some of these themselves, which is part of one attempt here; the HTTP client never does.
 """
 
 import asyncio
@@ -14,37 +14,14 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from igae.errors import redact
-
-log = logging.getLogger(__name__)
-
-CLIENTS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs"}
-"""Packages that fsspec needs for some schemes."""
-ATTEMPTS = 6
-FIRST_WAIT = 1.0
-"""Seconds before the second try; they double with each further one."""
-ATTEMPT_SECONDS = 60.0
-"""Longest time of a try. Only asynchronous file systems (S3, HTTP, GCS, Azure) can be told to give up; others have
-timeouts of their own, or none."""
-TOTAL_SECONDS = 120.0
-LOCAL_BLOCK = 1 << 20
-REMOTE_BLOCK = 8 << 20
-"""Bytes of a request. Object stores answer one in tens of milliseconds: few large ones."""
+from igae.storage.paths import LIMITS, Missing, StoreError, file_system, reason
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # ranks that failed together must not come back together
-
-
-class StoreError(Exception):
-    """A file cannot be read: one sentence, without credentials."""
-
-
-class Missing(StoreError):
-    """There is no such file."""
 
 
 class _WrongLength(OSError):
@@ -52,7 +29,7 @@ class _WrongLength(OSError):
 
 
 class File:
-    """A file that is read from its beginning to its end.
+    """A file that is read from its beginning to its end, one block ahead.
 
     Args:
         url: local path or fsspec URL.
@@ -62,7 +39,6 @@ class File:
 
     Attributes:
         size: as the store says, or the argument.
-        position: byte that is read next.
 
     Raises:
         Missing, StoreError: now or while reading. Missing files and refused access are not tried again.
@@ -72,19 +48,15 @@ class File:
         self.what = what
         self._digest = digest
         self._handle: BinaryIO | None = None
-        self._block, self._start, self._at = b"", 0, 0
-        try:
-            self._fs, self._path = fsspec.core.url_to_fs(url)
-        except Exception as error:  # a client that is not installed, or does not take these options
-            raise StoreError(f"{what} cannot be read: {_reason(error)}{_todo(url, error)}") from None
+        self._fs, self._path = file_system(url, f"{what} cannot be read")
         self._hub = "hf" in self._fs.protocol
-        self._step = LOCAL_BLOCK if isinstance(self._fs, LocalFileSystem) else REMOTE_BLOCK
-        found = self._try(self._find_size)
-        if found is None:
-            found = size
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self.rewind()
+        found = retry(self._find_size, what)
+        found = size if found is None else found
         if found is None:
             raise StoreError(f"{what} cannot be read: the store does not say its size")
-        self.size = found
+        self.size: int = found
 
     def __enter__(self) -> "File":
         return self
@@ -95,24 +67,22 @@ class File:
 
     @property
     def position(self) -> int:
+        """Byte that is read next."""
         return self._start + self._at
 
     def read(self, number: int) -> bytes:
         """The next bytes: `number`, or what is left of the file."""
-        data = self._block[self._at : self._at + number]
-        self._at += len(data)
-        if len(data) == number:
-            return data
-        parts, missing = [data], number - len(data)
-        while missing and self.position < self.size:
-            self._load()
-            parts.append(self._block[:missing])
-            self._at = len(parts[-1])
-            missing -= self._at
+        parts = []
+        while number and self.position < self.size:
+            if self._at == len(self._block):
+                self._load()
+            parts.append(self._block[self._at : self._at + number])
+            self._at += len(parts[-1])
+            number -= len(parts[-1])
         return b"".join(parts)
 
     def skip(self, number: int) -> None:
-        """Passes over the next bytes."""
+        """Pass over the next bytes."""
         end = min(self.position + number, self.size)
         while self._start + len(self._block) < end:
             self._at = len(self._block)
@@ -120,24 +90,24 @@ class File:
         self._at = end - self._start
 
     def begin(self) -> None:
-        """Fetches the first block, before it is asked for."""
+        """Fetch the first block before it is asked for."""
         if not self._block and self.size:
             self._load()
 
     def rewind(self) -> None:
-        """Goes back to the beginning."""
+        """Go back to the beginning."""
         self._block, self._start, self._at = b"", 0, 0
 
     def _load(self) -> None:
         start = self.position
-        end = min(start + self._step, self.size)
-        self._block, self._at = self._try(lambda limit: self._fetch(start, end, limit)), 0
-        self._start = start
+        end = min(start + (LIMITS.local_block if self._local else LIMITS.remote_block), self.size)
+        self._block = retry(lambda limit: self._fetch(start, end, limit), self.what)
+        self._start, self._at = start, 0
         if self._digest is not None:
             self._digest.update(self._block)
 
     def _fetch(self, start: int, end: int, limit: float) -> bytes:
-        if isinstance(self._fs, LocalFileSystem):
+        if self._local:
             # One handle for the whole file: one that is replaced meanwhile is read to its end as it was.
             if self._handle is None:
                 self._handle = open(self._path, "rb", buffering=0)
@@ -151,71 +121,60 @@ class File:
             raise _WrongLength(f"{len(data)} bytes came instead of {end - start}{hint}")
         return data
 
-    def _find_size(self, limit: float) -> int | None:
-        try:
-            if not self._hub:
-                self._fs.invalidate_cache(self._fs._parent(self._path))  # a listing may be older than the file
-            size = self._call(limit, "info")["size"]
-        except FileNotFoundError:
-            if not self._hub:
-                raise
-            # The hub's client lists the whole folder to find a size: once is enough, if the file is in the list.
-            self._fs.invalidate_cache(self._fs._parent(self._path))
-            size = self._call(limit, "info")["size"]
-        return None if size is None else int(size)
+    def _find_size(self, limit: float) -> Any:
+        # A listing may be older than the file. The hub's client lists the whole folder for each size, so its listing is
+        # used as long as the file is in it.
+        if self._hub:
+            try:
+                return self._call(limit, "info")["size"]
+            except FileNotFoundError:
+                pass
+        self._fs.invalidate_cache(self._fs._parent(self._path))
+        return self._call(limit, "info")["size"]
 
     def _call(self, limit: float, method: str, **options: Any) -> Any:
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, getattr(self._fs, "_" + method), self._path, timeout=limit, **options)
         return getattr(self._fs, method)(self._path, **options)
 
-    def _try(self, attempt: Callable[[float], T]) -> T:
-        """Calls `attempt`, which gets the seconds that it may take, until it succeeds."""
-        end = time.monotonic() + TOTAL_SECONDS
-        number = 0
-        while True:
-            number += 1
-            try:
-                return attempt(max(0.1, min(ATTEMPT_SECONDS, end - time.monotonic())))
-            except Exception as error:
-                # Nothing is raised "from" these errors: they are printed with it, and have URLs in their texts.
-                error = _underlying(error)
-                reason = _reason(error)
-                if isinstance(error, FileNotFoundError | NotADirectoryError):
-                    raise Missing(f"{self.what} is missing") from None
-                if not _may_pass(error):
-                    raise StoreError(f"{self.what} cannot be read: {reason}") from None
-            wait = FIRST_WAIT * 2 ** (number - 1) * _jitter.uniform(0.75, 1.25)
-            if number >= ATTEMPTS or time.monotonic() + wait >= end:
-                raise StoreError(f"{self.what} cannot be read, it was tried {number} times: {reason}")
-            log.warning("%s: try %d of %d failed (%s), next in %.1f s", self.what, number, ATTEMPTS, reason, wait)
-            time.sleep(wait)
-
-
-def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it.
-
-    Raises:
-        ValueError: there is none, its client is not installed, or does not take these options.
-    """
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except Exception as error:
-        raise ValueError(f"{redact(url)} cannot be used: {_reason(error)}{_todo(url, error)}") from None
-    return fs, path
-
-
-def _todo(url: str, error: Exception) -> str:
-    client = CLIENTS.get(url.split("://")[0].split("::")[-1])
-    return f"; pip install {client}" if client and isinstance(error, ImportError) else ""
-
 
 def read_whole(url: str, what: str, limit: int) -> bytes:
-    """Reads a file of at most `limit` bytes; raises as `File` does."""
+    """Read a file of at most `limit` bytes; raises as `File` does."""
     with File(url, what) as file:
         if file.size > limit:
             raise StoreError(f"{what} has {file.size} bytes, more than the {limit} that it may have")
         return file.read(file.size)
+
+
+def retry(attempt: Callable[[float], T], what: str, clock: Any = time) -> T:
+    """Call `attempt`, which gets the seconds that it may take, until it succeeds or `LIMITS` are reached.
+
+    Args:
+        what: stands for the file in messages.
+        clock: has `monotonic` and `sleep`.
+
+    Raises:
+        Missing, StoreError: no further attempt is made.
+    """
+    end = clock.monotonic() + LIMITS.total_seconds
+    number = 0
+    while True:
+        number += 1
+        try:
+            return attempt(max(0.1, min(LIMITS.attempt_seconds, end - clock.monotonic())))
+        except Exception as error:
+            # Nothing is raised "from" these errors: they are printed with it, and have URLs in their texts.
+            cause = _underlying(error)
+            why = str(cause) if isinstance(cause, _WrongLength) else reason(cause, with_class=True)
+            if isinstance(cause, FileNotFoundError | NotADirectoryError):
+                raise Missing(f"{what} is missing") from None
+            if not _may_pass(cause):
+                raise StoreError(f"{what} cannot be read: {why}") from None
+        wait = LIMITS.first_wait * 2 ** (number - 1) * _jitter.uniform(0.75, 1.25)
+        if number >= LIMITS.attempts or clock.monotonic() + wait >= end:
+            raise StoreError(f"{what} cannot be read, it was tried {number} times: {why}")
+        log.warning("%s: try %d of %d failed (%s), next in %.1f s", what, number, LIMITS.attempts, why, wait)
+        clock.sleep(wait)
 
 
 def _underlying(error: Exception) -> Exception:
@@ -230,40 +189,25 @@ def _underlying(error: Exception) -> Exception:
 
 def _status(error: Exception) -> int | None:
     """HTTP status that an error of aiohttp (`status`), gcsfs (`code`), a model hub or, as its cause, s3fs tells."""
+    found: list[Any] = []
     for source in (error, error.__cause__):
-        response = getattr(source, "response", None)  # of botocore
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            return status if isinstance(status, int) else None
-        if isinstance(status := getattr(response, "status_code", None), int):  # of requests and httpx
-            return status
+        response = getattr(source, "response", None)
+        botocore = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        found += [botocore.get("HTTPStatusCode"), getattr(response, "status_code", None)]  # or requests and httpx
     # Not of the cause: there aiohttp has 400 for what it makes of a body that is too short.
-    found = getattr(error, "status", None) or getattr(error, "code", None)
-    return found if isinstance(found, int) else None
+    found.append(getattr(error, "status", None) or getattr(error, "code", None))
+    return next((status for status in found if status and isinstance(status, int)), None)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it may be otherwise the next time."""
-    if isinstance(error, asyncio.TimeoutError | TimeoutError):
-        return True
+    """Whether another attempt may succeed."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return False
     status = _status(error)
     if status is not None and 400 <= status < 500:
         return status in (408, 425, 429)
-    if isinstance(error, OSError | EOFError):
+    if isinstance(error, OSError | EOFError | asyncio.TimeoutError):
         return True
     # Clients have classes of their own for broken connections. What Python itself has is a mistake somewhere.
     name = type(error).__name__.lower()
     return type(error).__module__ != "builtins" and not any(word in name for word in ("credential", "validation"))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, _WrongLength):
-        return str(error)
-    text = " ".join(redact(str(error)[:10_000]).split())  # what a server says may have any length
-    if not text and isinstance(error, asyncio.TimeoutError | TimeoutError):
-        text = "no answer in time"
-    if len(text) > 300:
-        text = text[:300] + "..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

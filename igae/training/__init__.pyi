@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 from .fit import Fit as Fit
+from .loop import ASYNC_STEPS as ASYNC_STEPS
+from .meter import Meter as Meter
+from .meter import Outcome as Outcome
+from .parallel.all_reduce import BucketedAllReduce as BucketedAllReduce
+from .parallel.ddp import DDP as DDP
 from .parallel.engine import Engine as Engine
+from .parallel.strategy import Strategy as Strategy
 from .preflight import check_memory as check_memory
+from .rank_data import RankData as RankData
+from .rank_data import waves as waves
 from .recipe import Recipe as Recipe
-from .shares import waves as waves
+from .recipe import StageConfig as StageConfig
+from .recipe import StageName as StageName
+from .recipe import TrackingConfig as TrackingConfig
+from .run_folder import lock_run as lock_run
+from .stage import Stage as Stage
+from .stage import StageState as StageState
+from .step import CapturedStep as CapturedStep
+from .trackers import Tracker as Tracker
 from .trainer import Trainer as Trainer

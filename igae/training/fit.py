@@ -7,42 +7,35 @@ depends on the scenes of its wave and the seed, not on the number of ranks, nor 
 take waves in turns and don't wait for each other. The scenes of a wave are written when it ends.
 """
 
-import json
 import logging
-import os
 import time
-from collections import deque
-from pathlib import Path
+from contextlib import closing
 
-from igae import checkpoint
-from igae.checkpoint import Parts, Progress
-from igae.data import Scene
-from igae.errors import TrainingError
-from igae.evaluation import Evaluator, pictures, spread
-from igae.export import load_weights
+from igae.checkpoint import Progress, WaveCheckpoint, folder_of, is_complete, load_checkpoint
+from igae.evaluation import spread
 from igae.ranks import Channel, derive_seed, rank, world_size
-from igae.scenes import SceneBank
-from igae.training.assembly import build_model
-from igae.training.meter import Outcome
+from igae.scenes import SceneStore
+from igae.training.job import Job
+from igae.training.loop import Loop
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import check_memory, compare_settings, open_run, public_settings
+from igae.training.preflight import check_memory, scene_bytes
+from igae.training.rank_data import RankData, select, waves
 from igae.training.recipe import Recipe, StageName
-from igae.training.shares import Data, scene_bytes, select, waves
-from igae.training.stage import Stage
-from igae.training.trackers import Tracker
-from igae.training.trainer import LAG, SHOWN, STAGES, progress_bar, stop_signals
+from igae.training.resume import compare_settings, initialize
+from igae.training.run_folder import METRICS, open_run, public_settings, write_metrics
+from igae.training.stage import Stage, StageState
 
 # Ranks that have no wave left wait for those that have, for days perhaps; one that dies ends the wait at once.
 LONGEST_WAIT = 30 * 24 * 3600.0
 # What all scenes of a fit have in common.
-FIXED = (
+FIXED = [
     *("seed", "model", "autoencoder", "planes", "render", "fit", "data.categories", "data.background"),
     *("train.warmup", "train.joint", "train.precision", "train.plane_optimizer"),
-)
+]
 log = logging.getLogger("igae")
 
 
-class Fit:
+class Fit(Job):
     """A run that fits the scenes of ``recipe.data`` to ``recipe.model``. All ranks make one and call :meth:`run`.
 
     Args:
@@ -53,199 +46,113 @@ class Fit:
     """
 
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
-        assert recipe.fits_in_waves and recipe.model is not None
-        if resume not in ("auto", "never"):
-            raise ValueError(f"--resume {resume}: scenes are fitted from their start, leave --resume out")
-        self.recipe, self.resume = recipe, resume
-        self.stages: list[StageName] = [name for name in STAGES if getattr(recipe.train, name).epochs > 0]
-        if not self.stages:
-            raise ValueError("train.warmup.epochs and train.joint.epochs are both 0: there is nothing to do")
-        for name in self.stages:
-            if getattr(recipe.train, name).natural_images:
-                raise ValueError(
-                    f"train.{name}.natural_images: nothing that natural images teach is trained, set it to 0"
-                )
-        self.folder = Path(recipe.outputs) / recipe.experiment
-        self.manifest, self.scenes = select(recipe)
-        if not self.scenes:
+        assert recipe.fits_in_waves
+        _check(recipe, resume)
+        self.resume = resume
+        manifest, scenes = select(recipe.data)
+        if not scenes:
             raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
-        self.waves = waves(self.manifest, self.scenes, recipe.fit.wave)
+        self.waves = waves(manifest, scenes, recipe.fit.wave)
         if world_size() > len(self.waves):
             raise ValueError(
                 f"{world_size()} ranks have only {len(self.waves)} waves of up to {recipe.fit.wave} scenes to fit: set "
-                f"fit.wave={max(1, len(self.scenes) // world_size())}, or start fewer ranks"
+                f"fit.wave={max(1, len(scenes) // world_size())}, or start fewer ranks"
             )
-        self.engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
-        self.channel = Channel(LONGEST_WAIT)
-        device = self.engine.device
-        check_memory(len(self.waves[0]) * scene_bytes(recipe), device, "lower fit.wave")
-        self.model = build_model(recipe, self.manifest.image_size, device)
-        load_weights(recipe.model, self.model)
-        self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
-        self.parts = Parts(checkpoint.folder_of(recipe.checkpoint.root or str(self.folder / "checkpoints"), 0, True))
-        self.digest = self._data(self.scenes).digest
-        self._stop_signal: int | None = None
+        engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
+        check_memory(len(self.waves[0]) * scene_bytes(recipe.planes), engine.device, "lower fit.wave")
+        super().__init__(recipe, RankData.alone(recipe.data, manifest, scenes), engine, Channel(LONGEST_WAIT))
+        self.evaluation = recipe.evaluation.model_copy(update={"natural_images": 0})
+        initialize(self.model, recipe, self.data, self.channel)
+        self.parts = WaveCheckpoint(folder_of(recipe.checkpoint_root, 0, True))
 
     def run(self, only: StageName | None = None) -> dict[str, float]:
-        """Fit the scenes that are not there yet, and evaluate some.
+        """Fit the scenes that are not there yet, and evaluate some of all.
 
         Returns:
-            Means over the evaluated scenes (empty where nothing was to do, or a SIGTERM came before the end: the same
-            command goes on from the waves that are finished).
+            Means over the evaluated scenes (empty where nothing was to do, or a signal came before the end: the same
+            command resumes after the waves that are finished).
         """
         if only is not None:
             raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
-        lock = open_run(self.recipe, self.folder, self.channel, self.engine.device)
-        try:
-            begun = self.channel.gather(self._begin() if rank() == 0 else "")[0]
-            if isinstance(begun, str):
-                raise ValueError(begun)
-            finished, is_complete, is_done = begun
+        with open_run(self.recipe, self.channel, self.engine.device):
+            finished, is_complete, is_done = self.channel.on_first_rank(self._begin)
             if is_done:
                 log.info("nothing is left to do in %s", self.folder)
                 return {}
-            before = max(finished, default=-1) + 1
-            self.tracker = Tracker(self.folder, self.recipe.tracking, before, enabled=rank() == 0)
-            try:
-                if not is_complete and not self._fit_all(finished):
-                    return {}
-                return self._evaluate()
-            finally:
-                self.tracker.close()
-        finally:
-            if lock is not None:
-                lock.close()
+            with self.tracking(max(finished, default=-1) + 1):
+                return self.conclude() if is_complete or self._fit_all(finished) else {}
 
-    def _begin(self) -> tuple[set[int], bool, bool] | str:
-        """Which waves are finished, whether the checkpoint and the results are there; or a sentence, what is wrong."""
-        try:
-            settings, data = self.parts.begin(public_settings(self.recipe), self.digest)
-            compare_settings(self.parts.folder, settings, self.recipe, list(FIXED))
-            if data != self.digest:
-                raise ValueError(
-                    f"{self.parts.folder} has scenes of other shards than those at {self.recipe.data.root}: use a new "
-                    "experiment=NAME"
-                )
-            finished, is_complete = set(self.parts.finished()), self.parts.complete
-            if self.resume == "never" and (finished or is_complete):
-                raise ValueError(
-                    f"{self.parts.folder} already has scenes: choose another name with experiment=NAME, or remove it"
-                )
-        except ValueError as error:
-            return str(error)
-        return finished, is_complete, is_complete and (self.folder / "metrics.json").exists()
-
-    def _data(self, scenes: list[Scene]) -> Data:
-        """Scenes that this rank alone trains."""
-        return Data(self.manifest, scenes, [scenes], 0, 1)
+    def _begin(self) -> tuple[set[int], bool, bool]:
+        """Which waves are finished, and whether the checkpoint and the results are there."""
+        folder = self.parts.folder
+        settings, data = self.parts.begin(public_settings(self.recipe), self.data.digest)
+        compare_settings(folder, settings, self.recipe, FIXED)
+        if data != self.data.digest:
+            raise ValueError(
+                f"{folder} has scenes of other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
+            )
+        finished, complete = set(self.parts.finished()), is_complete(folder)
+        if self.resume == "never" and (finished or complete):
+            raise ValueError(f"{folder} already has scenes: choose another name with experiment=NAME, or remove it")
+        return finished, complete, complete and (self.folder / METRICS).exists()
 
     def _fit_all(self, finished: set[int]) -> bool:
         """Whether all waves are fitted; the checkpoint is complete then."""
         mine = [i for i in range(rank(), len(self.waves), world_size()) if i not in finished]
-        log.info("%d scenes in %d waves, %d finished", len(self.scenes), len(self.waves), len(finished))
-        self.model.train()
-        with stop_signals(self._stop):
+        log.info("%d scenes in %d waves, %d finished", len(self.data.scenes), len(self.waves), len(finished))
+        with self.signals:
             for index in mine:
-                if not self._fit_wave(index):
+                if not self.fit_wave(index):
                     break
-        if any(self.channel.gather(self._stop_signal is not None)):
-            log.warning("stopped; finished waves are written, the same command goes on from them")
+        if any(self.channel.gather(self.signals.received is not None)):
+            log.warning("stopped; finished waves are written, the same command resumes after them")
             return False
-        problem = None
-        if rank() == 0:
-            progress = Progress(self.stages[-1], 0, 0, finished=True, data=self.digest)
-            try:
-                self.parts.close(progress, public_settings(self.recipe), self.model.state_dict())
-            except ValueError as error:
-                problem = str(error)
-        if problem := self.channel.gather(problem)[0]:
-            raise ValueError(problem)
+        progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.digest)
+        settings, shared = public_settings(self.recipe), self.model.state_dict()
+        self.channel.on_first_rank(lambda: self.parts.close(progress, settings, shared))
         return True
 
-    def _fit_wave(self, index: int) -> bool:
+    def fit_wave(self, index: int) -> bool:
         """Fit and write the scenes of a wave; False where it was stopped before."""
         scenes, recipe, start = self.waves[index], self.recipe, time.perf_counter()
         # The start of a scene is its own; what views are drawn when is the wave's.
-        bank = SceneBank(recipe.planes, [scene.id for scene in scenes], recipe.seed, self.engine.device)
+        store = SceneStore(recipe.planes, [scene.id for scene in scenes], recipe.seed, self.engine.device)
         recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
-        figures: dict[str, float] = {}
-        for name in self.stages:
-            stage = Stage(name, recipe, self.engine, self.model, bank, self._data(scenes), {})
-            try:
-                outcome = self._train(stage, f"wave {index + 1} of {len(self.waves)}, {name}")
-                if outcome is None:
+        data, metrics = RankData.alone(recipe.data, self.data.manifest, scenes), dict[str, float]()
+        for name in recipe.train.stages:
+            with closing(Stage(name, recipe, self.engine, self.model, store, data, StageState())) as stage:
+                label = f"wave {index + 1} of {len(self.waves)}, {name}"
+                for _ in Loop(stage, Progress(name, 0, 0), self.signals, label, self.async_steps):
+                    pass
+                if self.signals.received is not None:
                     return False
-                stage.plane_adam.catch_up()
-            finally:
-                stage.close()
-            figures |= {f"{name}/{key}": float(loss) for key, loss in outcome.losses.items()}
-        self.parts.write(index, {"ids": bank.scene_ids, "planes": bank.planes})
+                store.catch_up()
+            metrics |= {f"{name}/{key}": float(loss) for key, loss in stage.meter.losses.items()}
+        self.parts.write(index, {"ids": store.ids, "planes": store.rows})
         seconds = (time.perf_counter() - start) / len(scenes)
-        self.tracker.scalars(index + 1, "fit", {**figures, "seconds_per_scene": seconds})
-        last = figures[f"{self.stages[-1]}/total"]
-        log.info("wave %d of %d: loss %.4f, %.2f s a scene", index + 1, len(self.waves), last, seconds)
+        self.tracker.scalars(index + 1, "fit", {**metrics, "seconds_per_scene": seconds})
+        total = metrics[f"{name}/total"]
+        log.info("wave %d of %d: loss %.4f, %.2f s a scene", index + 1, len(self.waves), total, seconds)
         return True
 
-    def _train(self, stage: Stage, name: str) -> Outcome | None:
-        """All steps of a stage; returns the last one, or None where it was stopped before."""
-        lag = LAG if self.engine.asynchronous else 0
-        open_steps: deque[Outcome] = deque()
-        skipped = 0
-        with progress_bar(name, 0, stage.steps) as bar:
-            for step in range(stage.steps):
-                outcome = stage.step(step)
-                open_steps.append(outcome)
-                while len(open_steps) > (lag if step + 1 < stage.steps else 0):
-                    applied, _ = open_steps.popleft().read()
-                    skipped = 0 if applied else skipped + 1
-                if skipped >= self.recipe.train.max_skipped:
-                    raise TrainingError(
-                        f"the loss or a gradient was not finite in {skipped} steps in a row of {name}: lower "
-                        f"train.{stage.name}.learning_rates.planes or use train.precision=fp32"
-                    )
-                bar.update()
-                if self._stop_signal is not None:
-                    return None
-        return outcome
-
-    def _evaluate(self) -> dict[str, float]:
-        """Figures of the scenes that evaluation chooses, as they were written; each rank has some of them."""
-        recipe, config = self.recipe, self.recipe.evaluation.model_copy(update={"natural_images": 0})
-        chosen = self.scenes if config.scenes is None else spread(self.scenes, config.scenes)
+    def conclude(self) -> dict[str, float]:
+        """Evaluate the scenes that are chosen for it, as they were written; each rank has some of them."""
+        scenes, count = self.data.scenes, self.evaluation.scenes
+        chosen = scenes if count is None else spread(scenes, count)
         ids = [scene.id for scene in chosen[rank() :: world_size()]]
-        bank = SceneBank(recipe.planes, ids, recipe.seed, self.engine.device)
-        bank.planes.copy_(checkpoint.load(self.parts.folder, moments=False).rows(ids)["planes"])
-        evaluator = Evaluator(
-            config,
-            recipe.data.root,
-            self.manifest,
-            self.scenes,
-            frozenset(ids),
-            recipe.data.background,
-            recipe.data.workers,
-            self.engine.device,
-            self.channel,
-            recipe.data.verify,
-            recipe.data.cache,
-        )
-        self.model.eval()
-        figures = evaluator.measure(self.model, bank)
-        step = len(self.waves)
-        grids = evaluator.grids(self.model, bank) if config.pictures else {}
-        for name, grid in grids.items():
-            pictures.save_png(self.folder / "pictures" / f"fit-{name}.png", grid)
-        self.tracker.images(step, grids)
-        if config.orbits:
-            videos = evaluator.orbits(self.model, bank, self.folder / "orbits" / "fit")
-            self.tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
+        store = SceneStore(self.recipe.planes, ids, None, self.engine.device)
+        store.load_state_dict(load_checkpoint(self.parts.folder, moments=False).rows(ids))
+        metrics = self.evaluate(store, "fit", len(self.waves), orbits=True)
         if rank() == 0:
-            self.tracker.scalars(step, "fit", {f"eval/{name}": value for name, value in figures.items()})
-            staging = self.folder / "metrics.json.part"
-            staging.write_text(json.dumps({"fit": {"scenes": len(self.scenes), **figures}}, indent=1) + "\n")
-            os.replace(staging, self.folder / "metrics.json")
-        shown = [f"{key} {figures[key]:.2f}" for key in SHOWN if key in figures]
-        log.info("fit, %d scenes: %s", len(self.scenes), ", ".join(shown))
-        return figures
+            write_metrics(self.folder, "fit", {"scenes": len(scenes), **metrics})
+        return metrics
 
-    def _stop(self, number: int) -> None:
-        self._stop_signal = number
+
+def _check(recipe: Recipe, resume: str) -> None:
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume}: scenes are fitted from their start, leave --resume out")
+    if not recipe.train.stages:
+        raise ValueError("train.warmup.epochs and train.joint.epochs are both 0: there is nothing to do")
+    for name, stage in recipe.train.stages.items():
+        if stage.natural_images:
+            raise ValueError(f"train.{name}.natural_images: nothing that natural images teach is trained, set it to 0")

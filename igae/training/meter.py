@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step gives, and what is recorded of some steps: their losses, gradients, time and memory."""
+"""What is measured of steps: their losses, gradients, time and memory."""
 
 import time
 from collections.abc import Iterator
@@ -16,26 +16,16 @@ GIB = 2.0**30
 
 
 class Outcome:
-    """What a step gave, without waiting for the device.
-
-    Args:
-        losses: of this rank, on the device.
-        applied: 1 where all losses and gradients of all ranks were finite; nothing has been changed where it is 0.
-        stop: 0 where no rank was asked to stop, else more.
-        norms: of the gradients that this rank holds, by part of the model, on the device.
-    """
+    """How a step went, without waiting for the device. The arguments are those of `StepOutput`."""
 
     def __init__(self, losses: dict[str, Tensor], applied: Tensor, stop: Tensor, norms: dict[str, Tensor]) -> None:
         self.losses, self.norms = losses, norms
-        flags = torch.stack([applied, stop])
+        self._flags = torch.stack([applied, stop])
         self._ready: torch.cuda.Event | None = None
-        if flags.is_cuda:
-            self._flags = torch.empty(2, pin_memory=True)
-            self._flags.copy_(flags, non_blocking=True)
+        if self._flags.is_cuda:
+            self._flags = torch.empty(2, pin_memory=True).copy_(self._flags, non_blocking=True)
             self._ready = torch.cuda.Event()
             self._ready.record()
-        else:
-            self._flags = flags
 
     def read(self, timeout: float | None = None) -> tuple[bool, bool]:
         """Whether the step was applied, and whether to stop; waits until the device has made it.
@@ -62,6 +52,11 @@ class Outcome:
 class Meter:
     """Measures the steps of a stage between two records, and waits for no device and no rank until :meth:`read`.
 
+    Attributes:
+        losses: the newest of each name.
+        data_wait: seconds in which this rank waited for data.
+        times_steps: whether the time of steps is measured until they wait for other ranks.
+
     Args:
         ranks: those that train together; 1 where each trains alone.
         replicated: each rank holds all of the shared gradients, not a part of them.
@@ -69,7 +64,8 @@ class Meter:
 
     def __init__(self, device: torch.device, ranks: int, replicated: bool) -> None:
         self._device, self._ranks, self._replicated = device, ranks, replicated
-        self._losses: dict[str, Tensor] = {}
+        self.times_steps = ranks > 1
+        self.losses: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self.restart(0)
 
@@ -87,12 +83,12 @@ class Meter:
 
     def begin(self) -> None:
         """A step begins."""
-        if self._ranks > 1:
+        if self.times_steps:
             self._begun = self._now()
 
     def end(self) -> None:
         """From here on the step may wait for other ranks."""
-        if self._ranks > 1:
+        if self.times_steps:
             self._spans.append((self._begun, self._now()))
 
     def _now(self) -> Any:
@@ -105,51 +101,38 @@ class Meter:
 
     def note(self, outcome: Outcome) -> Outcome:
         """Keep the newest of each loss and norm: with alternating batches a step has not all of them."""
-        self._losses |= outcome.losses
+        self.losses |= outcome.losses
         self._norms |= outcome.norms
         return outcome
 
     def read(self, taken: int, channel: Channel) -> dict[str, float]:
-        """Figures of the steps since the last call, the same on all ranks. Collective; waits for the device.
-
-        Of the last step: ``loss/...``, means over the ranks, and ``grad_norm/...``, L2 norms of the gradient of their
-        mean by part of the model. Of all these steps: ``views_per_second`` of all ranks together; ``data_wait``, the
-        share of the time in which a rank waited for data, mean over the ranks, and ``data_wait_max`` of the worst one;
-        ``straggler_factor`` (>= 1), the slowest rank's time over the mean, of what a step does before it first waits
-        for other ranks (take data, forward pass), and ``slowest_rank``. The last three only where ranks train
-        together, the last two not where steps are captured in a CUDA graph. On GPUs ``gpu_memory/allocated`` and
-        ``reserved``, in GiB, the largest of all ranks since they began.
+        """Metrics of the steps since the last call (they are in docs/tracking.md), the same on all ranks. Collective;
+        waits for the device.
 
         Args:
             taken: views that this rank has taken until now.
         """
-        names = list(self._losses)
-        losses = torch.stack([self._losses[name].detach() for name in names]).tolist() if names else []
+        names = list(self.losses)
+        losses = torch.stack([self.losses[name].detach() for name in names]).tolist() if names else []
         squares = {part: float(norms.double().square().sum()) for part, norms in self._norms.items()}
         seconds = time.perf_counter() - self._start
-        memory = {}
-        if self._device.type == "cuda":
-            memory = {
-                "gpu_memory/allocated": torch.cuda.max_memory_allocated(self._device) / GIB,
-                "gpu_memory/reserved": torch.cuda.max_memory_reserved(self._device) / GIB,
-            }
-        own = (losses, squares, taken - self._taken, self.data_wait / seconds, self._busy(), memory)
+        own = (losses, squares, taken - self._taken, self.data_wait / seconds, self._busy(), self._memory())
         self.restart(taken)
         everyone = channel.gather(own)
         of_losses, of_squares, of_taken, waits, busy, of_memory = zip(*everyone, strict=True)
         count = len(everyone)
-        figures = {f"loss/{name}": sum(row[i] for row in of_losses) / count for i, name in enumerate(names)}
+        metrics = {f"loss/{name}": sum(row[i] for row in of_losses) / count for i, name in enumerate(names)}
         for part in sorted(set().union(*of_squares)):  # a rank may hold nothing of a part
             # A rank's plane gradients are of its own loss, of scenes that no other rank has.
             share = self._ranks**2 if part == "planes" else self._ranks if self._replicated else 1
-            figures[f"grad_norm/{part}"] = (sum(of_rank.get(part, 0.0) for of_rank in of_squares) / share) ** 0.5
-        figures |= {"views_per_second": sum(of_taken) / seconds, "data_wait": sum(waits) / count}
+            metrics[f"grad_norm/{part}"] = (sum(of_rank.get(part, 0.0) for of_rank in of_squares) / share) ** 0.5
+        metrics |= {"views_per_second": sum(of_taken) / seconds, "data_wait": sum(waits) / count}
         if self._ranks > 1:
-            figures["data_wait_max"] = max(waits)
+            metrics["data_wait_max"] = max(waits)
             if mean := sum(busy) / count:
                 slowest = max(range(count), key=lambda i: busy[i])
-                figures |= {"slowest_rank": slowest, "straggler_factor": busy[slowest] / mean}
-        return figures | {name: max(of_rank[name] for of_rank in of_memory) for name in memory}
+                metrics |= {"slowest_rank": slowest, "straggler_factor": busy[slowest] / mean}
+        return metrics | {name: max(of_rank[name] for of_rank in of_memory) for name in of_memory[0]}
 
     def _busy(self) -> float:
         """Seconds of the spans so far."""
@@ -157,3 +140,12 @@ class Meter:
             return float(sum(end - begin for begin, end in self._spans))
         self._spans[-1][1].synchronize()
         return float(sum(begin.elapsed_time(end) for begin, end in self._spans)) / 1e3
+
+    def _memory(self) -> dict[str, float]:
+        if self._device.type != "cuda":
+            return {}
+        allocated, reserved = (
+            torch.cuda.max_memory_allocated(self._device),
+            torch.cuda.max_memory_reserved(self._device),
+        )
+        return {"gpu_memory/allocated": allocated / GIB, "gpu_memory/reserved": reserved / GIB}

@@ -2,7 +2,8 @@
 """The whole configuration of a run."""
 
 import math
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -14,10 +15,11 @@ from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
 StageName = Literal["warmup", "joint"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 class LearningRates(Section):
-    """Adam's learning rates; a part with rate 0 is frozen."""
+    """Adam's learning rates; a part with learning rate 0 is frozen."""
 
     encoder: float = Field(default=0.0, ge=0)
     decoder: float = Field(default=0.0, ge=0)
@@ -113,7 +115,7 @@ class TrainConfig(Section):
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
     async_steps: bool = True
-    """On a GPU the host launches steps before it knows whether the last ones were applied; not where sharded."""
+    """On a GPU, launch steps before it is known whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
     """Steps are one CUDA graph where they can be: with async_steps, not sharded, planes in kernels, without accumulate
     and alternate."""
@@ -134,6 +136,11 @@ class TrainConfig(Section):
     """The run stops after so many steps in a row whose loss or gradient was not finite."""
     lpips_weights: str | None = None
     """File with VGG16's weights for LPIPS; fetched into torch's hub cache if left out."""
+
+    @property
+    def stages(self) -> dict[StageName, StageConfig]:
+        """Those that are not left out, in their order."""
+        return {name: stage for name, stage in zip(STAGES, (self.warmup, self.joint), strict=True) if stage.epochs > 0}
 
 
 class CheckpointConfig(Section):
@@ -182,29 +189,35 @@ class Recipe(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @property
+    def folder(self) -> Path:
+        """Where a run writes."""
+        return Path(self.outputs) / self.experiment
+
+    @property
+    def checkpoint_root(self) -> str:
+        """Folder or URL of a run's checkpoints."""
+        return self.checkpoint.root or str(self.folder / "checkpoints")
+
+    @property
     def fits_in_waves(self) -> bool:
         """Whether scenes are all that is trained: what they share is the model's."""
-        rates = [s.learning_rates.model_dump() for s in (self.train.warmup, self.train.joint) if s.epochs]
+        rates = [stage.learning_rates.model_dump() for stage in self.train.stages.values()]
         return self.model is not None and not any(r for part in rates for name, r in part.items() if name != "planes")
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        for name, stage in (("warmup", self.train.warmup), ("joint", self.train.joint)):
-            if (
-                self.autoencoder.path == "identity"
-                and stage.epochs
-                and (stage.weights.needs_images or stage.natural_images)
-            ):
+        for name, stage in self.train.stages.items():
+            if self.autoencoder.path == "identity" and (stage.weights.needs_images or stage.natural_images):
                 raise ValueError(
                     f"train.{name}: with autoencoder.path=identity the only image loss is `latent` "
                     "(set the weights rgb and ae, and natural_images, to 0)"
                 )
             base, rate = self.planes.base_planes, stage.learning_rates.base_planes
-            if stage.epochs and base == 0 and rate > 0:
+            if base == 0 and rate > 0:
                 raise ValueError(
                     f"train.{name}.learning_rates.base_planes is {rate} but planes.base_planes is 0: set one of them"
                 )
-            if stage.epochs and stage.weights.base_orthogonality > 0 and (base < 2 or rate == 0):
+            if stage.weights.base_orthogonality > 0 and (base < 2 or rate == 0):
                 raise ValueError(
                     f"train.{name}.weights.base_orthogonality is above 0 but there are no two base planes that are "
                     "trained: set planes.base_planes to 2 or more and their learning rate above 0, or the weight to 0"

@@ -1,49 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going on from a checkpoint, also with another number of ranks."""
+"""What a run starts from: a checkpoint, also of another number of ranks, a trained model, or nothing."""
 
 import logging
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+import yaml
 
-from igae import checkpoint
-from igae.checkpoint import RATES as RATES
-from igae.checkpoint import Progress
-from igae.models import IGAE
-from igae.ranks import Channel, rank, world_size
-from igae.scenes import SceneBank
-from igae.training.preflight import check_changes
-from igae.training.recipe import Recipe
-from igae.training.shares import Data, steps_per_epoch
+from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
+from igae.data import ViewBatch
+from igae.errors import sections_at
+from igae.export import load_trained
+from igae.models import IGAE, to_signed
+from igae.ranks import Channel, derive_seed, world_size
+from igae.scenes import SceneStore
+from igae.training.rank_data import RankData
+from igae.training.recipe import Recipe, StageConfig
+from igae.training.run_folder import public_settings
+from igae.training.stage import StageState
 
+FIXED = ["seed", "model", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]
+"""Settings that can't change within a run."""
+SCALE_BATCH, SCALE_BATCHES = 64, 4
+"""Views that the scale of normalized latents is fitted to, on each rank."""
 log = logging.getLogger("igae")
 
 
-@dataclass
-class Restored:
-    """What a checkpoint holds for the optimizers."""
-
-    optimizer: dict[str, Tensor]
-    planes: dict[str, Tensor]
-
-
 def find(root: str, resume: str, channel: Channel) -> str | None:
-    """The checkpoint to go on from, the same on every rank, or None. Collective.
+    """The checkpoint to resume from, the same on every rank, or None. Collective.
 
     Args:
         root: where the run has its checkpoints.
         resume: `auto`, `never`, or a checkpoint.
     """
-    # As the first rank sees it: the others must not decide otherwise.
-    complete = channel.gather(checkpoint.list_complete(root) if rank() == 0 else [])[0]
+    complete = channel.on_first_rank(lambda: list_complete(root))  # the others must not decide otherwise
     if resume not in ("auto", "never"):
         wanted, newest = resume.rstrip("/"), complete[-1] if complete else None
         if newest is None or _same_place(newest, wanted):
             return wanted
         if _same_place(wanted.rpartition("/")[0] or ".", newest.rpartition("/")[0]):
             raise ValueError(
-                f"--resume {resume}: {root} has gone on to {newest.rpartition('/')[2]}: branch off into "
+                f"--resume {resume}: {root} has later checkpoints, up to {newest.rpartition('/')[2]}: branch off into "
                 "another run, experiment=NAME, or remove the later checkpoints"
             )
         log.info("%s was begun from %s and has checkpoints of its own", root, resume)
@@ -54,23 +54,23 @@ def find(root: str, resume: str, channel: Channel) -> str | None:
     return complete[-1] if complete else None
 
 
-def restore(
-    folder: str, recipe: Recipe, data: Data, model: IGAE, bank: SceneBank, digest: str
-) -> tuple[Progress, Restored]:
-    """Put a checkpoint's weights and the planes of this rank's scenes into place.
-
-    Args:
-        digest: of the manifest's shards; those that the checkpoint was trained on must be the same.
+def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: SceneStore) -> tuple[Progress, StageState]:
+    """Put a checkpoint's weights and the rows of this rank's scenes into place.
 
     Returns:
-        Where the run stands, for this number of ranks, and what the optimizers need.
+        Where the run stands, for this number of ranks, and what its stage needs to resume.
+
+    Raises:
+        ValueError: the checkpoint is of other data or settings.
     """
-    loaded = checkpoint.load(folder)
-    if loaded.progress.data != digest:
+    loaded = load_checkpoint(folder)
+    progress = loaded.progress
+    if progress.data != data.digest:
         raise ValueError(
             f"{folder} was trained on other shards than those at {recipe.data.root}: use a new experiment=NAME"
         )
-    check_changes(folder, loaded, recipe)
+    fixed = FIXED if progress.finished else [*FIXED, "train.plane_optimizer", f"train.{progress.stage}.alternate"]
+    compare_settings(folder, loaded.config, recipe, fixed)
     if loaded.ids != frozenset(scene.id for scene in data.scenes):
         raise ValueError(
             f"{folder} has {len(loaded.ids)} scenes and this configuration has {len(data.scenes)} (or others): "
@@ -84,17 +84,45 @@ def restore(
             f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
             "use a new experiment=NAME"
         ) from error
-    if RATES not in loaded.optimizer:
+    if LEARNING_RATES not in loaded.optimizer:
         raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
-    rows = loaded.rows(bank.scene_ids.tolist())
-    bank.planes.copy_(rows.pop("planes"))
-    rates = loaded.optimizer.pop(RATES)
-    progress = loaded.progress
+    scenes = loaded.rows(store.ids.tolist()) | {"learning_rates": loaded.optimizer.pop(LEARNING_RATES)}
+    store.load_state_dict({"planes": scenes.pop("planes")})
+    # 0.1.0 calls natural images "photos" here as in its settings.
+    progress.consumed = {StageConfig.RENAMED.get(name, name): count for name, count in progress.consumed.items()}
     if not progress.finished:
-        _move_to_this_world(progress, steps_per_epoch(recipe, progress.stage, data))
+        _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
     progress.world = world_size()
-    log.info("going on from %s", folder)
-    return progress, Restored(loaded.optimizer, {**rows, "learning_rates": rates})
+    log.info("resumes from step %d, %s", progress.total, folder)
+    return progress, StageState(progress.consumed, loaded.optimizer, scenes)
+
+
+def initialize(model: IGAE, recipe: Recipe, data: RankData, channel: Channel) -> None:
+    """Without a checkpoint: take the weights of the trained model that the recipe names, or fit the scale of normalized
+    latents where it is `auto`, and compute the background. The same on every rank. Collective."""
+    if recipe.model is not None:
+        load_trained(recipe.model).load_into(model)
+        return
+    if not model.autoencoder.scale_is_fitted:
+        fit_scale(model, derive_seed(recipe.seed, "scale"), data, channel)
+    model.refresh_background()
+
+
+@torch.no_grad()
+def fit_scale(model: IGAE, seed: int, data: RankData, channel: Channel) -> None:
+    """Fit the normalizer's scale to the latents of some views of each rank (of natural images where there are no
+    scenes). Collective."""
+    data = replace(data, config=data.config.model_copy(update={"workers": 0}))
+    loader: Any = data.open_views(SCALE_BATCH, seed) if data.owned else data.open_natural_images(SCALE_BATCH, seed)
+    squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
+    with closing(loader):
+        for _ in range(SCALE_BATCHES):
+            batch = next(loader)
+            images = batch.images if isinstance(batch, ViewBatch) else batch
+            latents = model.autoencoder.posterior(to_signed(images.to(model.background.device))).mean.double().cpu()
+            squares += torch.tensor([float(latents.square().sum()), latents.numel()])
+    total, count = channel.sum(squares).tolist()
+    model.autoencoder.fit_scale(total / count)
 
 
 def _move_to_this_world(progress: Progress, steps_per_epoch: int) -> None:
@@ -111,3 +139,27 @@ def _move_to_this_world(progress: Progress, steps_per_epoch: int) -> None:
 
 def _same_place(a: str, b: str) -> bool:
     return a == b or ("://" not in a + b and Path(a).resolve() == Path(b).resolve())
+
+
+def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
+    """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
+    before, now = _flat(yaml.safe_load(settings)), _flat(yaml.safe_load(public_settings(recipe)))
+    for key in [key for key in now if key in before and before[key] != now[key]]:
+        if any(f"{key}.".startswith(f"{name}.") for name in fixed):
+            raise ValueError(
+                f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: "
+                "use a new experiment=NAME"
+            )
+        if key.split(".")[0] in ("data", "train", "autoencoder"):
+            log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
+
+
+def _flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Saved settings by dotted keys, with the names that keys have now."""
+    if not isinstance(tree, dict):
+        return {".".join(key): tree}
+    kinds = sections_at(Recipe, key)
+    renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(str(name), str(name)))).items()
+    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run records: metrics.jsonl always, TensorBoard and wandb by name."""
+"""Records of a run: always metrics.jsonl, TensorBoard and wandb if the configuration names them."""
 
 import importlib
 import json
@@ -12,34 +12,24 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from igae.storage import write_text
 from igae.training.recipe import TrackingConfig
 
-Image = NDArray[np.uint8]
-# wandb's process writes its file, and sends, every 15 seconds; when the run is killed, it loses what came since.
 RECENT = 60.0
-NOT_MEASURED = ("step", "stage", "time")
-# What wandb's errors say where no server answers, and not where one refuses.
+"""Seconds of records that are sent to wandb again: its process writes and sends every 15, and dies with the run."""
 UNREACHABLE = ("deadline exceeded", "timed out", "dial tcp")
+"""In wandb's errors where no server answers, and not where one refuses."""
 log = logging.getLogger("igae")
 
 
-class _Backend(Protocol):
-    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None: ...
-    def images(self, step: int, images: Mapping[str, Image]) -> None: ...
-    def video(self, step: int, paths: Mapping[str, Path]) -> None: ...
-    def config(self, values: Mapping[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
 class Tracker:
-    """Records of one run, in RUN/metrics.jsonl and in the trackers of the configuration.
+    """Records a run in RUN/metrics.jsonl and in the trackers of its configuration.
 
     A line of metrics.jsonl is `{"step", "stage", "time", **values}`: steps count over all stages, time is in seconds
     since 1970, and what is not finite is null. Records of a later step than the one that a run resumes at are dropped,
@@ -55,95 +45,74 @@ class Tracker:
     """
 
     def __init__(self, run: Path, settings: TrackingConfig, step: int = 0, *, enabled: bool = True) -> None:
-        self._backends: list[_Backend] = []
+        self._lines: IO[str] | None = None
+        self._others: list[_TensorBoard | _Wandb] = []
         if not enabled:
             return
         run.mkdir(parents=True, exist_ok=True)
         modules = {name: _require(name) for name in settings.trackers}
-        lines = _JsonLines(run / "metrics.jsonl", step)
-        self._backends.append(lines)
+        recent = _drop_after(run / "metrics.jsonl", step)
+        self._lines = (run / "metrics.jsonl").open("a", encoding="utf-8")
         if "tensorboard" in modules:
-            self._backends.append(_TensorBoard(modules["tensorboard"], run / "tensorboard", step))
+            self._others.append(_TensorBoard(modules["tensorboard"], run / "tensorboard", step))
         if "wandb" in modules:
-            self._backends.append(_Wandb(modules["wandb"], run, settings, lines.recent))
+            self._others.append(_Wandb(modules["wandb"], run, settings, recent))
 
     def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        for backend in self._backends:
-            backend.scalars(step, stage, values)
+        """Metrics by name."""
+        if self._lines is not None:
+            record: dict[str, Any] = {"step": step, "stage": stage, "time": round(time.time(), 3)}
+            for name, value in values.items():
+                assert name not in record, f"{name} is a field of every record"
+                number = value if isinstance(value, int) else float(value)
+                record[name] = number if math.isfinite(number) else None
+            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+            self._lines.flush()
+        for other in self._others:
+            other.scalars(step, stage, values)
 
-    def images(self, step: int, images: Mapping[str, Image]) -> None:
-        """Pictures by name: uint8 [H, W, 3]."""
-        for backend in self._backends:
-            backend.images(step, images)
+    def images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Pictures [H, W, 3] by name."""
+        for other in self._others:
+            other.images(step, images)
 
     def video(self, step: int, paths: Mapping[str, Path]) -> None:
-        """mp4 files by name; those on the disk of another host are left out. TensorBoard, which shows no mp4, gets a
+        """mp4 files by name; those on the disk of another host are left out. TensorBoard, which plays no mp4, gets a
         GIF of half the frames."""
-        for backend in self._backends:
-            backend.video(step, {name: path for name, path in paths.items() if path.is_file()})
+        for other in self._others:
+            other.video(step, {name: path for name, path in paths.items() if path.is_file()})
 
     def config(self, values: Mapping[str, Any]) -> None:
         """The resolved configuration as plain data (maps, lists, scalars)."""
-        for backend in self._backends:
-            backend.config(values)
+        for other in self._others:
+            other.config(values)
 
     def close(self) -> None:
-        for backend in self._backends:
-            backend.close()
-        self._backends = []
+        for opened in (self._lines, *self._others):
+            if opened is not None:
+                opened.close()
+        self._lines, self._others = None, []
 
 
-class _JsonLines:
-    """Attributes: ``recent``, the records up to the step that are of the last RECENT seconds that were recorded."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        self.recent: list[dict[str, Any]] = []
-        if path.exists():
-            self._drop_after(step)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def _drop_after(self, step: int) -> None:
-        kept, records, last = [], [], 0.0
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                last = max(last, record["time"])
-                if record["step"] <= step:
-                    kept.append(line)
-                    records.append(record)
-            except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
-                continue
-        self.recent = [record for record in records if record["time"] > last - RECENT]
-        staging = self._path.with_name(self._path.name + ".tmp")
-        staging.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(staging, self._path)
-
-    def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        record: dict[str, Any] = {"step": step, "stage": stage, "time": round(time.time(), 3)}
-        for name, value in values.items():
-            assert name not in record, f"{name} is a field of every record"
-            number = value if isinstance(value, int) else float(value)
-            record[name] = number if math.isfinite(number) else None
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def images(self, step: int, images: Mapping[str, Image]) -> None:
-        pass
-
-    def video(self, step: int, paths: Mapping[str, Path]) -> None:
-        pass
-
-    def config(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        self._file.close()
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the records up to a step; returns those of them from the last RECENT seconds of the former start."""
+    kept, last = [], 0.0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+            last = max(last, record["time"])
+            if record["step"] <= step:
+                kept.append((line, record))
+        except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
+            continue
+    write_text(path, "".join(f"{line}\n" for line, _ in kept))
+    return [record for _, record in kept if record["time"] > last - RECENT]
 
 
 class _TensorBoard:
-    def __init__(self, module: ModuleType, folder: Path, step: int) -> None:
-        self._module = module
+    def __init__(self, module: Any, folder: Path, step: int) -> None:
+        self._summary = module.summary.Summary
         # purge_step hides the records of a former start from this step on
         self._writer = module.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
@@ -151,12 +120,11 @@ class _TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(f"{stage}/{name}", value, step)
 
-    def images(self, step: int, images: Mapping[str, Image]) -> None:
+    def images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
         for name, image in images.items():
             self._writer.add_image(name, image, step, dataformats="HWC")
 
     def video(self, step: int, paths: Mapping[str, Path]) -> None:
-        summary = self._module.summary.Summary
         for name, path in paths.items():
             try:
                 gif = _gif(path)
@@ -164,8 +132,10 @@ class _TensorBoard:
                 log.warning("%s is not shown in TensorBoard: ffmpeg can't read it (%s)", path, error)
                 continue
             width, height = struct.unpack_from("<HH", gif, 6)
-            image = summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-            self._writer.file_writer.add_summary(summary(value=[summary.Value(tag=name, image=image)]), step)
+            image = self._summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+            self._writer.file_writer.add_summary(
+                self._summary(value=[self._summary.Value(tag=name, image=image)]), step
+            )
 
     def config(self, values: Mapping[str, Any]) -> None:
         text = json.dumps(values, indent=2, default=str)
@@ -177,23 +147,23 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(
-        self, module: ModuleType, run: Path, settings: TrackingConfig, recent: Sequence[Mapping[str, Any]]
+        self, module: Any, folder: Path, settings: TrackingConfig, recent: Sequence[Mapping[str, Any]]
     ) -> None:
-        self._wandb: Any = module
-        self._run = self._start(run, settings)
+        self._wandb = module
+        self._run = self._start(folder, settings)
         # wandb drops what comes with a smaller step than before, which a resumed run does: the step is a plain value.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         for record in recent:
-            values = {k: v for k, v in record.items() if k not in NOT_MEASURED and v is not None}
+            values = {k: v for k, v in record.items() if k not in ("step", "stage", "time") and v is not None}
             self.scalars(record["step"], record["stage"], values)
 
-    def _start(self, run: Path, settings: TrackingConfig) -> Any:
+    def _start(self, folder: Path, settings: TrackingConfig) -> Any:
         """wandb's run, the same one at each start; an offline one where the server does not answer."""
-        saved = run / "wandb-id.txt"
+        saved = folder / "wandb-id.txt"
         if not saved.exists():  # before wandb knows of it: a run that is killed now must not become two
-            saved.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        place = {"project": settings.project, "entity": settings.entity, "name": run.name, "dir": str(run)}
+            write_text(saved, secrets.token_hex(4) + "\n")
+        place = {"project": settings.project, "entity": settings.entity, "name": folder.name, "dir": str(folder)}
         place["id"] = saved.read_text(encoding="utf-8").strip()
         # wandb's own are 90 s, and for ever. Versions that don't know of one ignore the variable.
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "10")
@@ -208,19 +178,19 @@ class _Wandb:
             reason = " ".join(str(error).split())
         self._wandb.teardown()
         offline = self._wandb.init(**place, mode="offline")
-        folder = Path(offline.dir).parent
-        log.warning("wandb's server does not answer (%s): recorded offline, `wandb sync %s` sends it", reason, folder)
+        sent = Path(offline.dir).parent
+        log.warning("wandb's server does not answer (%s): recorded offline, `wandb sync %s` sends it", reason, sent)
         return offline
 
     def scalars(self, step: int, stage: str, values: Mapping[str, float]) -> None:
-        self._run.log({**{f"{stage}/{name}": value for name, value in values.items()}, "step": step})
+        self._run.log({f"{stage}/{name}": value for name, value in values.items()} | {"step": step})
 
-    def images(self, step: int, images: Mapping[str, Image]) -> None:
-        self._run.log({**{name: self._wandb.Image(image) for name, image in images.items()}, "step": step})
+    def images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
+        self._run.log({name: self._wandb.Image(image) for name, image in images.items()} | {"step": step})
 
     def video(self, step: int, paths: Mapping[str, Path]) -> None:
         videos = {name: self._wandb.Video(str(path), format="mp4") for name, path in paths.items()}
-        self._run.log({**videos, "step": step})
+        self._run.log(videos | {"step": step})
 
     def config(self, values: Mapping[str, Any]) -> None:
         self._run.config.update(dict(values), allow_val_change=True)
@@ -230,13 +200,13 @@ class _Wandb:
 
 
 def _gif(path: Path) -> bytes:
-    """A video of 24 frames a second, as one of 12 with 128 lines."""
+    """A video of 24 frames a second as one of 12 with 128 lines."""
     filters = "fps=12,scale=-2:128,split[a][b];[a]palettegen[p];[b][p]paletteuse"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}", "-vf", filters]
     return subprocess.run([*command, "-f", "gif", "pipe:1"], check=True, capture_output=True, timeout=60).stdout
 
 
-def _require(name: str) -> ModuleType:
+def _require(name: str) -> Any:
     try:
         return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
     except ImportError as error:

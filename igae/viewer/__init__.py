@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking at scenes in a browser: ``python -m igae.view CHECKPOINT|RUN|EXPORT``.
+"""Scenes in a browser (``igae view``), and the report of a run (``igae report``).
 
-``subject`` is what is looked at, and follows a run; ``drawing`` makes pictures of it; ``cameras`` has the way from the
-page's cameras to the renderer's, and paths of them; ``session`` is one open page, ``server`` all of them.
+``subject`` is a model with its scenes, and follows a run; ``drawing`` makes pictures of it; ``cameras`` converts the
+page's cameras and interpolates paths; ``session`` is one open page, ``server`` all of them; ``report`` is a page of
+its own.
 """
 
 import lazy_loader

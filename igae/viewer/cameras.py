@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cameras of the page, and paths of cameras: their file, and what lies between them."""
+"""Cameras of the page, and camera paths: their file, and the cameras in between."""
 
 import json
 import math
@@ -15,36 +15,25 @@ MAX_CAMERAS = 10_000
 
 @dataclass(frozen=True)
 class Camera:
-    """``cam2world`` [4, 4], OpenCV (x right, y down, z forward), and ``intrinsics`` [3, 3], divided by the image's
-    width and height; both float64."""
+    """``cam2world`` [4, 4], OpenCV (x right, y down, z forward), and ``intrinsics`` [3, 3], normalized by the image
+    size; both float64."""
 
     cam2world: Tensor
     intrinsics: Tensor
 
 
 def rotation_of(wxyz: Tensor) -> Tensor:
-    """Rotations [..., 3, 3] of quaternions [..., 4] (w, x, y, z) of any length but zero."""
-    w, x, y, z = (wxyz / wxyz.norm(dim=-1, keepdim=True)).unbind(-1)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+    """Rotations [..., 3, 3] of quaternions [..., 4] (w, x, y, z) of any length but zero; float64."""
+    from viser.transforms import SO3
+
+    return torch.from_numpy(SO3(wxyz.numpy()).as_matrix())
 
 
 def quaternion_of(rotation: Tensor) -> Tensor:
-    """Quaternions [..., 4] of rotations [..., 3, 3], of either sign: the eigenvector to the largest eigenvalue, 3, of
-    the matrix of I. Bar-Itzhack, "New method for extracting the quaternion from a rotation matrix", 2000."""
-    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(-1) for row in rotation.unbind(-2))
-    rows = [
-        [xx + yy + zz, zy - yz, xz - zx, yx - xy],
-        [zy - yz, xx - yy - zz, xy + yx, xz + zx],
-        [xz - zx, xy + yx, yy - xx - zz, yz + zy],
-        [yx - xy, xz + zx, yz + zy, zz - xx - yy],
-    ]
-    vectors: Tensor = torch.linalg.eigh(torch.stack([torch.stack(row, -1) for row in rows], -2)).eigenvectors
-    return vectors[..., -1]
+    """Unit quaternions [..., 4] of rotations [..., 3, 3], of either sign; float64."""
+    from viser.transforms import SO3
+
+    return torch.from_numpy(SO3.from_matrix(rotation.numpy()).wxyz)
 
 
 def pose_of(rotation: Tensor, position: Tensor) -> Tensor:
@@ -55,15 +44,15 @@ def pose_of(rotation: Tensor, position: Tensor) -> Tensor:
 
 
 def lens_of(angle: float, size: tuple[int, int]) -> Tensor:
-    """Intrinsics [3, 3] of images of ``size`` (height, width) with square pixels that see ``angle`` degrees from top to
-    bottom."""
+    """Intrinsics [3, 3] of images of ``size`` (height, width) with square pixels and a vertical angle of view in
+    degrees."""
     focal = 0.5 / math.tan(math.radians(angle) / 2)
     rows = [[focal * size[0] / size[1], 0.0, 0.5], [0.0, focal, 0.5], [0.0, 0.0, 1.0]]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def angle_of(focal: float, size: tuple[int, int]) -> float:
-    """Degrees from top to bottom that images of a focal length, divided by their width, see."""
+    """Vertical angle of view in degrees of images with a focal length normalized by their width."""
     return 2 * math.degrees(math.atan(0.5 * size[0] / size[1] / focal))
 
 
@@ -78,13 +67,14 @@ def orbit_from(camera: Camera, frames: int, up: Tensor, center: Tensor) -> list[
 
 
 def between(path: list[Camera], frames: int) -> list[Camera]:
-    """A smooth way through cameras, the same time from each to the next: Catmull-Rom splines of the positions'
-    directions and distances from the origin, where the object is (a straight way would go nearer to it), of the focal
-    lengths and of the quaternions. Directions and quaternions are made unit ones again.
+    """A smooth path through cameras, the same time from each to the next.
+
+    Interpolated, by Catmull-Rom splines, are quaternions, intrinsics, and the positions' directions and distances from
+    the origin, where the object is (a straight line would come closer to it).
 
     Args:
         path: one or more cameras. The first and last are the first and last of the result.
-        frames: how many there shall be, two or more.
+        frames: cameras of the result, two or more.
     """
     turns = quaternion_of(torch.stack([camera.cam2world[:3, :3] for camera in path]))
     for i in range(1, len(turns)):
@@ -96,13 +86,12 @@ def between(path: list[Camera], frames: int) -> list[Camera]:
     knots = torch.cat([turns, positions / distances.clamp_min(1e-12), distances, lenses.flatten(1)], 1)
     if len(knots) == 1:
         knots = knots.repeat(2, 1)
-    # Ends that go straight on.
-    knots = torch.cat([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
-    time = torch.linspace(0, len(knots) - 3, frames, dtype=torch.float64)
-    start = time.floor().long().clamp(max=len(knots) - 4)
-    t = (time - start)[:, None]
-    a, b, c, d = (knots[start + i] for i in range(4))
-    found = b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    slopes = torch.gradient(knots, dim=0)[0]
+    time = torch.linspace(0, len(knots) - 1, frames, dtype=torch.float64)
+    start = time.floor().long().clamp(max=len(knots) - 2)
+    t, rise = (time - start)[:, None], knots[start + 1] - knots[start]
+    m, n = slopes[start], slopes[start + 1]
+    found = knots[start] + t * (m + t * (3 * rise - 2 * m - n + t * (m + n - 2 * rise)))
     places = found[:, 4:7] / found[:, 4:7].norm(dim=1, keepdim=True).clamp_min(1e-12) * found[:, 7:8]
     poses = pose_of(rotation_of(found[:, :4]), places)
     return [Camera(pose, lens.view(3, 3)) for pose, lens in zip(poses, found[:, 8:], strict=True)]

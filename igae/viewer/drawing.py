@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of scenes, and their place in a window."""
+"""Pictures of scenes, and their layout in a window."""
 
 import math
 import time
@@ -14,25 +14,19 @@ from torch import Tensor
 
 from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, to_uint8
 from igae.models import IGAE
-from igae.rendering import render
+from igae.rendering import Cameras, render
 
 RGB, LATENTS, CHANNELS, DEPTH, ALL = "decoded RGB", "latents", "latent channels", "depth", "side by side"
-VIEWS = {
-    RGB: (RGB,),
-    LATENTS: (LATENTS,),
-    CHANNELS: (CHANNELS,),
-    DEPTH: (DEPTH,),
-    ALL: (RGB, LATENTS, DEPTH),
-}
+VIEWS = {**{view: (view,) for view in (RGB, LATENTS, CHANNELS, DEPTH)}, ALL: (RGB, LATENTS, DEPTH)}
 """What can be looked at -> the panels that show it."""
-LABEL, GAP, FONT = 20, 8, 13  # pixels of the screen above a panel, between two, and of a label's letters
-LEAST = 4  # latents of fewer rows or columns are not decoded
+LABEL, GAP, FONT = 20, 8, 13  # pixels of the screen: height of labels, between panels, size of letters
+LEAST = 4  # rows and columns of latents at least
 
 
 @dataclass
-class Scene:
-    """Planes [1, 3, R, R, C] of a scene, and mean and standard deviation [c] of its latents as first seen: colors
-    that stay the same while the camera moves."""
+class ShownScene:
+    """Planes [1, 3, R, R, C] of a scene, and mean and standard deviation [c] of its latents as first seen, which keep
+    their colors the same while the camera moves."""
 
     planes: Tensor
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -41,7 +35,7 @@ class Scene:
 
 @dataclass
 class Drawn:
-    """A view of a scene: latents [c, h, w], depth and opacity [h, w] and, where it was decoded, the image [H, W, 3]."""
+    """A view of a scene: latents [c, h, w], depth and opacity [h, w], and the image [H, W, 3] if it was decoded."""
 
     latents: Tensor
     depth: Tensor
@@ -60,15 +54,15 @@ def is_decoded(view: str) -> bool:
 
 @torch.no_grad()
 def draw(
-    model: IGAE, scene: Scene, cam2world: Tensor, intrinsics: Tensor, scale: float = 1.0, decode: bool = True
+    model: IGAE, scene: ShownScene, cam2world: Tensor, intrinsics: Tensor, scale: float = 1.0, decode: bool = True
 ) -> Drawn:
     """Render a view, with fixed samples as an evaluation does.
 
     Args:
         cam2world: [4, 4], OpenCV.
-        intrinsics: [3, 3], divided by the image's width and height.
-        scale: of the rows and columns of latents; with less than 1 the decoder makes a smaller image.
-        decode: make an image of the latents.
+        intrinsics: [3, 3], normalized by the image size.
+        scale: of the latents' height and width; below 1 the decoded image is smaller too.
+        decode: whether to decode the latents into an image.
     """
     height, width = (max(min(LEAST, side), round(side * scale)) for side in model.latent_shape[1:])
     background = model.background
@@ -77,9 +71,7 @@ def draw(
     rendered = render(
         scene.planes,
         model.mlp,
-        cam2world[None].to(scene.planes),
-        intrinsics[None].to(scene.planes),
-        (height, width),
+        Cameras(cam2world[None].to(scene.planes), intrinsics[None].to(scene.planes), (height, width)),
         model.options,
         background=background,
         backend=model.renderer,
@@ -89,10 +81,10 @@ def draw(
     return Drawn(latents[0], rendered.depth[0], rendered.opacity[0], image)
 
 
-def choose_threads(model: IGAE, scene: Scene, cam2world: Tensor, intrinsics: Tensor, most: int) -> int:
+def choose_threads(model: IGAE, scene: ShownScene, cam2world: Tensor, intrinsics: Tensor, most: int) -> int:
     """On a CPU, let this thread compute on one core or on ``most``, whichever draws faster now; returns the number.
 
-    Beside a training that needs all cores, two threads that waited for each other took ten times as long as one.
+    Beside a training that uses all cores, two threads that wait for each other took ten times as long as one.
     """
     if model.background.device.type != "cpu" or most == 1:
         return most
@@ -109,57 +101,57 @@ def choose_threads(model: IGAE, scene: Scene, cam2world: Tensor, intrinsics: Ten
     return threads
 
 
-def panels(view: str, drawn: Drawn, scene: Scene, size: tuple[int, int]) -> list[Picture]:
-    """The panels of a view, each of the images' ``size`` (height, width) or, enlarged by the window only, smaller;
-    latent channels are a grid of such."""
-
-    def panel(kind: str) -> Picture:
+def panels(view: str, drawn: Drawn, scene: ShownScene, size: tuple[int, int]) -> list[Picture]:
+    """The panels of a view: latents, channels (a grid of them) and depth enlarged to the images' ``size`` (height,
+    width), and the decoded image as it is."""
+    shown: list[Picture] = []
+    for kind in VIEWS[view]:
         if kind == RGB:
             assert drawn.image is not None
-            return drawn.image
-        if kind == DEPTH:
-            return _first(depth_to_rgb(drawn.depth[None], drawn.opacity[None], size))
-        if kind == LATENTS:
+            shown.append(drawn.image)
+        elif kind == DEPTH:
+            shown.append(depth_to_rgb(drawn.depth[None], drawn.opacity[None], size)[0])
+        elif kind == LATENTS:
             channels = [i % len(scene.mean) for i in range(3)]
-            return _first(latent_to_rgb(drawn.latents[None], size, (scene.mean[channels], scene.std[channels])))
-        mean, std = (value[:, None, None, None] for value in (scene.mean, scene.std.clamp_min(1e-12)))
-        unit = (torch.zeros(3), torch.ones(3))
-        cells = latent_to_rgb((drawn.latents[:, None] - mean) / std, size, unit)
-        columns = math.ceil(math.sqrt(len(cells)))
-        cells = np.concatenate([cells, np.full((-len(cells) % columns, *cells.shape[1:]), 255, np.uint8)])
-        return np.concatenate([np.concatenate(list(row), 1) for row in np.split(cells, len(cells) // columns)], 0)
-
-    return [panel(kind) for kind in VIEWS[view]]
+            shown.append(latent_to_rgb(drawn.latents[None], size, (scene.mean[channels], scene.std[channels]))[0])
+        else:
+            mean, std = (value[:, None, None, None] for value in (scene.mean, scene.std.clamp_min(1e-12)))
+            cells = latent_to_rgb((drawn.latents[:, None] - mean) / std, size, (torch.zeros(3), torch.ones(3)))
+            columns = math.ceil(math.sqrt(len(cells)))
+            cells = np.concatenate([cells, np.full((-len(cells) % columns, *size, 3), 255, np.uint8)])
+            grid = cells.reshape(-1, columns, *size, 3).transpose(0, 2, 1, 3, 4)
+            shown.append(grid.reshape(-1, columns * size[1], 3))
+    return shown
 
 
 def side_by_side(pictures: Sequence[Picture]) -> Picture:
-    """Panels of a view as one picture, without labels, to be saved."""
+    """Panels of a view as one picture without labels, to be saved."""
     height = max(picture.shape[0] for picture in pictures)
     return np.concatenate([_resize(p, (height, round(p.shape[1] * height / p.shape[0])), True) for p in pictures], 1)
 
 
 @dataclass
 class Sheet:
-    """Pictures in a window: ``cells`` are left, top, right and bottom of each, as parts of its width and height."""
+    """Pictures in a window: ``cells`` are left, top, right and bottom of each in [0, 1]."""
 
     picture: Picture
     cells: list[tuple[float, float, float, float]]
 
     def at(self, x: float, y: float) -> int | None:
         """Which picture is at a point, if any."""
-        for i, (left, top, right, bottom) in enumerate(self.cells):
-            if left <= x <= right and top <= y <= bottom:
-                return i
-        return None
+        inside = (
+            i for i, (left, top, right, bottom) in enumerate(self.cells) if left <= x <= right and top <= y <= bottom
+        )
+        return next(inside, None)
 
 
 def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: tuple[int, int], most: int) -> Sheet:
-    """Put pictures of one shape on white into a window, as large as they can be, with labels if there are several.
+    """Lay out pictures of one shape on white, as large as they fit into a window, with labels if there are several.
 
     Args:
-        pictures: None is an empty place.
+        pictures: None is an empty cell.
         labels: cut off where they are too long.
-        window: (height, width) in pixels of the screen; the sheet has its shape.
+        window: (height, width) in pixels of the screen; the sheet has its aspect ratio.
         most: pixels of the sheet's longer side; the page enlarges what it gets.
     """
     reduced = min(1.0, most / max(window))
@@ -194,11 +186,6 @@ def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: t
             pen.text((x + w / 2, y - label / 4), text, fill="#333333", font=font, anchor="ms")
         cells.append((x / width, (y - label) / height, (x + w) / width, (y + h) / height))
     return Sheet(np.asarray(canvas), cells)
-
-
-def _first(pictures: Picture) -> Picture:
-    picture: Picture = pictures[0]
-    return picture
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server of the page: who looks, what is drawn next, and when there is something new to show."""
+"""The server of the page: open pages, a thread that draws for them, and one that follows a run."""
 
 import contextlib
 import io
@@ -19,27 +19,30 @@ from igae.viewer.subject import Followed
 if TYPE_CHECKING:
     import viser
 
-POLL = 2.0
-"""Seconds between looks for a newer checkpoint."""
 log = logging.getLogger("igae")
 
 
 class Viewer:
-    """Serves the page until :meth:`close`; one thread draws for all who look, another follows the run.
+    """Serves the page until :meth:`close`.
 
     Args:
-        host, port: where to; port 0 is any that is free.
+        host, port: address to listen on; port 0 is any that is free.
+        poll: seconds between looks for a newer checkpoint.
+
+    Attributes:
+        sessions: open pages, by viser's ids.
+        url: of the page.
 
     Raises:
-        ValueError: the address can't be used, viser is not there, or there is no scene to show.
+        ValueError: the address can't be used, viser is not installed, or there is no scene to show.
     """
 
-    def __init__(self, followed: Followed, host: str = "127.0.0.1", port: int = 8080, poll: float = POLL) -> None:
+    def __init__(self, followed: Followed, host: str = "127.0.0.1", port: int = 8080, poll: float = 2.0) -> None:
         if not followed.subject.names:
             raise ValueError(f"{followed.subject.title} has no scenes to show")
-        check_address(host, port)
+        _check_address(host, port)
         self.subject = followed.subject
-        self._sessions: dict[int, Session] = {}
+        self.sessions: dict[int, Session] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
         self._server = _start(host, port)
         camera = self._server.initial_camera
@@ -66,12 +69,12 @@ class Viewer:
 
     def _connect(self, client: "viser.ClientHandle") -> None:
         client.gui.main_panel.dock_right()
-        self._sessions[client.client_id] = Session(client, self.subject, self._wake.set)
-        if client.client_id not in self._server.get_clients():  # it has gone meanwhile
+        self.sessions[client.client_id] = Session(client, self.subject, self._wake.set)
+        if client.client_id not in self._server.get_clients():  # closed meanwhile
             self._disconnect(client)
 
     def _disconnect(self, client: "viser.ClientHandle") -> None:
-        session = self._sessions.pop(client.client_id, None)
+        session = self.sessions.pop(client.client_id, None)
         if session is not None:
             session.close()
 
@@ -81,16 +84,16 @@ class Viewer:
             self._wake.wait(0.05 if more else 1.0)
             self._wake.clear()
             more = False
-            if self._sessions and measured is not self.subject:
+            if self.sessions and measured is not self.subject:
                 measured = self.subject
-                with contextlib.suppress(ValueError, OSError):  # drawing says what is wrong
+                with contextlib.suppress(ValueError, OSError):  # drawing tells it
                     measured.choose_threads(threads)
-            for session in list(self._sessions.values()):
+            for session in list(self.sessions.values()):
                 try:
                     if session.subject is not self.subject:
                         session.show(self.subject)
                     more = session.update() or more
-                except Exception as error:  # whatever it is, the others want to go on looking
+                except Exception as error:  # of whatever kind: other pages stay open
                     if not isinstance(error, (ValueError, OSError)):
                         log.error("%s", traceback.format_exc())
                     session.fail(error)
@@ -104,8 +107,8 @@ class Viewer:
                 self._wake.set()
 
 
-def check_address(host: str, port: int) -> None:
-    """Raises ValueError where nothing can be served there."""
+def _check_address(host: str, port: int) -> None:
+    """Raises ValueError if the address can't be listened on."""
     try:
         if not 0 <= port < 1 << 16:  # which would be taken modulo 2^16
             raise OSError("a port is a number up to 65535")
@@ -127,10 +130,10 @@ def _start(host: str, port: int) -> "viser.ViserServer":
 
     class Server(viser.ViserServer):
         def request_share_url(self, verbose: bool = True) -> str | None:
-            """A page could ask for a public address of this server: it never gets one."""
+            """None: no page gets a public address of this server."""
             return None
 
-    # A page may be closed while something is drawn for it.
+    # A page may be closed while a picture is drawn for it.
     warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
     with _quiet():
         server = Server(host=host, port=port, label="igae", verbose=False)
@@ -142,5 +145,5 @@ def _start(host: str, port: int) -> "viser.ViserServer":
 
 
 def _quiet() -> contextlib.AbstractContextManager[object]:
-    """Keeps back what viser prints: addresses of its own, and that it stops."""
+    """Discards what viser prints: its own addresses, and that it stops."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at: a model and its scenes, of a checkpoint or an export; and the newest checkpoint of a run."""
+"""The model that is shown, with its scenes: of a checkpoint, an export, or the newest checkpoint of a run."""
 
 import logging
 from collections import OrderedDict
@@ -10,19 +10,13 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from igae import export
 from igae.data import orbit
-from igae.errors import redact
 from igae.evaluation import Picture
-from igae.export import find_model
+from igae.export import find_model, load_trained
 from igae.models import IGAE
 from igae.viewer.cameras import angle_of, lens_of
-from igae.viewer.drawing import Scene, choose_threads, draw
+from igae.viewer.drawing import ShownScene, choose_threads, draw
 
-KEPT, KEPT_THUMBNAILS = 32, 1000
-"""Scenes whose planes, and whose thumbnails, stay in memory."""
-CAMERA = (1.3, 1.1)
-"""Distance and focal length of the first camera where nothing says what those of the data are."""
 ELEVATION = 0.4
 log = logging.getLogger("igae")
 
@@ -31,8 +25,8 @@ log = logging.getLogger("igae")
 class Subject:
     """A model on its device, and its scenes, which are read when they are first asked for.
 
-    ``thumbnails`` are those that were made, by the scenes' names. ``title`` says what it is; ``distance`` (from the
-    origin) and ``angle`` (of view, from top to bottom, in degrees) are those of a camera like the data's.
+    ``title`` names the model; ``distance`` (from the origin) and ``angle`` (vertical angle of view in degrees) are
+    those of a camera like the data's. ``scenes`` are those in memory, ``thumbnails`` those that were drawn, by name.
     """
 
     title: str
@@ -41,10 +35,13 @@ class Subject:
     distance: float
     angle: float
     _rows: Callable[[str], Tensor]
+    kept: int = 32
+    """Scenes whose planes stay in memory."""
+    kept_thumbnails: int = 1000
 
     def __post_init__(self) -> None:
         self.thumbnails: dict[str, Picture] = {}
-        self._scenes: OrderedDict[str, Scene] = OrderedDict()
+        self.scenes: OrderedDict[str, ShownScene] = OrderedDict()
         self._lock = Lock()
 
     @property
@@ -62,7 +59,7 @@ class Subject:
         lens = lens_of(self.angle, self.image_size)
         image = draw(self.model, self.scene(name), self.front, lens).image
         assert image is not None
-        if len(self.thumbnails) >= KEPT_THUMBNAILS:
+        if len(self.thumbnails) >= self.kept_thumbnails:
             del self.thumbnails[next(iter(self.thumbnails))]
         self.thumbnails[name] = image
 
@@ -72,20 +69,20 @@ class Subject:
         return choose_threads(self.model, self.scene(self.names[0]), self.front, lens, most)
 
     @torch.no_grad()
-    def scene(self, name: str) -> Scene:
-        """Raises ValueError or OSError where its file can't be read."""
+    def scene(self, name: str) -> ShownScene:
+        """A scene's planes. Raises ValueError or OSError if its file can't be read."""
         with self._lock:
-            if name not in self._scenes:
+            if name not in self.scenes:
                 row = self._rows(name).to(self.model.background.device)
-                scene = Scene(self.model.planes_of(row[None])[0])
+                scene = ShownScene(self.model.planes_of(row[None])[0])
                 lens = lens_of(self.angle, self.image_size)
                 latents = draw(self.model, scene, self.front, lens, decode=False).latents
                 scene.mean, scene.std = latents.mean((1, 2)), latents.std((1, 2), correction=0)
-                self._scenes[name] = scene
-                if len(self._scenes) > KEPT:
-                    self._scenes.popitem(last=False)
-            self._scenes.move_to_end(name)
-            return self._scenes[name]
+                self.scenes[name] = scene
+                if len(self.scenes) > self.kept:
+                    self.scenes.popitem(last=False)
+            self.scenes.move_to_end(name)
+            return self.scenes[name]
 
 
 def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> Subject:
@@ -97,23 +94,11 @@ def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> 
     Raises:
         ValueError: it is missing or damaged, or its data or autoencoder can't be found.
     """
-    if export.is_export(where):
-        if overrides:
-            raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
-        found = export.Export(where, device, "auto")
-        size = found.description.image_size
-        box, title = found.description.render.box, redact(where)
-        rows = lambda name: found.rows([name])[0]  # noqa: E731
-        return Subject(title, found.model, found.names, CAMERA[0] * box, angle_of(CAMERA[1], size), rows)
-    run = export.open_run(where, overrides)
-    model = export.load_run(run).to(device).eval()
-    model.renderer = "auto"  # this machine is not the one that trains
-    ids = {scene.name: scene.id for scene in run.scenes}
-    cameras, size = run.manifest.cameras, run.manifest.image_size
-    distance, focal = (cameras.mean_distance, cameras.mean_focal) if cameras else CAMERA
-    title = f"{run.recipe.experiment}, step {run.loaded.progress.total}"
-    read = run.rows
-    return Subject(title, model, list(ids), distance, angle_of(focal, size), lambda name: read([ids[name]])[0])
+    trained = load_trained(where, overrides)
+    model, (distance, focal) = trained.model.to(device), trained.camera
+    size = (model.plain.shape[2], model.plain.shape[3])
+    rows = lambda name: trained.rows([name])[0]  # noqa: E731
+    return Subject(trained.title, model, trained.names, distance, angle_of(focal, size), rows)
 
 
 class Followed:

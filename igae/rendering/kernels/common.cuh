@@ -29,7 +29,7 @@ constexpr int BACK_FLOATS = W1_WORDS + 256 * ((COLOR_TILES + 1) / 2) * WORDS;
 
 struct Params {
   const void *planes;
-  const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background, *noise_coarse, *noise_fine;
+  const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background;
   const long long *scene, *seed;
   float *features, *depth, *opacity;                                  // forward: results
   float *kept;                                                        // [rays, KEPT], see there; or null: nothing is kept
@@ -41,7 +41,7 @@ struct Params {
   int rays, height, width, resolution, background_stride, jitter, measure, partials;
   float near, far, box;
 };
-enum { JITTER_HALF, JITTER_VALUE, JITTER_TENSOR, JITTER_NOISE };
+enum { JITTER_HALF, JITTER_VALUE, JITTER_TENSOR };
 
 // --- warp ---
 

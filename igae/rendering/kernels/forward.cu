@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass: one warp a ray. Images are written, and what a backward pass needs of each ray.
 #include "mlp.cuh"
-#include "ray.cuh"
+#include "ray_marching.cuh"
 
 constexpr int COLOR_ROW = 8 * COLOR_TILES;
 constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = (2 * ROW + 3 + SCRATCH + 3) / 4 * 4;

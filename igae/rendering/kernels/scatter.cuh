@@ -2,7 +2,7 @@
 // Gradients of the planes: a tile's samples are added up by tensor cores before they go to memory.
 #pragma once
 #include "mlp.cuh"
-#include "ray.cuh"
+#include "ray_marching.cuh"
 
 // The four texels that a sample reads in a plane have four parities of (column, row). Successive samples of a tile that
 // read the same texel are a run; of one parity a sample is in one run, or in none where the texel is outside. What texels

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Adam over the rows of a large tensor. What is computed is defined in igae/scenes/row_adam.py.
 //
-// A visit is `plan` (one warp a row: what it owes, in few moves) and `move` (elements, each read once, and copied as the moves
-// leave it: rows stay as they are); a step is `plan` again, if it was not just made, `begin` (one block) and `update`, which
-// makes the owed moves and then its own. To catch up is `plan` and `move`, which then writes the rows. Only `plan` and
-// `begin` read and write what rows have got and how many steps there were: the others find all they need in the records.
+// A visit is `plan` (one warp a row: its deferred updates, in few parts) and `catch_up` (elements, each read once, and copied
+// with the deferred updates: rows stay as they are); a step is `plan` again, if it was not just made, `begin` (one block) and
+// `update`, which applies the deferred updates and then its own. To catch up is `plan` and `catch_up`, which then writes the
+// rows. Only `plan` and `begin` read and write which updates rows have got and how many steps there were: the others find
+// all they need in the records.
 // No CUDA header is included: NVRTC has none.
 
 typedef long long i64;
@@ -14,10 +15,10 @@ constexpr unsigned ALL = 0xffffffffu;
 constexpr double SPREAD = 1.2;
 constexpr int SWEEPS = 6, THREADS = 256, ITEMS = 2;
 
-// A slot has a Head and then its parts: owed steps that are made in one go, and behind them the step with the gradient.
+// A slot has a Head and then its parts: deferred steps that are applied in one go, then the step with the gradient.
 struct __align__(16) Head {
   i64 row;   // -1: none
-  i64 done;  // the last step that it has got once its parts are made
+  i64 done;  // the last step that it has got once its parts are applied
   int parts, unused[3];
 };
 struct __align__(16) Part {
@@ -30,7 +31,7 @@ union Record {
 
 struct Params {
   float *p, *m, *v;              // [count, size]
-  float *copies;                 // [slots, size]: what a visit returns; or null, and `move` writes the rows
+  float *copies;                 // [slots, size]: what a visit returns; or null, and `catch_up` writes the rows
   const float *gradient;         // [slots, size]
   const i64 *rows;               // [slots], or null: all rows
   i64 *updated, *visited;        // [count]
@@ -42,7 +43,7 @@ struct Params {
   i64 count, size, slots, capacity, horizon;
   double lr_value, log1, log2;   // logarithms of the decays of the moments
   float eps, scale, new1, new2;  // 1 - decays
-  int parts, lazy, settle;       // settle: `plan` is for moves that are written
+  int parts, lazy, settle;       // settle: what `plan` finds will be written
 };
 
 DEV Record *record_of(const Params &a, i64 slot) { return a.records + slot * (2 + a.parts); }
@@ -59,9 +60,9 @@ DEV double warp_sum(double v) {
   return v;
 }
 
-// --- what rows owe ---
+// --- deferred updates ---
 
-// The owed steps of a part, 32 at a time: each lane has one of them, `past` steps after the last one that was applied.
+// The deferred steps of a part, 32 at a time: each lane has one of them, `past` steps after the last one that was applied.
 struct Steps {
   const double *rates;     // of the part's first step and on
   double first1, first2;   // beta1^past and beta2^(past / 2) of the lane's first step
@@ -90,15 +91,15 @@ struct Rule {
   i64 count;                                                     // steps of the part
 };
 
-// The first part of at most `owed` steps. The matrix comes from Stieltjes's recurrence: each entry is a mean over the
+// The first part of at most `deferred` steps. The matrix comes from Stieltjes's recurrence: each entry is a mean over the
 // masses, so that what is computed stays in their range also where there are fewer places than nodes.
-DEV Rule first_part(Steps &steps, i64 owed) {
+DEV Rule first_part(Steps &steps, i64 deferred) {
   Rule rule = {0, 0, 0, 0, 0, 0, 0};
   steps.rewind();
   double head = __shfl_sync(ALL, steps.place(), 0), shift = 0;
   for (unsigned taken = ALL; taken == ALL; steps.advance()) {
     double place = steps.place();
-    bool together = steps.past <= owed && place * SPREAD >= head;  // places fall from step to step
+    bool together = steps.past <= deferred && place * SPREAD >= head;  // places fall from step to step
     if (together) {
       double mass = steps.mass();
       rule.total += mass;
@@ -223,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(1024) begin(const Params a) {
     record->head.row = wanted ? row : -1;
     if (row < 0 || !wanted) continue;
     i64 updated = record->head.done, step = a.lazy ? updated + 1 : now;
-    // Steps beyond the horizon moved nothing, but the moments decayed in them.
+    // Steps beyond the horizon updated nothing, but the moments decayed in them.
     i64 decayed = a.lazy || a.visited[row] == 0 ? 1 : now - updated;
     record[1 + record->head.parts].part = {float(lr / (1 - exp(a.log1 * step))), 0, 0, float(exp(a.log1 * decayed)),
                       float(rsqrt(1 - exp(a.log2 * step))), 0, 0, float(exp(a.log2 * decayed))};
@@ -269,9 +270,9 @@ template <int WIDTH> DEV i64 place_of(const Params &a, i64 &from) {
   return blockIdx.x / chunks;
 }
 
-// Makes what is owed.
-template <int WIDTH> DEV void make_up(const Params &a, const Record *record, int parts, Elements<WIDTH> &p,
-                                     Elements<WIDTH> &m, Elements<WIDTH> &v) {
+// Applies the deferred updates.
+template <int WIDTH> DEV void apply_deferred(const Params &a, const Record *record, int parts, Elements<WIDTH> &p,
+                                              Elements<WIDTH> &m, Elements<WIDTH> &v) {
   for (int k = 1; k <= parts; ++k) {
     Part part = record[k].part;
 #pragma unroll
@@ -286,7 +287,7 @@ template <int WIDTH> DEV void make_up(const Params &a, const Record *record, int
   }
 }
 
-template <int WIDTH> DEV void move(const Params &a) {
+template <int WIDTH> DEV void catch_up(const Params &a) {
   i64 from, slot = place_of<WIDTH>(a, from);
   const Record *record = record_of(a, slot);
   i64 row = record->head.row, start = row * a.size;
@@ -296,7 +297,7 @@ template <int WIDTH> DEV void move(const Params &a) {
   if (parts > 0) {
     m.read(a.m + start, from, a.size);
     v.read(a.v + start, from, a.size);
-    make_up<WIDTH>(a, record, parts, p, m, v);
+    apply_deferred<WIDTH>(a, record, parts, p, m, v);
   }
   if (a.copies) {
     p.write(a.copies + slot * a.size, from, a.size, false);
@@ -318,7 +319,7 @@ template <int WIDTH> DEV void update(const Params &a) {
   p.read(a.p + start, from, a.size);
   m.read(a.m + start, from, a.size);
   v.read(a.v + start, from, a.size);
-  make_up<WIDTH>(a, record, parts, p, m, v);
+  apply_deferred<WIDTH>(a, record, parts, p, m, v);
   Part part = record[1 + parts].part;
 #pragma unroll
   for (int i = 0; i < ITEMS * WIDTH; ++i) {
@@ -332,7 +333,7 @@ template <int WIDTH> DEV void update(const Params &a) {
   v.write(a.v + start, from, a.size);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) move1(const Params a) { move<1>(a); }
-extern "C" __global__ void __launch_bounds__(THREADS) move4(const Params a) { move<4>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) catch_up1(const Params a) { catch_up<1>(a); }
+extern "C" __global__ void __launch_bounds__(THREADS) catch_up4(const Params a) { catch_up<4>(a); }
 extern "C" __global__ void __launch_bounds__(THREADS) update1(const Params a) { update<1>(a); }
 extern "C" __global__ void __launch_bounds__(THREADS) update4(const Params a) { update<4>(a); }

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as one HTML file that needs nothing else: no network, no other file."""
 
-from igae.viewer.report.page import write_report
+import lazy_loader
 
-__all__ = ["write_report"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

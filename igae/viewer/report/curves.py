@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves of what a run recorded, as coordinates for SVG."""
+"""Curves of what a run logged, as coordinates for SVG."""
 
+import functools
+import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from igae.viewer.report.run import Record
+from igae.viewer.report.run import LoggedStep
 
 WIDTH, HEIGHT = 420, 200  # of a chart, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 52, 18, 410, 176  # edges of the plot in it
 BUCKETS = 250  # of a longer line the least and the greatest of each of so many parts are drawn
-WIDE = 20.0  # losses and rates that span a greater ratio have a logarithmic axis
-TOGETHER = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
+WIDE = 20.0  # ratio of the values above which losses, learning rates and norms have a logarithmic axis
+COMPARED = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}
 FAMILIES = {"lr": "learning rates", "grad_norm": "gradient norms", "gpu_memory": "GPU memory (GiB)"}
 WAITS = {"data_wait": "mean", "data_wait_max": "worst rank"}
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#555555", "#e08a2e", "#7a5cc2")
 Point = tuple[float, float]
 
 
-@dataclass
-class Tick:
+class Tick(NamedTuple):
     place: float
     label: str
 
 
-@dataclass
-class Line:
+class Curve(NamedTuple):
     label: str
     color: str
     paths: list[str]
@@ -32,97 +32,89 @@ class Line:
     last: float
 
 
-@dataclass
-class Chart:
+class Chart(NamedTuple):
     title: str
-    lines: list[Line]
+    lines: list[Curve]
     x: list[Tick]
     y: list[Tick]
     stages: list[Tick]
     """Where a stage begins, and its name."""
 
 
-def charts(records: list[Record]) -> list[Chart]:
-    """A chart for each figure, or for those that are compared: PSNRs, learning rates, gradient norms, ..."""
+class _Axis(NamedTuple):
+    """Values from ``low`` to ``high`` are put from ``start`` to ``end``, in pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low or 1)
+
+
+def charts(steps: list[LoggedStep]) -> list[Chart]:
+    """A chart for each metric, or for those that are compared: PSNRs, learning rates, gradient norms, ..."""
     groups: dict[str, dict[str, dict[str, list[Point]]]] = {}  # chart -> line -> stage -> points
-    for record in records:
-        for name, value in record.values.items():
-            title, label = _group(name)
-            lines = groups.setdefault(title, {}).setdefault(label, {})
-            lines.setdefault(record.stage, []).append((record.step, value))
-    if not groups:
-        return []
-    first, last = min(record.step for record in records), max(record.step for record in records)
     starts: dict[str, float] = {}
-    for record in records:
-        starts[record.stage] = min(record.step, starts.get(record.stage, record.step))
-    return [_chart(title, groups[title], (first, last), starts) for title in sorted(groups, key=_order)]
+    for logged in steps:
+        starts[logged.stage] = min(logged.step, starts.get(logged.stage, logged.step))
+        for name, value in logged.values.items():
+            title, label = _group(name)
+            stages = groups.setdefault(title, {}).setdefault(label, {})
+            stages.setdefault(logged.stage, []).append((logged.step, value))
+    places = [logged.step for logged in steps]
+    x = _Axis(min(places, default=0), max(places, default=0), LEFT, RIGHT)
+    begin = [Tick(x.at(step), stage) for stage, step in starts.items()]
+    return [_chart(title, groups[title], x, begin) for title in sorted(groups, key=_order)]
 
 
+@functools.cache
 def _group(name: str) -> tuple[str, str]:
-    """The title of a figure's chart and the label of its line."""
+    """The title of a metric's chart and the label of its line."""
     family, _, rest = name.partition("/")
     if rest and family in FAMILIES:
         return FAMILIES[family], rest
     if name in WAITS:
         return "data wait (share of the time)", WAITS[name]
     kind = name.rpartition("_")[2]
-    if name.startswith("eval/") and kind in TOGETHER:
-        return TOGETHER[kind], name.removeprefix("eval/").removesuffix(f"_{kind}")
+    if name.startswith("eval/") and kind in COMPARED:
+        return COMPARED[kind], name.removeprefix("eval/").removesuffix(f"_{kind}")
     return name, name
 
 
 def _order(title: str) -> tuple[int, str]:
-    if title in TOGETHER.values():
-        return 1, title
-    known = [title.endswith("/total"), False, title.startswith("loss/"), *(title == t for t in FAMILIES.values())]
-    return known.index(True) if any(known) else len(known), title
+    families = [title == family for family in FAMILIES.values()]
+    kinds = [title.endswith("/total"), title in COMPARED.values(), title.startswith("loss/"), *families, True]
+    return kinds.index(True), title
 
 
-def _chart(
-    title: str, lines: dict[str, dict[str, list[Point]]], steps: tuple[float, float], starts: dict[str, float]
-) -> Chart:
-    values = [value for line in lines.values() for points in line.values() for _, value in points]
+def _chart(title: str, lines: dict[str, dict[str, list[Point]]], x: _Axis, stages: list[Tick]) -> Chart:
+    values = [value for by_stage in lines.values() for points in by_stage.values() for _, value in points]
     positive = [value for value in values if value > 0]
-    logarithmic = (
-        ("loss/" in title or title.endswith("/total") or title in (FAMILIES["lr"], FAMILIES["grad_norm"]))
-        and len(positive) > 0
-        and max(positive) / min(positive) > WIDE
-    )
-    if logarithmic:
-        low, high = math.log10(min(positive)), math.log10(max(positive))
-    else:
-        low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(high), abs(low)):
+    varies = "loss/" in title or title.endswith("/total") or title in (FAMILIES["lr"], FAMILIES["grad_norm"])
+    logarithmic = varies and bool(positive) and max(positive) / min(positive) > WIDE
+    scaled = math.log10 if logarithmic else float
+    low, high = (scaled(edge(positive if logarithmic else values)) for edge in (min, max))
+    if high - low <= 1e-9 * max(abs(high), abs(low)):  # a constant is in the middle
         pad = abs(high) * 0.1 or 1.0
         low, high = low - pad, high + pad
-
-    def x(step: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (step - steps[0]) / (steps[1] - steps[0] or 1)
-
-    def y(value: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
-
+    y = _Axis(low, high, BOTTOM, TOP)
     drawn = []
-    for number, (label, stages) in enumerate(lines.items()):
+    for (label, by_stage), color in zip(lines.items(), itertools.cycle(COLORS), strict=False):
         paths = []
-        for points in stages.values():
-            if logarithmic:  # a rate of 0 is not drawn
-                points = [(step, math.log10(value)) for step, value in points if value > 0]
-            if points:
-                places = [f"{x(step):.1f} {y(value):.1f}" for step, value in thin(points)]
-                paths.append(f"M{places[0]}h0" + "".join(f"L{place}" for place in places[1:]))
-        last = list(stages.values())[-1][-1][1]
-        drawn.append(Line(label, COLORS[number % len(COLORS)], paths, last))
+        for points in by_stage.values():
+            shown = thin([point for point in points if point[1] > 0 or not logarithmic])
+            places = [f"{x.at(step):.1f} {y.at(scaled(value)):.1f}" for step, value in shown]
+            paths += [f"M{places[0]}h0" + "".join(f"L{place}" for place in places[1:])] if places else []
+        drawn.append(Curve(label, color, paths, list(by_stage.values())[-1][-1][1]))
     if logarithmic:
-        marks = [float(mark) for mark in range(math.ceil(low), math.floor(high) + 1)]
-        marks = marks[:: max(1, math.ceil(len(marks) / 5))]
-        y_ticks = [Tick(y(mark), f"1e{mark:.0f}") for mark in marks]
+        powers = range(math.ceil(low), math.floor(high) + 1)
+        y_ticks = [Tick(y.at(power), f"1e{power}") for power in powers[:: math.ceil(len(powers) / 5)]]
     else:
-        y_ticks = [Tick(y(mark), f"{mark:.6g}") for mark in round_numbers(low, high)]
-    x_ticks = [Tick(x(mark), f"{mark:.6g}") for mark in round_numbers(*steps)]
-    begin = [Tick(x(step), stage) for stage, step in starts.items()]
-    return Chart(title, drawn, x_ticks, y_ticks, begin)
+        y_ticks = [Tick(y.at(mark), f"{mark:.6g}") for mark in round_numbers(low, high)]
+    x_ticks = [Tick(x.at(mark), f"{mark:.6g}") for mark in round_numbers(x.low, x.high)]
+    return Chart(title, drawn, x_ticks, y_ticks, stages)
 
 
 def thin(points: list[Point]) -> list[Point]:
@@ -133,7 +125,7 @@ def thin(points: list[Point]) -> list[Point]:
     kept = []
     for i in range(BUCKETS):
         part = range(i * len(points) // BUCKETS, (i + 1) * len(points) // BUCKETS)
-        ends = {min(part, key=lambda k: points[k][1]), max(part, key=lambda k: points[k][1])}
+        ends = {extreme(part, key=lambda k: points[k][1]) for extreme in (min, max)}
         kept += [points[k] for k in sorted(ends)]
     return kept
 

@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import imageio_ffmpeg
 from PIL import Image
 
+T = TypeVar("T")
 COUNT = 12  # pictures, and videos
 BUDGET = 6_000_000  # bytes of all pictures, and of all videos
 WIDTH = 1600  # wider pictures are reduced
@@ -25,43 +27,44 @@ class Medium:
     url: str
 
 
-def pictures(folder: Path) -> tuple[list[Medium], int]:
+def pictures(folder: Path, budget: int = BUDGET) -> tuple[list[Medium], int]:
     """Pictures of a run, spread over its steps, the last one among them; and how many are left out."""
-
     steps: dict[int, list[Path]] = {}
     for path in sorted((folder / "pictures").glob("[!.]*.png")):
         number = re.search(r"(\d+)$", path.stem)
         steps.setdefault(int(number[1]) if number else 0, []).append(path)
     groups = [steps[step] for step in sorted(steps, reverse=True)]
-    count = min(len(groups), max(1, COUNT // max(map(len, groups), default=1)))
-    chosen = [path for i in range(count) for path in groups[i * len(groups) // count]]
-    found, _ = _within(chosen, lambda path: path.stem, _picture, "image/webp")
+    chosen = _spread(groups, max(1, COUNT // max(map(len, groups), default=1)))
+    found = _within(budget, {path.stem: path for group in chosen for path in group}, _picture, "image/webp")
     return found[::-1], sum(map(len, groups)) - len(found)
 
 
-def orbits(folder: Path, stages: Sequence[str]) -> tuple[list[Medium], int]:
+def orbits(folder: Path, stages: Sequence[str], budget: int = BUDGET) -> tuple[list[Medium], int]:
     """Videos of the latest of the stages that has some, by scene; and how many of them are left out."""
     for stage in reversed(stages):
-        of_stage = folder / "orbits" / stage
-        paths = sorted(of_stage.rglob("[!.]*.mp4")) if stage not in ("", ".", "..") and "/" not in stage else []
+        root = folder / "orbits" / stage
+        paths = sorted(root.rglob("[!.]*.mp4")) if stage not in ("", ".", "..") and "/" not in stage else []
         if paths:
-            name = lambda path, root=of_stage: path.relative_to(root).with_suffix("").as_posix()  # noqa: E731
-            return _within(paths, name, _video, "video/mp4")
+            files = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
+            found = _within(budget, files, _video, "video/mp4")
+            return found, len(paths) - len(found)
     return [], 0
 
 
-def _within(
-    paths: list[Path], name: Callable[[Path], str], make: Callable[[Path], bytes | None], kind: str
-) -> tuple[list[Medium], int]:
-    count = min(COUNT, len(paths))
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` items at equal distances, the first among them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _within(budget: int, files: dict[str, Path], make: Callable[[Path], bytes | None], kind: str) -> list[Medium]:
     media, total = [], 0
-    for i in range(count):
-        path = paths[i * len(paths) // count]
+    for name, path in _spread(list(files.items()), COUNT):
         data = make(path)
-        if data is not None and total + len(data) <= BUDGET:
+        if data is not None and total + len(data) <= budget:
             total += len(data)
-            media.append(Medium(name(path), f"data:{kind};base64,{base64.b64encode(data).decode()}"))
-    return media, len(paths) - len(media)
+            media.append(Medium(name, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
+    return media
 
 
 def _picture(path: Path) -> bytes | None:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A click on a column's head sorts the table by it, a second one the other way round. What is missing comes last.
+// A click on a column header sorts the table by that column, a second click reverses the order. Missing values come last.
 for (const table of document.querySelectorAll("table.sortable")) {
   table.tHead.addEventListener("click", (event) => {
     const head = event.target.closest("th");

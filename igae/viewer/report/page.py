@@ -4,7 +4,6 @@
 import base64
 import hashlib
 import logging
-import os
 import statistics
 import time
 from pathlib import Path
@@ -15,8 +14,9 @@ from markupsafe import Markup
 
 from igae import __version__
 from igae.errors import redact
+from igae.storage import write_text
 from igae.viewer.report import curves, media
-from igae.viewer.report.run import Run, Values, read_run
+from igae.viewer.report.run import LoggedRun, read_run
 
 ROWS = 1000  # of the table of scenes
 ENDS = 5  # best and worst scenes
@@ -28,14 +28,11 @@ log = logging.getLogger("igae")
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
-    """Write a run's report: one HTML file that holds its pictures and videos and asks for nothing else.
+    """Write a run's report, one HTML file that holds its pictures and videos and loads nothing else; return its path.
 
     Args:
         run: the folder of a run, finished or under way.
-        output: the file; ``RUN/report.html`` if None. It is there whole or not at all.
-
-    Returns:
-        The file's path.
+        output: the file, written atomically; ``RUN/report.html`` if None.
 
     Raises:
         ValueError: the folder is no run's, or a file in it is damaged.
@@ -45,56 +42,51 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     path = run / "report.html" if output is None else output
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}, make it first")
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(page, encoding="utf-8")
-    os.replace(staging, path)
+    write_text(path, page)
     return path
 
 
 def try_to_write(run: Path) -> None:
-    """The report at the end of a run, which does not fail for it."""
+    """Write the report at the end of a run; an error is a warning."""
     try:
         write_report(run)
     except Exception as error:
         log.warning("the report was not written (%s); to try again: python -m igae.report %s", error, run)
 
 
-def render(run: Run) -> str:
+def render(run: LoggedRun) -> str:
     """The page's HTML."""
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     jinja.filters["number"] = lambda value: "–" if value is None else f"{value:.5g}"
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    pictures, pictures_left_out = media.pictures(run.folder)
-    orbits, orbits_left_out = media.orbits(run.folder, run.stages)
+    # Nothing but these two is trusted: they are files of the package.
+    style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return jinja.get_template("page.html").render(
         name=run.folder.resolve().name,
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         version=__version__,
-        # Nothing but these two is trusted: they are files of the package.
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_digest=digest,
+        style=style,
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         run=run,
         folder=redact(str(run.folder)),
-        figures=list(dict.fromkeys(name for values in run.figures.values() for name in values)),
-        charts=curves.charts(run.records),
+        metrics=list(dict.fromkeys(name for metrics in run.stage_metrics.values() for name in metrics)),
+        charts=curves.charts(run.steps),
         plot=curves,
-        table=scene_table(run.scenes, run.means) if run.scenes is not None else None,
-        pictures=pictures,
-        pictures_left_out=pictures_left_out,
-        orbits=orbits,
-        orbits_left_out=orbits_left_out,
+        table=scene_table(run.evaluation.scenes, run.evaluation.means) if run.evaluation else None,
+        pictures=media.pictures(run.folder),
+        orbits=media.orbits(run.folder, run.stages),
         throughput=throughput(run),
     )
 
 
-def scene_table(scenes: dict[str, Values], means: Values) -> dict[str, Any]:
-    """Rows for the table of scenes, worst first, and the best and the worst of them. Of many scenes the table has the
-    worst only. What they are ranked by is the PSNR of decoded renders, or what there is in its place."""
+def scene_table(scenes: dict[str, dict[str, float]], means: dict[str, float]) -> dict[str, Any]:
+    """The table of scenes, worst first, and the best and the worst of them; of many scenes, the worst only.
+
+    Scenes are ranked by the PSNR of decoded renders, or by the nearest thing that was measured.
+    """
     columns = list(dict.fromkeys([*means, *(name for values in scenes.values() for name in values)]))
-    by = next((name for name in RANKED_BY if name in columns), None)
-    by = by or next((name for name in columns if name.endswith("psnr")), columns[0] if columns else "")
+    psnrs = [name for name in columns if name.endswith("psnr")]
+    by = next((name for name in (*RANKED_BY, *psnrs, *columns) if name in columns), "")
     sign = -1 if by.rpartition("_")[2] in SMALL_IS_GOOD else 1
     ranked = sorted((name for name in scenes if by in scenes[name]), key=lambda name: sign * scenes[name][by])
     unranked = [name for name in scenes if by not in scenes[name]]
@@ -110,19 +102,16 @@ def scene_table(scenes: dict[str, Values], means: Values) -> dict[str, Any]:
     }
 
 
-def throughput(run: Run) -> list[dict[str, Any]]:
-    """For each stage: the steps and minutes between its first and its last record (with interruptions), and medians of
-    the speeds that were recorded."""
+def throughput(run: LoggedRun) -> list[dict[str, Any]]:
+    """For each stage: the steps and minutes from its first to its last record, interruptions included, and medians of
+    the logged speeds."""
     rows = []
-    for stage in dict.fromkeys(record.stage for record in run.records):
-        records = [record for record in run.records if record.stage == stage]
-        row: dict[str, Any] = {
-            "stage": stage,
-            "steps": f"{records[0].step:.0f} to {records[-1].step:.0f}",
-            "minutes": (records[-1].time - records[0].time) / 60,
-        }
+    for stage in dict.fromkeys(logged.stage for logged in run.steps):
+        steps = [logged for logged in run.steps if logged.stage == stage]
+        row: dict[str, Any] = {"stage": stage, "steps": f"{steps[0].step:.0f} to {steps[-1].step:.0f}"}
+        row["minutes"] = (steps[-1].time - steps[0].time) / 60
         for name in SPEEDS:
-            values = [record.values[name] for record in records if name in record.values]
+            values = [logged.values[name] for logged in steps if name in logged.values]
             row[name] = statistics.median(values) if values else None
         rows.append(row)
     return rows

@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the module that ranks share is trained: alone, replicated on each rank, or in parts."""
+"""How the module that ranks share is trained: by one process, the base of the other strategies."""
 
-import copy
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-
-from igae.training.parallel.exchange import Exchange
+from torch.distributed.tensor import DTensor
 
 Groups = Sequence[tuple[str, list[nn.Parameter]]]
 """Named groups of parameters, one for each learning rate."""
@@ -127,121 +121,8 @@ class Strategy:
         return value.clone()
 
 
-class DDP(Strategy):
-    """Each rank has all of the module, and gradients are exchanged in the backward pass."""
-
-    name = "DDP"
-
-    def __init__(self, device: torch.device, async_steps: bool = False, bf16: bool = False) -> None:
-        super().__init__(device, async_steps)
-        self._sent_as = torch.bfloat16 if bf16 else torch.float32
-        self._exchange: Exchange | None = None
-
-    def prepare(self, module: nn.Module, groups: Groups) -> None:
-        super().prepare(module, groups)
-        if self.device.type == "cuda":  # no collective of a captured step must be under way at the next one
-            torch.cuda.synchronize()
-        if groups:
-            trained = list(self.parameters().values())
-            for parameter in trained:
-                dist.broadcast(parameter.detach(), 0)
-            self._exchange = self.exchange(trained)
-
-    def exchange(self, parameters: list[nn.Parameter]) -> Exchange:
-        return Exchange(parameters, sent_as=self._sent_as)
-
-    def drop(self) -> None:
-        if self._exchange is not None:
-            self._exchange.close()
-        self._exchange = None
-        super().drop()
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        if self._exchange is not None and last:
-            self._exchange.expect()
-        loss.backward()
-
-    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        if self._exchange is None:
-            return on_all_ranks(watched, stop)
-        watched, stop = self._exchange.finish([watched, stop])
-        return watched, stop
-
-
 def on_all_ranks(watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """See :meth:`Strategy.agree`; gradients are left alone."""
     sums = torch.stack([watched.float(), stop])
     dist.all_reduce(sums)
     return sums[0], sums[1]
-
-
-class Sharded(Strategy):
-    """A copy of the module is trained, of which each rank keeps a part. The module itself waits on the CPU until its
-    weights are asked for."""
-
-    def prepare(self, module: nn.Module, groups: Groups) -> None:
-        self.drop()
-        self.module = self.trained = module
-        if not groups:
-            self.wrapped = module
-            return
-        names = {id(p): name for name, p in module.named_parameters()}
-        self.trained = copy.deepcopy(module)
-        self.wrapped = self.shard()
-        # By name: sharding may have replaced the parameters.
-        copies = dict(self.trained.named_parameters())
-        self.start([(group, [copies[names[id(p)]] for p in parameters]) for group, parameters in groups])
-        self.release()
-
-    @abstractmethod
-    def shard(self) -> Any:
-        """Shard the copy and return what is called."""
-
-    def agree(self, watched: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        return on_all_ranks(watched, stop)
-
-    def start(self, groups: Groups) -> None:
-        """Make the optimizer of the copy."""
-        self.optimizer = adam(groups, self.device)
-
-    @torch.no_grad()
-    def gather(self) -> None:
-        if self.trained is self.module:
-            return
-        self.module.to(self.device)
-        own = dict(self.module.named_parameters())
-        with self.whole():
-            for name, parameter in self.parameters().items():
-                own[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-        for mine, theirs in zip(self.module.buffers(), self.trained.buffers(), strict=True):
-            mine.copy_(theirs)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The parameters of the trained copy are whole on this rank, or tensors that know how to become so."""
-        yield
-
-    def release(self) -> None:
-        if self.trained is not self.module:
-            self.module.cpu()
-
-
-class FSDP(Sharded):
-    name = "FSDP2"
-    forward_waits = True
-
-    def shard(self) -> Any:
-        net = getattr(getattr(self.trained, "autoencoder", None), "net", None)
-        for part in (net.encoder, net.decoder) if net is not None else ():
-            fully_shard(part)
-        return fully_shard(self.trained)
-
-    def forward(self, arguments: Sequence[Any], last: bool) -> Any:
-        if isinstance(self.wrapped, FSDPModule):
-            self.wrapped.set_requires_gradient_sync(last)
-        return self.wrapped(*arguments)
-
-    def part(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
-        if moment == "step" or not isinstance(parameter, DTensor):
-            return value.clone()
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

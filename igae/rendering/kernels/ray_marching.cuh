@@ -33,9 +33,8 @@ DEV float uniform(u64 seed, u32 stage, u32 ray, u32 sample) {
   return (float)(w >> 8) * 5.9604644775390625e-8f;
 }
 
-DEV float jitter(const Params &p, const float *noise, u32 stage, int count, int ray, int sample) {
+DEV float jitter(const Params &p, u32 stage, int ray, int sample) {
   if (p.jitter == JITTER_HALF) return 0.5f;
-  if (p.jitter == JITTER_NOISE) return noise[(long long)ray * count + sample];
   u64 seed = p.jitter == JITTER_TENSOR ? (u64)*p.seed : p.seed_value;
   return uniform(seed, stage, ray, sample);
 }
@@ -91,7 +90,7 @@ DEV Ray make_ray(const Params &p, int index) {
 DEV void coarse_depths(const Params &p, const Ray &ray, int index, float *t) {
 #pragma unroll
   for (int k = lane_id(); k < K; k += 32) {
-    float step = ((float)k + jitter(p, p.noise_coarse, 0x636F6172u, K, index, k)) / (float)(K - 1);
+    float step = ((float)k + jitter(p, 0x636F6172u, index, k)) / (float)(K - 1);
 #if DISPARITY
     float first = 1.f / ray.near;
     t[k] = 1.f / (first + fminf(step, 1.f) * (1.f / ray.far - first));
@@ -195,7 +194,7 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 #pragma unroll
   for (int i = 0; i < F_ROUNDS; ++i) {
     int j = 32 * i + lane;
-    u[i] = ((float)j + jitter(p, p.noise_fine, 0x66696E65u, KF, index, min(j, KF - 1))) / (float)KF;
+    u[i] = ((float)j + jitter(p, 0x66696E65u, index, min(j, KF - 1))) / (float)KF;
     if (j < KF) draws[j] = u[i];
   }
 #pragma unroll

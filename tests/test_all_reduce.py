@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from igae import config
 from igae.ranks import rank
-from igae.training.parallel.engine import Engine
-from igae.training.parallel.exchange import Exchange
-from igae.training.parallel.strategies import DDP
-from igae.training.recipe import Recipe
-from igae.training.trainer import Trainer
+from igae.training import DDP, BucketedAllReduce, Engine, Recipe, Trainer
 
 WORLD = 3
 SIZES = {"first": (3, 4), "kernel": (6, 5, 3, 3), "unused": (7,), "twice": (4, 4), "scalar": (), "last": (2,)}
@@ -57,7 +53,7 @@ def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse:
     """What two steps of two backward passes give."""
     engine, calls, at_once = Engine(), 0, 0
     own = {name: nn.Parameter(parameter.detach().to(engine.device)) for name, parameter in parameters().items()}
-    mean = Exchange.mean
+    mean = BucketedAllReduce.mean
 
     def counted(*arguments: Any, **more: Any) -> Any:
         nonlocal calls, at_once
@@ -65,9 +61,9 @@ def exchanged(bucket: int, last: int, small: int, sent_as: torch.dtype, reverse:
         at_once += not more["overlap"]
         return mean(*arguments, **more)
 
-    Exchange.mean = counted  # type: ignore[method-assign]
+    BucketedAllReduce.mean = counted  # type: ignore[method-assign]
     order = list(own.values())[::-1] if reverse else list(own.values())
-    exchange, found, arrived = Exchange(order, bucket, last, small, sent_as), [], list[str]()
+    exchange, found, arrived = BucketedAllReduce(order, bucket, last, small, sent_as), [], list[str]()
     for name, parameter in own.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
     for step in range(2):
@@ -157,7 +153,7 @@ def halved(small: int) -> list[float]:
     """Gradients of parameters whose gradients share memory, where an exchange halves all that it gets."""
     engine = Engine()
     own = {name: nn.Parameter(torch.ones(4, 5)) for name in ("further back", "one", "other")}
-    exchange = Exchange(list(own.values()), 1, 0, small)
+    exchange = BucketedAllReduce(list(own.values()), 1, 0, small)
 
     def mean(vector: Tensor, overlap: bool) -> Callable[[], None]:
         vector.mul_(0.5)
@@ -181,7 +177,7 @@ def after_a_failure() -> list[float]:
     """Gradients of a step that comes after one whose backward pass has failed."""
     engine = Engine()
     one, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
-    exchange = Exchange([one, other], 1, 0, 0)
+    exchange = BucketedAllReduce([one, other], 1, 0, 0)
 
     def fail(gradient: Tensor) -> Tensor:
         raise ArithmeticError
@@ -207,7 +203,7 @@ def precision_sent(recipe_file: str, precision: str) -> str:
     trainer = Trainer(config.load(Recipe, recipe_file, [f"train.precision={precision}", f"experiment={precision}"]))
     strategy = trainer.engine._strategy
     assert isinstance(strategy, DDP)
-    exchange = strategy.exchange([nn.Parameter(torch.zeros(3))])
+    exchange = strategy.all_reduce([nn.Parameter(torch.zeros(3))])
     trainer.engine.close()
     return str(exchange._sent_as)
 

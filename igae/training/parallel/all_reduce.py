@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mean over the ranks of the gradients of what they share, exchanged while others are still computed."""
+"""Bucketed all-reduce of gradients, overlapped with the backward pass."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ SMALL = 2**18
 """Gradients of fewer bytes are sent with the flags, in one piece."""
 
 
-class Exchange:
+class BucketedAllReduce:
     """Sends gradients in buckets, each as soon as a backward pass has all that belong into it.
 
     It does what torch's DistributedDataParallel does, without a part in forward passes: no call asks the host for

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The renderer in plain PyTorch: the definition that every other backend has to reproduce.
+"""Ray marching in plain PyTorch: the definition that the CUDA kernels have to reproduce.
 
 Shapes: N rays, K coarse and K' fine samples on each, C features of a point, c color channels. `docs/rendering.md`
 has the formulas.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,7 @@ from torch import Tensor
 
 from igae.rendering.config import RenderOptions
 from igae.rendering.mlp import DecodingMLP
-from igae.rendering.options import Rendered
-from igae.rendering.rays import box_range, pixel_rays
+from igae.rendering.rays import Cameras, box_range, pixel_rays
 from igae.rendering.rng import COARSE, FINE, uniform
 
 PLANE_AXES = {"orthogonal": ((0, 1), (0, 2), (1, 2)), "eg3d": ((0, 1), (0, 2), (2, 0))}
@@ -25,43 +25,48 @@ FAINT = 1e-6
 """Opacity below which the depth fades to the end of the ray, instead of being a quotient of two vanishing sums."""
 
 
+class Rendered(NamedTuple):
+    """Images of B views, h x w pixels, c channels, in the dtype of the planes (float32 for bfloat16 ones)."""
+
+    features: Tensor
+    """[B, h, w, c] in [-1, 1], up to the 0.002 by which colors may overshoot."""
+    depth: Tensor
+    """[B, h, w] mean distance along the ray; the end of the ray's samples where there is nothing to see."""
+    opacity: Tensor
+    """[B, h, w] in [0, 1]."""
+
+
 def render_torch(
     planes: Tensor,
     mlp: DecodingMLP,
-    cam2world: Tensor,
-    intrinsics: Tensor,
-    size: tuple[int, int],
+    cameras: Cameras,
     options: RenderOptions,
     background: Tensor,
     scene: Tensor,
     seed: int | Tensor | None,
-    noise: tuple[Tensor, Tensor] | None,
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments."""
     dtype, device = planes.dtype, planes.device
-    shape = (cam2world.shape[0], *size)
+    shape = (len(cameras.cam2world), *cameras.size)
+    rays, scene_of_ray = math.prod(shape), scene.repeat_interleave(math.prod(cameras.size))
 
     def jitter(stage: int, count: int) -> Tensor:
-        if noise is not None:
-            return noise[0 if stage == COARSE else 1].to(dtype)
-        if seed is not None:
-            return uniform(seed, stage, math.prod(shape), count, device).to(dtype)
-        return torch.full((math.prod(shape), count), 0.5, dtype=dtype, device=device)
-
-    with torch.no_grad():
-        origins, directions = pixel_rays(cam2world.to(dtype), intrinsics.to(dtype), size)
-        if isinstance(options.near, str) or isinstance(options.far, str):
-            near, far = box_range(origins, directions, options.box)
-        else:
-            near, far = (origins.new_full(origins.shape[:1], bound) for bound in (options.near, options.far))
-        t = coarse_depths(near, far, jitter(COARSE, options.coarse_samples), options.spacing)
-    scene_of_ray = scene.repeat_interleave(size[0] * size[1])
+        if seed is None:
+            return torch.full((rays, count), 0.5, dtype=dtype, device=device)
+        return uniform(seed, stage, rays, count, device).to(dtype)
 
     def field(t: Tensor) -> tuple[Tensor, Tensor]:
         points = origins[:, None] + t[..., None] * directions[:, None]
         density, color = mlp(plane_features(planes, scene_of_ray, points, options))
         return density, color
 
+    with torch.no_grad():
+        origins, directions = pixel_rays(cameras, dtype)
+        if isinstance(options.near, str) or isinstance(options.far, str):
+            near, far = box_range(origins, directions, options.box)
+        else:
+            near, far = (origins.new_full(origins.shape[:1], bound) for bound in (options.near, options.far))
+        t = coarse_depths(near, far, jitter(COARSE, options.coarse_samples), options.spacing)
     density, color = field(t)
     if options.fine_samples > 0:
         with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints whose scenes are written part after part: complete when all are there, and damage is named."""
+"""Checkpoints whose scenes are written wave after wave: complete when all are there, and damage is named."""
 
 from pathlib import Path
 
@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from igae.checkpoint import Parts, Progress, folder_of, is_complete, list_complete, load, settings, writer
+from igae.checkpoint import (
+    Progress,
+    WaveCheckpoint,
+    folder_of,
+    is_complete,
+    list_complete,
+    load_checkpoint,
+    saved_config,
+)
+from igae.storage import LIMITS
 
 SHARED = {"weight": torch.arange(6.0).view(2, 3)}
 CONFIG = "experiment: größe\n"
@@ -27,64 +36,64 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "checkpoints")
     fs = fsspec.filesystem("memory")
-    if fs.exists("/parts"):
-        fs.rm("/parts", recursive=True)
-    return "memory://parts/checkpoints"
+    if fs.exists("/waves"):
+        fs.rm("/waves", recursive=True)
+    return "memory://waves/checkpoints"
 
 
 def test_parts_become_a_checkpoint(root: str) -> None:
-    parts = Parts(folder_of(root, 0, True))
-    assert parts.begin(CONFIG, "ab12") == (CONFIG, "ab12") and parts.finished() == {}
-    parts.write(1, scenes(4))
-    parts.write(0, scenes(7, 2))
-    again = Parts(folder_of(root, 0, True))
+    waves = WaveCheckpoint(folder_of(root, 0, True))
+    assert waves.begin(CONFIG, "ab12") == (CONFIG, "ab12") and waves.finished() == {}
+    waves.write(1, scenes(4))
+    waves.write(0, scenes(7, 2))
+    again = WaveCheckpoint(folder_of(root, 0, True))
     assert again.begin("other: 1\n", "cd34") == (CONFIG, "ab12"), "the settings of the first start count"
     assert {number: file.rows for number, file in again.finished().items()} == {0: 2, 1: 1}
-    assert list_complete(root) == [] and not again.complete and not is_complete(again.folder)
+    assert list_complete(root) == [] and not is_complete(again.folder)
     again.write(2, scenes(9))
     again.close(progress(), CONFIG, SHARED)
-    assert list_complete(root) == [again.folder] and again.complete and again.finished() == {}
-    loaded = load(again.folder)
+    assert list_complete(root) == [again.folder] and is_complete(again.folder) and again.finished() == {}
+    loaded = load_checkpoint(again.folder)
     assert loaded.ids == {2, 4, 7, 9} and torch.equal(loaded.shared["weight"], SHARED["weight"])
     assert torch.equal(loaded.rows([9, 2, 4])["planes"][:, 0], torch.tensor([9.0, 2, 4]))
     assert (loaded.config, loaded.progress.world, loaded.progress.data) == (CONFIG, 3, "ab12")
-    assert settings(again.folder) == CONFIG and load(again.folder, moments=False).optimizer == {}
-    assert Parts(again.folder).begin("other: 1\n", "cd34") == (CONFIG, "ab12")
+    assert saved_config(again.folder) == CONFIG and load_checkpoint(again.folder, moments=False).optimizer == {}
+    assert WaveCheckpoint(again.folder).begin("other: 1\n", "cd34") == (CONFIG, "ab12")
 
 
-def test_a_part_without_its_mark_is_not_finished(tmp_path: Path) -> None:
-    parts = Parts(str(tmp_path))
-    parts.begin(CONFIG, "ab12")
-    parts.write(0, scenes(1))
+def test_a_wave_without_its_mark_is_not_finished(tmp_path: Path) -> None:
+    waves = WaveCheckpoint(str(tmp_path))
+    waves.begin(CONFIG, "ab12")
+    waves.write(0, scenes(1))
     (tmp_path / "scenes-00000.json").unlink()  # killed just before
-    assert parts.finished() == {}
-    parts.write(0, scenes(1, 2))
-    assert parts.finished()[0].rows == 2
+    assert waves.finished() == {}
+    waves.write(0, scenes(1, 2))
+    assert waves.finished()[0].rows == 2
 
 
 def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "PATIENCE", 0.0)
-    parts = Parts(str(tmp_path))
-    parts.begin(CONFIG, "ab12")
-    parts.write(0, scenes(1))
+    monkeypatch.setattr(LIMITS, "visible_seconds", 0.0)
+    waves = WaveCheckpoint(str(tmp_path))
+    waves.begin(CONFIG, "ab12")
+    waves.write(0, scenes(1))
     mark = tmp_path / "scenes-00000.json"
     good = mark.read_text()
     mark.write_text(good[:10])
     with pytest.raises(ValueError, match=r"scenes-00000\.json is damaged: remove it") as error:
-        parts.finished()
+        waves.finished()
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     mark.write_text(good)
     file = tmp_path / "scenes-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"scenes-00000\.safetensors is not there as it was written"):
-        parts.close(progress(), CONFIG, SHARED)
-    assert not parts.complete
+        waves.close(progress(), CONFIG, SHARED)
+    assert not is_complete(waves.folder)
 
 
 def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    parts = Parts(str(tmp_path / "file" / "checkpoints"))
+    waves = WaveCheckpoint(str(tmp_path / "file" / "checkpoints"))
     with pytest.raises(ValueError, match="can't be written"):
-        parts.begin(CONFIG, "ab12")
+        waves.begin(CONFIG, "ab12")
     with pytest.raises(ValueError, match="can't be written"):
-        parts.write(0, scenes(1))
+        waves.write(0, scenes(1))

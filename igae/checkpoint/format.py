@@ -4,21 +4,21 @@
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fsspec
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import redact
-from igae.storage import join
+from igae.storage import Damaged, Stamp, file_system, join, named_errors
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
-RATES = "planes/learning_rates"
+LEARNING_RATES = "planes/learning_rates"
 """The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
-FOLDER = re.compile(r"step-(\d{8,})(-end)?")
+FOLDER = re.compile(r"step-\d{8,}(-end)?")
+RENAMED_STREAMS = {"photos": "natural_images"}
+"""Names of streams that version 0.1.0 wrote."""
 
 
 @dataclass
@@ -42,15 +42,19 @@ class Progress:
 
 
 @dataclass
-class File:
+class FileEntry:
     """A file of a checkpoint: its size, the checksum that its writer gave, and the number of its scenes, if any."""
 
     bytes: int
     crc32: int
     rows: int | None = None
 
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp(self.bytes, self.crc32)
 
-_PROGRESS, _FILES = TypeAdapter(Progress), TypeAdapter(dict[str, File])
+
+_PROGRESS, _FILES = TypeAdapter(Progress), TypeAdapter(dict[str, FileEntry])
 
 
 def scenes_name(number: int) -> str:
@@ -59,16 +63,13 @@ def scenes_name(number: int) -> str:
 
 
 def folder_of(root: str, total: int, finished: bool = False) -> str:
-    """The folder of the checkpoint at a step of the whole run. The end of a stage has one of its own, so that none is
-    ever written over."""
+    """The folder of the checkpoint at a step of the whole run; the end of a stage has one of its own."""
     return join(root, f"step-{total:08d}{'-end' if finished else ''}")
 
 
 def age(name: str) -> tuple[int, bool]:
     """What the names of folders are ordered by."""
-    match = FOLDER.fullmatch(name)
-    assert match is not None
-    return int(match[1]), match[2] is not None
+    return int(name.split("-")[1]), name.endswith("-end")
 
 
 def folders(fs: Any, root: str) -> list[str]:
@@ -87,67 +88,52 @@ def list_complete(root: str) -> list[str]:
     Raises:
         ValueError: it can't be listed.
     """
-    try:
-        fs, path = fsspec.core.url_to_fs(root)
+    with named_errors(root, "listed"):
+        fs, path = file_system(root)
         return [join(root, name) for name in folders(fs, path) if fs.exists(join(path, name, STATE))]
-    except Exception as error:  # object stores have errors of their own, for credentials and for the network
-        raise ValueError(f"the checkpoints at {redact(root)} can't be listed: {reason(error)}") from error
 
 
 def is_complete(folder: str) -> bool:
     """Whether a path or URL is a complete checkpoint. Raises ValueError where that can't be found out."""
-    try:
-        fs, path = fsspec.core.url_to_fs(folder)
-        return bool(fs.exists(join(path, STATE)))
-    except Exception as error:  # object stores have errors of their own, for credentials and for the network
-        raise ValueError(f"{redact(folder)} can't be read: {reason(error)}") from error
+    with named_errors(folder):
+        fs, path = file_system(join(folder, STATE))
+        return bool(fs.exists(path))
 
 
-def reason(error: Exception) -> str:
-    """Why something failed, in a line and without credentials."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f": {error.filename}" if error.filename else "")
-    elif not text or not isinstance(error, (OSError, ValueError)):
-        text = f"{type(error).__name__} {text}".strip()
-    return redact(text)
-
-
-def dump_state(progress: dict[str, Any], files: dict[str, dict[str, Any]]) -> bytes:
+def dump_state(progress: Progress, files: dict[str, FileEntry]) -> bytes:
     """What state.json says, with a checksum of its own."""
-    state = {**progress, "files": files}
+    state = {**asdict(progress), "files": {name: asdict(file) for name, file in sorted(files.items())}}
     return (json.dumps({**state, "crc32": _crc(state)}, indent=1) + "\n").encode()
 
 
-def parse_state(data: bytes, where: str) -> tuple[Progress, dict[str, File]]:
+def parse_state(data: bytes) -> tuple[Progress, dict[str, FileEntry]]:
     """Read back :func:`dump_state`. No name in it becomes a path: it must list the names that are expected.
 
     Raises:
-        ValueError: damaged, or of another format.
+        Damaged: it was changed.
+        ValueError: another format.
     """
     try:
         state = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where} is damaged: it is no JSON") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise ValueError(f"{where} can't be read: its format is {found!r}, and this version reads {FORMAT}")
+        raise Damaged("it is no JSON") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"its format is {found!r}, and this version reads {FORMAT}")
     if state.pop("crc32", None) != _crc(state):
-        raise ValueError(f"{where} is damaged: its checksum differs")
+        raise Damaged("its checksum differs")
     try:
         files = _FILES.validate_python(state.pop("files", None))
         progress = _PROGRESS.validate_python(state)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{where} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise Damaged(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     # The number of files first: a number of ranks can be anything.
-    if len(files) != progress.world + 3 or set(files) != {SHARED, OPTIMIZER, CONFIG, *_scenes_names(progress)}:
-        raise ValueError(f"{where} is damaged: it does not list the files of {progress.world} ranks")
+    world = progress.world
+    if len(files) != world + 3 or set(files) != {SHARED, OPTIMIZER, CONFIG, *map(scenes_name, range(world))}:
+        raise Damaged(f"it does not list the files of {world} ranks")
+    progress.consumed = {RENAMED_STREAMS.get(name, name): count for name, count in progress.consumed.items()}
     return progress, files
-
-
-def _scenes_names(progress: Progress) -> list[str]:
-    return [scenes_name(number) for number in range(progress.world)]
 
 
 def _crc(state: dict[str, Any]) -> int:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
+
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igae.checkpoint.format import CONFIG, OPTIMIZER, SHARED, STATE, FileEntry, Progress, parse_state, scenes_name
+from igae.errors import redact
+from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_errors, read_whole
+
+MAX_TEXT = 1 << 30
+RowType = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read, but for the rows of its scenes."""
+
+    progress: Progress
+    config: str
+    shared: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    _folder: str = field(repr=False)
+    _files: list[TensorFile] = field(repr=False)
+    _ids_of_files: list[NDArray[np.int64]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        ids = np.concatenate(self._ids_of_files)
+        order = np.argsort(ids, kind="stable")
+        counts = [len(part) for part in self._ids_of_files]
+        self._ids = ids[order]
+        self._file = np.repeat(np.arange(len(counts)), counts)[order]
+        self._row = np.concatenate([np.arange(count) for count in counts])[order]
+        twice = self._ids[1:][self._ids[1:] == self._ids[:-1]]
+        if len(twice):
+            raise ValueError(f"{self._folder} is damaged: scene {twice[0]} is in it twice")
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Ids of all scenes."""
+        return frozenset(self._ids.tolist())
+
+    def rows(self, ids: Sequence[int], names: Container[str] | None = None) -> dict[str, Tensor]:
+        """The rows of some scenes, in the order asked: name -> [len(ids), ...]. Nothing else is read.
+
+        Args:
+            names: which tensors; all if left out.
+
+        Raises:
+            ValueError: scenes that are not there, or damaged files.
+        """
+        wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
+        missing = wanted[~np.isin(wanted, self._ids)]
+        if len(missing):
+            shown = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"{redact(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
+                "train the scenes that it has, or use a new experiment=NAME"
+            )
+        where = np.searchsorted(self._ids, wanted)
+        rows = {name: row for name, row in _row_types(self._files[0]).items() if names is None or name in names}
+        result = {name: torch.empty((len(wanted), *shape), dtype=dtype) for name, (dtype, shape) in rows.items()}
+        with _advice(self._folder):
+            for number in np.unique(self._file[where]):
+                places = np.flatnonzero(self._file[where] == number)
+                for name, out in result.items():
+                    self._files[number].rows_into(name, self._row[where[places]], out, places)
+        return result
+
+
+def saved_config(folder: str) -> str:
+    """The configuration that a checkpoint was made with, as YAML. Raises as :func:`load_checkpoint` does."""
+    return read_head(folder)[2]
+
+
+def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
+    """Read a checkpoint, but for the rows of its scenes.
+
+    Args:
+        moments: read those of the optimizer too; without them ``optimizer`` is empty.
+
+    Raises:
+        ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
+    """
+    progress, files, config = read_head(folder)
+
+    def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
+        file = TensorFile(join(folder, name), files[name].stamp)
+        return file, file.tensors()
+
+    names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
+    with _advice(folder), ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
+        found = dict(zip(names, pool.map(read, names), strict=True))
+        shared, optimizer = found.pop(SHARED)[1], found.pop(OPTIMIZER, (None, {}))[1]
+        scenes = [file for file, _ in found.values()]
+        for name, (file, tensors) in found.items():
+            with named_errors(file.url):
+                _check_scenes(file, tensors, files[name].rows, _row_types(scenes[0]))
+        ids = [tensors["ids"].numpy() for _, tensors in found.values()]
+        return Checkpoint(progress, config, shared, optimizer, folder, scenes, ids)
+
+
+def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
+    """What state.json says, and the configuration. Raises as :func:`load_checkpoint` does."""
+    try:
+        state = _read(folder, STATE)
+    except Missing:
+        raise ValueError(f"{redact(folder)} has no {STATE}: give the folder of a complete checkpoint") from None
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+    with _advice(folder):
+        with named_errors(join(folder, STATE)):
+            progress, files = parse_state(state)
+        config = _read(folder, CONFIG)
+        with named_errors(join(folder, CONFIG)):
+            if (len(config), zlib.crc32(config)) != files[CONFIG].stamp:
+                raise Damaged("its checksum differs")
+        return progress, files, config.decode()
+
+
+def _read(folder: str, name: str) -> bytes:
+    return read_whole(join(folder, name), redact(join(folder, name)), MAX_TEXT)
+
+
+def _check_scenes(file: TensorFile, tensors: dict[str, Tensor], count: int | None, rows: dict[str, RowType]) -> None:
+    """Refuse a file that does not hold ``count`` scenes, or rows of other types than ``rows``."""
+    ids = tensors.get("ids", torch.empty(0))
+    counts = {file.entries[name].shape[0] for name in file.row_names()} | {ids.numel()}
+    if ids.dtype != torch.int64 or ids.ndim != 1 or counts != {count} or _row_types(file) != rows:
+        raise Damaged(f"its tensors are not those of {count} scenes")
+
+
+def _row_types(file: TensorFile) -> dict[str, RowType]:
+    """Name of each tensor with rows -> type and shape of a row."""
+    return {name: (file.entries[name].dtype, file.entries[name].shape[1:]) for name in file.row_names()}
+
+
+@contextmanager
+def _advice(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        text = f"{error}: fix that, or remove {folder} to resume from the one before"
+        raise ValueError(redact(text)) from error

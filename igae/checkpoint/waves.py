@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint whose scenes are finished wave after wave, each by any rank and perhaps after a restart."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+from pydantic import TypeAdapter, ValidationError
+
+from igae.checkpoint.format import OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name
+from igae.checkpoint.load import read_head
+from igae.checkpoint.save import Tensors, mark_complete, write_files
+from igae.storage import file_system, join, named_errors, sync_folder, write_file
+
+BEGUN = "begun.json"
+MARK = re.compile(r"scenes-(\d+)\.json")
+_ENTRY = TypeAdapter(FileEntry)
+
+
+class WaveCheckpoint:
+    """A folder that becomes a checkpoint when all of its waves are there.
+
+    Wave number i is a file of scenes, ``scenes-0000i.safetensors``, and, written after it, ``scenes-0000i.json`` with
+    its size and checksum: a wave with that is finished. ``begun.json`` says what the waves have in common. Methods are
+    not collective.
+
+    Raises (all methods):
+        ValueError: the folder can't be read or written.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        with named_errors(folder):
+            self._fs, self._path = file_system(folder)
+
+    def begin(self, config: str, data: str) -> tuple[str, str]:
+        """Start with these settings and data, or resume.
+
+        Returns:
+            The settings and the digest of the data that the folder was started with.
+        """
+        if is_complete(self.folder):
+            progress, _, settings = read_head(self.folder)
+            return settings, progress.data
+        with named_errors(self.folder, "written"):
+            self._fs.makedirs(self._path, exist_ok=True)
+            if not self._fs.exists(join(self._path, BEGUN)):
+                write_file(join(self.folder, BEGUN), json.dumps([config, data]).encode())
+            begun = json.loads(self._fs.cat_file(join(self._path, BEGUN)))
+            return str(begun[0]), str(begun[1])
+
+    def finished(self) -> dict[int, FileEntry]:
+        """The waves that are there, by number."""
+        with named_errors(self.folder):
+            self._fs.invalidate_cache()
+            names = [str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)]
+            numbers = sorted(int(match[1]) for match in map(MARK.fullmatch, names) if match)
+            return {number: self._read_mark(_mark(number)) for number in numbers}
+
+    def _read_mark(self, name: str) -> FileEntry:
+        try:
+            return _ENTRY.validate_json(self._fs.cat_file(join(self._path, name)))
+        except ValidationError:
+            raise ValueError(f"{name} is damaged: remove it, and the scenes beside it are fitted again") from None
+
+    def write(self, number: int, scenes: Tensors) -> None:
+        """Write a wave: ``ids`` (int64 [N]) and tensors [N, ...] of its scenes, with the same names and shapes of rows
+        in all waves."""
+        with named_errors(self.folder, "written"):
+            (entry,) = write_files(self.folder, {scenes_name(number): scenes}).values()
+            sync_folder(self.folder)
+            write_file(join(self.folder, _mark(number)), json.dumps(asdict(entry)).encode())
+
+    def close(self, progress: Progress, config: str, shared: Tensors) -> None:
+        """Make the checkpoint, of which all waves must be there; for one rank.
+
+        Args:
+            progress: its number of ranks is set to that of the waves.
+            shared: weights and buffers of the shared module.
+        """
+        waves = self.finished()
+        with named_errors(self.folder, "written"):
+            files = {scenes_name(number): entry for number, entry in waves.items()}
+            files |= write_files(self.folder, {SHARED: shared, OPTIMIZER: {}})
+            mark_complete(self.folder, replace(progress, world=len(waves)), config, files)
+            for name in (*map(_mark, waves), BEGUN):
+                self._fs.rm_file(join(self._path, name))
+
+
+def _mark(number: int) -> str:
+    return scenes_name(number).replace(".safetensors", ".json")

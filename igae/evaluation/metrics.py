@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics: what each is called, what it compares, and how it is computed.
+
+All are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # reports of runs need the names alone
+    from torch import Tensor
+
+MEASURES = {"psnr": "PSNR of {} (dB)", "ssim": "SSIM of {}", "lpips": "LPIPS of {}"}
+VIEWS = {
+    "latent": ("rendered latents", "encoded latents, both normalized"),
+    "rgb": ("decoded renders", "views"),
+    "ae": ("autoencoded images", "views"),
+    "rgb_ae": ("decoded renders", "autoencoded images"),
+}
+COMPARISONS = {
+    **{f"heldout/{name}": (f"{what}, held-out views", target) for name, (what, target) in VIEWS.items()},
+    "heldout/baseline": ("the mean training image of a scene", "its held-out views: the best guess without the camera"),
+    **{f"train/{name}": (f"{what}, training views", target) for name, (what, target) in VIEWS.items()},
+    "natural/ae": ("autoencoded natural images", "natural images"),
+    "orbit/latent": ("latents rendered around a scene", "the same decoded and encoded again: multi-view consistency"),
+}
+"""Comparison -> what is measured, and what it is compared with."""
+METRICS = {
+    f"{name}_{measure}": title.format(what)
+    for name, (what, _) in COMPARISONS.items()
+    for measure, title in MEASURES.items()
+    if measure == "psnr" or not name.endswith(("latent", "baseline"))
+}
+"""All metrics that there can be -> what each is, in the order in which ranks add them up."""
+RENAMED = {
+    "constant_psnr": "baseline_psnr",
+    "photos": "natural",
+    "imbalance": "straggler_factor",
+    **{f"photo_{loss}": f"natural_{loss}" for loss in ("ae", "lpips", "kl", "tv")},
+}
+"""Parts of names that version 0.1 wrote -> what they are called now."""
+
+
+def current_name(name: str) -> str:
+    """What a metric that a run of version 0.1 has written is called now: `natural/ae_psnr` for `photos/ae_psnr`."""
+    return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
+
+def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Tensor":
+    """Peak signal-to-noise ratio in dB of each image.
+
+    Args:
+        prediction, target: [B, ...], of equal shape.
+        data_range: distance of the largest to the smallest possible value (2 for images in [-1, 1]).
+
+    Returns:
+        [B], float64; equal images give a finite 100 dB, so that means over images stay finite.
+    """
+    mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
+    return (10.0 * (data_range**2 / mse.clamp_min(1e-30)).log10()).clamp_max(100.0)
+
+
+def ssim(prediction: "Tensor", target: "Tensor") -> "Tensor":
+    """Structural similarity [B] of images [B, 3, H, W] in [-1, 1]: Gaussian windows of 11 x 11 pixels, sigma 1.5."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    value = structural_similarity_index_measure(prediction, target, data_range=2.0, reduction="none")
+    assert not isinstance(value, tuple)
+    return value

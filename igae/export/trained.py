@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading trained models: runs, checkpoints and exports."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from igae import config
+from igae.checkpoint import (
+    LEARNING_RATES,
+    Checkpoint,
+    is_complete,
+    list_complete,
+    load_checkpoint,
+    saved_config,
+)
+from igae.config import Section
+from igae.data import DataConfig, Manifest
+from igae.errors import did_you_mean, redact
+from igae.evaluation import current_name
+from igae.export.format import CONFIG
+from igae.export.model import Content, Trained
+from igae.export.reader import Export, is_export, read_small
+from igae.models import IGAE, AutoencoderConfig, load_autoencoder
+from igae.rendering import RenderOptions
+from igae.scenes import PlanesConfig, SceneStore
+from igae.storage import join
+
+SECTIONS = ("autoencoder", "data", "planes", "render")
+"""Sections of a run's configuration that matter to its model."""
+log = logging.getLogger("igae")
+
+
+def load_trained(where: str, overrides: Sequence[str] = ()) -> Trained:
+    """A trained model and its scenes, which are read as they are asked for. It renders with what this machine has.
+
+    Args:
+        where: path or URL of a run's folder (its newest complete checkpoint is taken), of a checkpoint or of an export;
+            `hf://user/name` of a hub repository.
+        overrides: ``key=value`` of SECTIONS, of what is elsewhere now than a run's configuration says (``data.root``,
+            ``autoencoder.path``).
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    where = where.rstrip("/") or where
+    if not is_export(where):
+        return TrainedRun(find_checkpoint(where), overrides)
+    if overrides:
+        raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
+    return Export(where, renderer="auto")
+
+
+def find_model(where: str) -> str:
+    """The path or URL of what :func:`load_trained` loads: an export, or a checkpoint. Raises ValueError as it does."""
+    where = where.rstrip("/") or where
+    return where if is_export(where) else find_checkpoint(where)
+
+
+def find_checkpoint(where: str) -> str:
+    """The checkpoint that a run's folder (its newest complete one), that of its checkpoints or its own stands for."""
+    if is_complete(where):
+        return where
+    roots = [join(where, "checkpoints"), where]
+    found = read_small(join(where, CONFIG))
+    if found is not None:
+        text = found.decode(errors="replace")
+        elsewhere = config.load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.get("root")
+        roots = [elsewhere] if elsewhere else roots
+    for root in roots:
+        if complete := list_complete(root):
+            return complete[-1]
+    raise ValueError(
+        f"{redact(where)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
+        "a folder step-... of its checkpoints"
+    )
+
+
+def take_settings(data: dict[str, Any]) -> None:
+    """Where the settings of a run name a ``model``, put the checkpoint or export in its place and add what it
+    determines: autoencoder, planes and renderer.
+
+    Raises:
+        ValueError: there is no such model, or the settings have other values than it.
+    """
+    if not isinstance(data.get("model"), str):
+        return
+    try:
+        trained = load_trained(data["model"])
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    data["model"] = trained.where
+    trained.complete(data)
+
+
+class RunSettings(Section):
+    """What of a run's configuration its model depends on. The rest is not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    experiment: str
+    autoencoder: AutoencoderConfig
+    data: DataConfig
+    planes: PlanesConfig = PlanesConfig()
+    render: RenderOptions = RenderOptions()
+    train: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {}
+
+
+class TrainedRun(Trained):
+    """A checkpoint of a run, with the data that it was trained on.
+
+    Args:
+        folder: path or URL of a complete checkpoint.
+        overrides: as of :func:`load_trained`.
+    """
+
+    def __init__(self, folder: str, overrides: Sequence[str] = ()) -> None:
+        for key in (override.partition("=")[0] for override in overrides):
+            if (section := key.partition(".")[0]) not in SECTIONS:
+                hint = did_you_mean(section, SECTIONS)
+                raise ValueError(f"{key}: only {', '.join(SECTIONS)} matter to a trained model{hint}")
+        self.where, self._text = folder, saved_config(folder)
+        self.settings = config.load(RunSettings, redact(join(folder, CONFIG)), overrides, saved=self._text)
+        self.planes, self.render = self.settings.planes, self.settings.render
+        self.background = self.settings.data.background
+
+    @property
+    def title(self) -> str:
+        return f"{self.settings.experiment}, step {self.loaded.progress.total}"
+
+    @property
+    def config(self) -> str:
+        return self._text
+
+    @property
+    def autoencoder(self) -> AutoencoderConfig:
+        return self.settings.autoencoder
+
+    @cached_property
+    def loaded(self) -> Checkpoint:
+        """The checkpoint, without the optimizer's moments."""
+        return load_checkpoint(self.where, moments=False)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        root = self.settings.data.root
+        manifest = Manifest.load(root)
+        ids = frozenset(scene.id for scene in manifest.select(self.settings.data.categories))
+        digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+        if digest != self.loaded.progress.data or self.loaded.ids != ids:
+            raise ValueError(
+                f"{redact(self.where)} was trained on other scenes than those at {redact(root)}: say where they are, "
+                "data.root=..."
+            )
+        return manifest
+
+    @property
+    def camera(self) -> tuple[float, float]:
+        cameras = self.manifest.cameras
+        return (cameras.mean_distance, cameras.mean_focal) if cameras else super().camera
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {scene.name: scene.id for scene in self.manifest.select(self.settings.data.categories)}
+
+    def _read_rows(self, names: Sequence[str]) -> Tensor:
+        ids = [self._places[name] for name in names]
+        if self.loaded.progress.finished:
+            return self.loaded.rows(ids, {"planes"})["planes"]
+        # In the middle of a stage updates are deferred of scenes that steps did not visit.
+        store, saved = SceneStore(self.planes, ids, None, torch.device("cpu")), self._with_moments
+        store.start_optimizer(self.settings.train.get("plane_optimizer", "exact"), "torch")
+        store.load_state_dict({**saved.rows(ids), "learning_rates": saved.optimizer[LEARNING_RATES]})
+        return store.read(ids)
+
+    @cached_property
+    def _with_moments(self) -> Checkpoint:
+        log.warning(
+            "%s is in the middle of a stage: its planes are finished as an evaluation would", redact(self.where)
+        )
+        return load_checkpoint(self.where)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.loaded.shared
+
+    @cached_property
+    def model(self) -> IGAE:
+        autoencoder = load_autoencoder(self.autoencoder)
+        model = IGAE(autoencoder, self.planes, self.render, self.manifest.image_size, self.background)
+        try:
+            model.load_state_dict(self.state())
+        except RuntimeError as error:
+            raise ValueError(
+                f"{redact(self.where)} has weights of another autoencoder or MLP than its configuration says "
+                f"({str(error).splitlines()[-1].strip()}): name the right one, autoencoder.path=..."
+            ) from error
+        return model.eval()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of the run's metrics.json that are of this checkpoint."""
+        progress, run = self.loaded.progress, self.where.rpartition("/")[0].rpartition("/")[0]
+        data = read_small(join(run, "metrics.json")) if progress.finished else None
+        try:
+            stages = {} if data is None else TypeAdapter(dict[str, dict[str, float]]).validate_json(data)
+        except ValidationError:
+            log.warning("the metrics of %s are left out: metrics.json is damaged", redact(self.where))
+            return {}
+        fitted = progress.total == 0  # scenes that were fitted to a model
+        metrics = stages.get("fit" if fitted else progress.stage, {})
+        if not fitted and metrics.get("step") != progress.total:
+            return {}
+        return {current_name(name): value for name, value in metrics.items()}
+
+
+def read_run(where: str, overrides: Sequence[str] = ()) -> Content:
+    """What an export of a run or a checkpoint is made of. Arguments and errors are those of :func:`load_trained`."""
+    run = TrainedRun(find_checkpoint(where.rstrip("/") or where), overrides)
+    progress, names = run.loaded.progress, run.names
+    return Content(
+        run.model,
+        run.background,
+        names,
+        run.planes,
+        lambda start, stop: run.rows(names[start:stop]),
+        f"From run `{run.settings.experiment}`, step {progress.total} ({progress.stage}).",
+        run.config,
+        run.metrics,
+        run.camera,
+    )

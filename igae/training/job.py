@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run and a fit have in common: folder, engine, model, trackers, evaluation."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import yaml
+
+from igae.evaluation import EvaluationConfig, Evaluator, save_png
+from igae.models import IGAE
+from igae.ranks import Channel, rank
+from igae.scenes import SceneStore
+from igae.training.loop import ASYNC_STEPS, StopSignals
+from igae.training.parallel.engine import Engine
+from igae.training.rank_data import RankData
+from igae.training.recipe import Recipe
+from igae.training.run_folder import public_settings
+from igae.training.trackers import Tracker
+
+SHOWN = (
+    *("heldout/rgb_psnr", "heldout/baseline_psnr", "train/rgb_psnr", "heldout/latent_psnr"),
+    *("heldout/ae_psnr", "natural/ae_psnr"),
+)
+log = logging.getLogger("igae")
+
+
+class Job:
+    """Base of `Trainer` and `Fit`; its methods are collective.
+
+    Attributes:
+        model: as it starts; what comes after is the job's.
+        async_steps: steps that may be launched before it is known how the last one went.
+        evaluation: what is evaluated.
+    """
+
+    def __init__(self, recipe: Recipe, data: RankData, engine: Engine, channel: Channel) -> None:
+        self.recipe, self.folder, self.data, self.engine, self.channel = recipe, recipe.folder, data, engine, channel
+        self.async_steps = ASYNC_STEPS if engine.asynchronous else 0
+        self.signals = StopSignals()
+        self.evaluation: EvaluationConfig = recipe.evaluation
+        self._evaluator: Evaluator | None = None
+        self.model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
+        if engine.replicated:
+            self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
+
+    @contextmanager
+    def tracking(self, step: int) -> Iterator[None]:
+        """Record what comes after a step of the whole job."""
+        self.tracker = Tracker(self.folder, self.recipe.tracking, step, enabled=rank() == 0)
+        with closing(self.tracker):
+            self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
+            yield
+
+    def evaluate(self, store: SceneStore, stage: str, step: int, orbits: bool) -> dict[str, float]:
+        """Measure and draw the model and the scenes of a store, whose views are read the first time.
+
+        Args:
+            store: the same at each call.
+            stage, step: what of the job this is; names of files begin with it.
+            orbits: make videos too.
+        """
+        model, data, tracker, config = self.model, self.data, self.tracker, self.evaluation
+        if self._evaluator is None:
+            owned = frozenset(store.ids.tolist())
+            self._evaluator = Evaluator(
+                config, data.config, data.manifest, data.scenes, owned, self.engine.device, self.channel
+            )
+        with self.engine.weights():
+            model.eval()
+            metrics = self._evaluator.measure(model, store)
+            tracker.scalars(step, stage, {f"eval/{name}": value for name, value in metrics.items()})
+            if config.pictures and (data.scenes or data.manifest.images):
+                grids = self._evaluator.grids(model, store)
+                for name, grid in grids.items():
+                    number = "" if stage == "fit" else f"-{step:08d}"
+                    save_png(self.folder / "pictures" / f"{stage}-{name}{number}.png", grid)
+                tracker.images(step, grids)
+            if orbits and config.orbits:
+                videos = self._evaluator.orbits(model, store, self.folder / "orbits" / stage)
+                tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
+            model.train()
+        shown = [f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics]
+        log.info("%s, step %d: %s", stage, step, ", ".join(shown))
+        return metrics

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of the data each rank trains on: scenes and natural images, and the steps that follow from it."""
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass, field
+
+from igae.data import DataConfig, ImageLoader, Manifest, Scene, StreamState, ViewLoader, image_loader, view_loader
+from igae.ranks import rank, world_size
+from igae.scenes import assign_scenes, ownership_table, share_images
+from igae.training.recipe import Recipe, StageConfig
+
+log = logging.getLogger("igae")
+
+
+@dataclass
+class RankData:
+    """The data of a run, and which part of it this rank owns.
+
+    Attributes:
+        scenes: all scenes of the run.
+        parts: the scenes of each rank.
+        rank: which of the ranks that train on the data this one is.
+        world: how many there are.
+    """
+
+    config: DataConfig
+    manifest: Manifest
+    scenes: list[Scene]
+    parts: list[list[Scene]]
+    rank: int = field(default_factory=rank)
+    world: int = field(default_factory=world_size)
+
+    @classmethod
+    def split(cls, recipe: Recipe) -> "RankData":
+        """Split the data of a run among its ranks: the same on every rank, without communication.
+
+        Raises:
+            ValueError: there is no such data, or not enough of it for each rank.
+        """
+        manifest, scenes = select(recipe.data)
+        ids = {scene.name: scene.id for scene in scenes}
+        shards = [
+            {ids[name]: views for name, views in shard.scenes.items() if name in ids}
+            for shard in manifest.shards
+            if shard.kind == "scenes"
+        ]
+        parts = assign_scenes(shards, world_size()) if scenes else [[] for _ in range(world_size())]
+        data = cls(recipe.data, manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
+        if manifest.images and any(stage.natural_images for stage in recipe.train.stages.values()):
+            len(data.natural_images)  # refuses more ranks than natural images
+        return data
+
+    @classmethod
+    def alone(cls, config: DataConfig, manifest: Manifest, scenes: list[Scene]) -> "RankData":
+        """Scenes that this rank trains by itself."""
+        return cls(config, manifest, scenes, [scenes], 0, 1)
+
+    @property
+    def owned(self) -> list[Scene]:
+        """The scenes of this rank."""
+        return self.parts[self.rank]
+
+    @property
+    def natural_images(self) -> range:
+        """The natural images of this rank, by their place in the shards."""
+        return share_images(self.manifest.images, self.rank, self.world)
+
+    @property
+    def digest(self) -> str:
+        """Of all shards."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
+    def steps_per_epoch(self, stage: StageConfig) -> int:
+        """Steps in which all ranks together see every view once (every natural image, where there are no views); the
+        same number on every rank."""
+        count, batch = self.manifest.images, stage.natural_images
+        if stage.batch_size:
+            count, batch = sum(scene.views for scene in self.scenes), stage.batch_size
+        return max(1, count // max(1, batch * stage.accumulate * self.world)) * (2 if stage.alternate else 1)
+
+    def open_views(self, batch_size: int, seed: int = 0, *, repeat: bool = True, consumed: int = 0) -> ViewLoader:
+        """Batches of the training views of this rank's scenes: shuffled and endless, or one pass in a fixed order.
+
+        Args:
+            consumed: views that were taken before.
+        """
+        config = self.config if repeat else self.config.model_copy(update={"shuffle": 0})
+        state = StreamState(*divmod(consumed, sum(scene.views for scene in self.owned)))
+        return view_loader(
+            config, self.manifest, self.owned, batch_size=batch_size, seed=seed, repeat=repeat, state=state
+        )
+
+    def open_natural_images(self, batch_size: int, seed: int = 0, *, consumed: int = 0) -> ImageLoader:
+        """Endless shuffled batches uint8 [batch_size, 3, H, W] of this rank's natural images."""
+        config, part = self.config.model_copy(update={"workers": min(1, self.config.workers)}), self.natural_images
+        state = StreamState(*divmod(consumed, len(part)))
+        return image_loader(config, self.manifest, part=part, batch_size=batch_size, seed=seed, state=state)
+
+    def log_parts(self, strategy: str, scene_bytes: int) -> None:
+        """Say how many ranks there are, and what each owns (``scene_bytes`` of memory for each scene)."""
+        log.info("%d rank%s, %s; %d scenes", self.world, "s" * (self.world > 1), strategy, len(self.scenes))
+        if self.world > 1 and self.scenes:
+            sizes = [(len(part), sum(scene.views for scene in part)) for part in self.parts]
+            log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
+
+
+def select(config: DataConfig) -> tuple[Manifest, list[Scene]]:
+    """The manifest, and the scenes of the run in its order."""
+    manifest = Manifest.load(config.root)
+    scenes = manifest.select(config.categories)
+    if manifest.scenes and not scenes:
+        raise ValueError(f"data.categories selects none of the {len(manifest.scenes)} scenes at {config.root}")
+    return manifest, scenes
+
+
+def waves(manifest: Manifest, scenes: list[Scene], most: int) -> list[list[Scene]]:
+    """Scenes in even groups of at most ``most``, in the order of the shards, so that a group reads few of them."""
+    wanted = {scene.name: scene for scene in scenes}
+    names = [name for shard in manifest.shards if shard.kind == "scenes" for name in shard.scenes]
+    order = [wanted[name] for name in names if name in wanted]
+    count = math.ceil(len(order) / most)
+    return [order[len(order) * i // count : len(order) * (i + 1) // count] for i in range(count)]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: its lock, its settings, what it runs on, its metrics."""
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from igae import __version__, config
+from igae.errors import redact
+from igae.ranks import Channel, world_size
+from igae.storage import write_text
+from igae.training.recipe import Recipe
+
+METRICS = "metrics.json"
+RENAMED = {'"heldout/constant_psnr"': '"heldout/baseline_psnr"', '"photos/': '"natural/'}
+"""What metrics of 0.1.0 are called now."""
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Keep a second process from writing into the same run. The lock ends with this process, however it ends."""
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process is training in {folder}: end it, or use a new experiment=NAME") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+@contextmanager
+def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator[None]:
+    """Make a run's folder, keep it locked, and write its settings and what it runs on. Collective.
+
+    Raises:
+        ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
+    """
+    lock, folder = None, recipe.folder
+
+    def begin() -> None:
+        nonlocal lock
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_run(folder)
+        write_text(folder / "config.yaml", public_settings(recipe))
+        write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
+
+    try:
+        channel.on_first_rank(begin)
+        if world_size() > 1:
+            check_shared(folder, channel)
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def check_shared(folder: Path, channel: Channel) -> None:
+    """Refuse an output folder that not all ranks see: each would write into one of its own. Collective."""
+    token = folder / f".seen-{channel.on_first_rank(lambda: secrets.token_hex(8))}"
+    channel.on_first_rank(token.touch)
+    deadline = time.monotonic() + 10  # network file systems show new files late
+    while not token.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [host for host in channel.gather(None if token.exists() else socket.gethostname()) if host]
+    channel.on_first_rank(token.unlink)
+    if blind:
+        raise ValueError(
+            f"{blind[0]} does not see {folder.resolve()} of the first rank's machine: set outputs to a folder that all "
+            "machines share"
+        )
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What a run runs on, as it may be shown: versions, devices and their number, no names of hosts."""
+    is_gpu = device.type == "cuda"
+    return {
+        "igae": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with what it was built for, which the package's own version may lack
+        **{name: version(name) for name in ("accelerate", "diffusers")},
+        **({"cuda": torch.version.cuda or ""} if is_gpu else {}),
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"CPU, {os.cpu_count()} cores",
+        "ranks": world_size(),
+        "system": platform.platform(),
+    }
+
+
+def public_settings(recipe: Recipe) -> str:
+    """The resolved configuration as YAML, as it may be saved and shown: without credentials."""
+    return redact(config.dump(recipe))
+
+
+def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics at the end of each stage that is finished."""
+    path = folder / METRICS
+    text = path.read_text() if path.is_file() else "{}"
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return dict(json.loads(text))
+
+
+def write_metrics(folder: Path, stage: str, metrics: dict[str, float]) -> None:
+    """Add those of a stage."""
+    write_text(folder / METRICS, json.dumps(read_metrics(folder) | {stage: metrics}, indent=1) + "\n")
