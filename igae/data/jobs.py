@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -74,8 +74,9 @@ class Job:
 
 @dataclass
 class JobResult:
-    """What a job wrote."""
+    """What a job wrote, and the job's digest in its note."""
 
+    job: str = ""
     shards: list[Shard] = field(default_factory=list)
     scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name -> numbers of training and of held-out views."""
@@ -184,13 +185,7 @@ def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
     return result
 
 
-@dataclass(frozen=True)
-class _Note:
-    job: str
-    result: JobResult
-
-
-_NOTE = TypeAdapter(_Note)
+_NOTE = TypeAdapter(JobResult)
 
 
 def _read_note(job: Job) -> JobResult | None:
@@ -200,13 +195,13 @@ def _read_note(job: Job) -> JobResult | None:
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
-        note = _NOTE.validate_json(fs.cat_file(path))
+        result = _NOTE.validate_json(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except ValidationError:
-        note = _Note("", JobResult())
-    if note.job == job.digest and not _incomplete(job, note.result):
-        return note.result
+        result = JobResult()
+    if result.job == job.digest and not _incomplete(job, result):
+        return result
     fs.rm_file(path)
     return None
 
@@ -216,7 +211,7 @@ def _write_note(job: Job, result: JobResult) -> None:
     fs.invalidate_cache(root)
     if name := _incomplete(job, result):
         raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
-    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, result)))
+    fs.pipe_file(join(root, job.note), _NOTE.dump_json(replace(result, job=job.digest)))
 
 
 def _incomplete(job: Job, result: JobResult) -> str | None:

@@ -173,10 +173,6 @@ class _Batches:
             self._thread = None
 
 
-def _same(batch: B | ShardError) -> B | ShardError:
-    return batch
-
-
 def _ignore_signals(_: int) -> None:
     # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
     # end its step. Only a SIGTERM of the training process itself ends them.
@@ -187,7 +183,7 @@ def _ignore_signals(_: int) -> None:
 
 def _obey(parent: int) -> None:
     # Also without its parent a worker ends, and soon: it has inherited the sockets of its rank, and other ranks hear
-    # that one was killed when the last process that holds them is gone.
+    # that one was killed when the last process that holds them ends.
     while os.getppid() == parent:
         signalled = signal.sigtimedwait({signal.SIGTERM}, 0.3)
         if signalled is not None and signalled.si_pid == parent:
@@ -227,7 +223,7 @@ class Loader(Generic[B]):
             decoder,
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=_same,
+            collate_fn=lambda batch: batch,
             worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers else None,
             # An own generator: a DataLoader would otherwise draw from the global one.

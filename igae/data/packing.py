@@ -108,12 +108,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
 def _start(processes: int) -> ItemFunction:
     if processes:
         torch.set_num_threads(1)
-    return _call
-
-
-def _call(item: tuple[Callable[[Any, ProgressCallback], Any], Any], progress: ProgressCallback) -> Any:
-    function, argument = item
-    return function(argument, progress)
+    return lambda item, progress: item[0](item[1], progress)
 
 
 def _run(
