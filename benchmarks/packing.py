@@ -3,7 +3,7 @@
 """Measures packing (with full decoding of every image as a check) and reading decoded views, per core.
 
 Makes its own scenes: 128x128 PNG views of 10 to 20 KB. Per core means per second of processor time of this process and
-its workers together, so that other programs on the machine change the figures little.
+its workers together, so that other programs on the machine change the results little.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=50, help="views of a scene")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3, help="the best run of each is reported")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a file ('-': print only them)")
+    parser.add_argument("--json", metavar="FILE", help="write the results to a file ('-': print only them)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results: dict[str, object] = {}

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0, metavar="MS", help="of each answer; S3's are 20 to 100")
     parser.add_argument("--cache", action="store_true", help="also with data.cache, empty at the start of each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
+    parser.add_argument("--json", metavar="FILE", help="write the results to a file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -143,12 +143,12 @@ def main() -> None:
             for source in sources[shift:] + sources[:shift]:
                 for stage in STAGES:
                     before = list(counts)
-                    figures = measure(trainer, stage, recipe_of(source, f"{number}-{stage}"))
-                    figures |= {"requests": counts[0] - before[0], "bytes": counts[1] - before[1]}
+                    measured = measure(trainer, stage, recipe_of(source, f"{number}-{stage}"))
+                    measured |= {"requests": counts[0] - before[0], "bytes": counts[1] - before[1]}
                     if number >= 0:
-                        for key, value in figures.items():
+                        for key, value in measured.items():
                             totals[stage, source][key] += value
-                    print(f"round {number}, {stage}, {source}: {figures}", file=sys.stderr)
+                    print(f"round {number}, {stage}, {source}: {measured}", file=sys.stderr)
     print(
         f"{arguments.rounds} rounds of {arguments.epochs:g} epochs, latency {arguments.latency:g} ms, {arguments.data}"
     )

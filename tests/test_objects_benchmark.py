@@ -100,8 +100,8 @@ def finish(runner: objects.Runner, job: objects.Job, model: objects.Job, psnr: f
     run.mkdir(parents=True)
     recipe = recipe_of(job).model_copy(update={"planes": recipe_of(model).planes})
     (run / "config.yaml").write_text(config.dump(recipe))
-    figures = {"heldout/rgb_psnr": psnr, "heldout/latent_psnr": 30.0, "heldout/ae_psnr": 35.0}
-    (run / "metrics.json").write_text(json.dumps({job.stage: figures}))
+    metrics = {"heldout/rgb_psnr": psnr, "heldout/latent_psnr": 30.0, "heldout/ae_psnr": 35.0}
+    (run / "metrics.json").write_text(json.dumps({job.stage: metrics}))
     records: list[dict[str, float | str]] = [{"step": 1, "stage": "fit", "seconds_per_scene": seconds}]
     if job.config == "rgb_triplanes.yaml":  # 10 + 5 steps of 8 views: what 4 scenes take in `seconds` each
         rate = 15 * 8 / (4 * seconds)

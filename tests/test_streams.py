@@ -323,7 +323,7 @@ def test_workers_do_not_outlive_a_process_that_was_killed(packed):
         f"m = Manifest.load({root!r}); loader = view_loader(DataConfig(root={root!r}), m, m.scenes, batch_size=4)\n"
         "next(loader); print('ready', flush=True); next(iter(input, None))"
     )
-    # What it prints to is open until the last process that has inherited it is gone.
+    # What it prints to is open until the last process that has inherited it ends.
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None
     assert process.stdout.readline() == b"ready\n"

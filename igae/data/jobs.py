@@ -9,16 +9,15 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter, ValidationError
 
 from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
-from igae.data.shards import ShardWriter
+from igae.data.shards import ShardWriter, seeded
 from igae.data.sources import read_scene
 from igae.data.sources.images import check_image, read_files
 from igae.data.sources.scene import BadInput, RawScene, SceneRef, View
@@ -75,8 +74,9 @@ class Job:
 
 @dataclass
 class JobResult:
-    """What a job wrote."""
+    """What a job wrote, and the job's digest in its note."""
 
+    job: str = ""
     shards: list[Shard] = field(default_factory=list)
     scenes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name -> numbers of training and of held-out views."""
@@ -185,18 +185,7 @@ def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
     return result
 
 
-def seeded(seed: int, use: str) -> random.Random:
-    """Random numbers that depend on the seed and on what they are for."""
-    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
-
-
-@dataclass(frozen=True)
-class _Note:
-    job: str
-    result: JobResult
-
-
-_NOTE = TypeAdapter(_Note)
+_NOTE = TypeAdapter(JobResult)
 
 
 def _read_note(job: Job) -> JobResult | None:
@@ -206,13 +195,13 @@ def _read_note(job: Job) -> JobResult | None:
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
-        note = _NOTE.validate_json(fs.cat_file(path))
+        result = _NOTE.validate_json(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except ValidationError:
-        note = _Note("", JobResult())
-    if note.job == job.digest and not _incomplete(job, note.result):
-        return note.result
+        result = JobResult()
+    if result.job == job.digest and not _incomplete(job, result):
+        return result
     fs.rm_file(path)
     return None
 
@@ -222,7 +211,7 @@ def _write_note(job: Job, result: JobResult) -> None:
     fs.invalidate_cache(root)
     if name := _incomplete(job, result):
         raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
-    fs.pipe_file(join(root, job.note), _NOTE.dump_json(_Note(job.digest, result)))
+    fs.pipe_file(join(root, job.note), _NOTE.dump_json(replace(result, job=job.digest)))
 
 
 def _incomplete(job: Job, result: JobResult) -> str | None:

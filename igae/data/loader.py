@@ -3,11 +3,9 @@
 
 import atexit
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import queue
-import random
 import signal
 import threading
 import weakref
@@ -23,7 +21,7 @@ from webdataset import filters
 
 from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.manifest import Shard
-from igae.data.shards import RawSample, ShardError, ShardReader
+from igae.data.shards import RawSample, ShardError, ShardReader, seeded
 from igae.errors import LostWorker
 from igae.storage import File
 
@@ -91,7 +89,7 @@ class Plan:
         for epoch in count(start) if self.repeat else [start]:
             shards = list(self.shards)
             if self.shuffle:
-                _rng(self.seed, epoch, "").shuffle(shards)
+                seeded(self.seed, f"{epoch}/").shuffle(shards)
             for shard in shards:
                 yield epoch, shard
 
@@ -101,13 +99,9 @@ class Plan:
         samples = self.reader.read(shard, wanted, part, opening)
         if self.shuffle < 2:
             return samples
-        rng = _rng(self.seed, epoch, shard.name)
+        rng = seeded(self.seed, f"{epoch}/{shard.name}")
         shuffled: Iterator[RawSample] = filters.shuffle(self.shuffle, initial=self.shuffle, rng=rng)(samples)
         return shuffled
-
-
-def _rng(seed: int, epoch: int, shard: str) -> random.Random:
-    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{shard}".encode()).digest()[:8], "big"))
 
 
 class _Batches:
@@ -179,10 +173,6 @@ class _Batches:
             self._thread = None
 
 
-def _same(batch: B | ShardError) -> B | ShardError:
-    return batch
-
-
 def _ignore_signals(_: int) -> None:
     # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
     # end its step. Only a SIGTERM of the training process itself ends them.
@@ -193,7 +183,7 @@ def _ignore_signals(_: int) -> None:
 
 def _obey(parent: int) -> None:
     # Also without its parent a worker ends, and soon: it has inherited the sockets of its rank, and other ranks hear
-    # that one was killed when the last process that holds them is gone.
+    # that one was killed when the last process that holds them ends.
     while os.getppid() == parent:
         signalled = signal.sigtimedwait({signal.SIGTERM}, 0.3)
         if signalled is not None and signalled.si_pid == parent:
@@ -233,7 +223,7 @@ class Loader(Generic[B]):
             decoder,
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=_same,
+            collate_fn=lambda batch: batch,
             worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers else None,
             # An own generator: a DataLoader would otherwise draw from the global one.

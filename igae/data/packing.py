@@ -18,10 +18,10 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from igae.data.config import PackOptions
-from igae.data.jobs import NOTE, Job, JobResult, Output, do_job, seeded
+from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
 from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
-from igae.data.shards import ShardReader
+from igae.data.shards import ShardReader, seeded
 from igae.data.sources import find_scenes, read_scene
 from igae.data.sources.images import find_images, open_image, read_files
 from igae.data.sources.scene import BadInput, SceneRef
@@ -108,12 +108,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
 def _start(processes: int) -> ItemFunction:
     if processes:
         torch.set_num_threads(1)
-    return _call
-
-
-def _call(item: tuple[Callable[[Any, ProgressCallback], Any], Any], progress: ProgressCallback) -> Any:
-    function, argument = item
-    return function(argument, progress)
+    return lambda item, progress: item[0](item[1], progress)
 
 
 def _run(

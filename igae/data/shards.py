@@ -6,6 +6,7 @@ key of a view is `<scene>/<index>`, that of a natural image `images/<number>`.
 """
 
 import hashlib
+import random
 import re
 import tarfile
 import threading
@@ -47,16 +48,8 @@ class ShardError(ValueError):
 
 
 class RawSample(NamedTuple):
-    """A sample as it is stored.
-
-    Attributes:
-        key: `<scene>/<view>` or `images/<number>`.
-        image: bytes of the image file.
-        camera: bytes of the JSON; None for natural images.
-        shard: its name.
-        image_offset: byte in the shard at which the image's member begins.
-        camera_offset: the same of the camera.
-    """
+    """A sample as stored: key (`<scene>/<view>` or `images/<number>`), image file, camera as JSON (None for natural
+    images), name of the shard, and the bytes in the shard at which the members of image and camera begin."""
 
     key: str
     image: bytes
@@ -64,6 +57,11 @@ class RawSample(NamedTuple):
     shard: str
     image_offset: int
     camera_offset: int
+
+
+def seeded(seed: int, use: str) -> random.Random:
+    """Random numbers that depend on the seed and on what they are for."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{seed}/{use}".encode()).digest()[:8], "big"))
 
 
 class ShardWriter:
@@ -229,17 +227,9 @@ class _Damage(Exception):
         super().__init__(f"is damaged at byte {offset}: {what}")
 
 
-class _Member(NamedTuple):
-    """A member of a tar file: byte of its header, and its name in parts."""
-
-    offset: int
-    key: str
-    suffix: str
-    size: int
-
-
-def _members(file: File) -> Iterator[_Member]:
-    """The members of a tar file that holds nothing but plain files, as the packer writes it.
+def _members(file: File) -> Iterator[tuple[int, str, str, int]]:
+    """The members of a tar file that holds nothing but plain files, as the packer writes it: byte of the header, key,
+    extension, size.
 
     After each the file is at its content; what is not read of it is passed over. tarfile itself takes a damaged header
     for the end, unpacks compressed files, and reads extended headers of any size.
@@ -271,35 +261,34 @@ def _members(file: File) -> Iterator[_Member]:
             raise _Damage(offset, f"member {info.name!r} claims {info.size} bytes, more than the {limit} it may have")
         if info.size > file.size - start:
             raise _Damage(offset, f"the file ends at byte {file.size}, in the middle of member {info.name!r}")
-        yield _Member(offset, key, suffix, info.size)
+        yield offset, key, suffix, info.size
         file.skip(start + info.size + -info.size % tarfile.BLOCKSIZE - file.position)
 
 
 def _samples(file: File, shard: Shard, wanted: Callable[[str], bool] | None, part: range | None) -> Iterator[RawSample]:
-    key: str | None = None
-    number = -1
+    number, current = -1, ""
     found: dict[str, tuple[int, bytes]] = {}
     seen = Counter[str]()
     left = sum(count for scene, count in _counts(shard).items() if wanted is None or wanted(scene))
     some = left < shard.samples
-    for member in _members(file):
-        if member.key != key:
+    for offset, key, suffix, size in _members(file):
+        if key != current:
             if found:
-                yield _sample(shard, key or "", found)
+                yield _sample(shard, current, found)
                 left -= 1
             if some and not left:
                 return  # held-out views lie scene after scene: those that follow are not read
-            key, number, found = member.key, number + 1, {}
+            current, number, found = key, number + 1, {}
             if part is not None and number >= part.stop:
                 return
-        scene = member.key.partition("/")[0]
-        seen[scene] += member.suffix != "json"
+        scene = key.partition("/")[0]
+        seen[scene] += suffix != "json"
         if (wanted is None or wanted(scene)) and (part is None or number in part):
-            if member.suffix in found:
-                raise _Damage(member.offset, f"member '{member.key}.{member.suffix}' is there twice")
-            found[member.suffix] = member.offset, file.read(member.size)
+            if suffix in found:
+                raise _Damage(offset, f"member '{key}.{suffix}' is there twice")
+            found[suffix] = offset, file.read(size)
     if found:
-        yield _sample(shard, key or "", found)
+        yield _sample(shard, current, found)
     if seen != _counts(shard):
         total = sum(seen.values())
         raise _Damage(file.size, f"it ends after {total} of {shard.samples} samples, or has not those of the manifest")

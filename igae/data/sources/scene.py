@@ -51,7 +51,7 @@ class View:
             raise BadInput(f"{self.file}: {error}") from error
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # a scene's views have one lens as a rule
 def _intrinsics(lens: tuple[tuple[str, float | str], ...], size: tuple[int, int]) -> list[list[float]]:
     rows: list[list[float]] = normalized_intrinsics(dict(lens), size).tolist()
     return rows

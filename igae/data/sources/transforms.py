@@ -58,6 +58,7 @@ def _read_frames(content: Any, name: str) -> list[View]:
     if not isinstance(frames, list) or not frames:
         raise BadInput(f"{name} has no frames: the scene is empty")
     files: dict[str, int] = {}
+    lenses: list[tuple[tuple[str, float | str], ...]] = []
     for index, frame in enumerate(frames):
         if not isinstance(frame, dict):
             raise BadInput(f"{name}: frame {index} is not an object")
@@ -68,13 +69,10 @@ def _read_frames(content: Any, name: str) -> list[View]:
         lens = {**content, **frame}
         if lens.get("camera_model", "OPENCV") not in PINHOLE or any(lens.get(key) for key in DISTORTION):
             raise BadInput(f"{name}: frame {index} ({file}) has lens distortion: undistort the images first")
+        values = ((key, lens[key]) for key in LENS if key in lens)
+        lenses.append(tuple((key, value if isinstance(value, int | float) else repr(value)) for key, value in values))
     rows = _read_poses(frames, list(files), name)
-    return [View(i, file, rows[i], _lens({**content, **frames[i]})) for i, file in enumerate(files)]
-
-
-def _lens(camera: dict[str, Any]) -> tuple[tuple[str, float | str], ...]:
-    values = ((key, camera[key]) for key in LENS if key in camera)
-    return tuple((key, value if isinstance(value, int | float) else repr(value)) for key, value in values)
+    return [View(i, file, rows[i], lenses[i]) for i, file in enumerate(files)]
 
 
 def _read_poses(frames: Sequence[dict[str, Any]], files: Sequence[str], name: str) -> list[list[list[float]]]:
