@@ -85,6 +85,8 @@ def words_of(command: str, shards: str) -> tuple[list[str], int]:
     """What Python is given, made small, and the number of processes."""
     words = shlex.split(command)
     world = int(words[words.index("--num_processes") + 1]) if words[0] == "accelerate" else 1
+    if words[0] == "igae":
+        return ["-m", "igae.cli.main", *words[1:]], world
     words = words[words.index("train.py") :] if words[0] == "accelerate" else words[1:]
     if words[0] == "train.py":
         given = [word for word in words if "=" in word]
