@@ -20,11 +20,10 @@ import pytest
 import ranks
 import torch
 import yaml
-from scene_files import open_images, open_views
 from torch import Tensor
 
 from igae import checkpoint, config
-from igae.data import Manifest
+from igae.data import DataConfig, Manifest, image_loader, view_loader
 from igae.export import Export
 from igae.training import Recipe, Trainer
 
@@ -105,14 +104,15 @@ def test_shards(old: Path) -> None:
     manifest = Manifest.load(root)
     assert [[scene.name, scene.category, scene.views, scene.heldout] for scene in manifest.scenes] == expected["scenes"]
     assert [scene.name for scene in manifest.select({"cars": (0, 5)})] == ["scene_1", "scene_2"]
-    order: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "repeat": False, "workers": 0, "verify": "sha256"}
+    in_order = DataConfig(root=root, shuffle=0, workers=0, verify="sha256")
+    order: dict[str, Any] = {"batch_size": 1, "repeat": False}
     for split in ("train", "heldout"):
-        views = open_views(root, manifest, manifest.scenes, split=split, **order)
+        views = view_loader(in_order, manifest, manifest.scenes, split=split, **order)
         found = {f"{manifest.scenes[int(view.scene)].name}/{int(view.view)}": view for view in views}
         assert {name: digest(view.images) for name, view in found.items()} == expected["views"][split]
     assert found["scene_1/0"].cam2world[0].tolist() == expected["camera"]["cam2world"]
     assert found["scene_1/0"].intrinsics[0].tolist() == expected["camera"]["intrinsics"]
-    assert [digest(image) for image in open_images(root, manifest, **order)] == expected["natural_images"]
+    assert [digest(image) for image in image_loader(in_order, manifest, **order)] == expected["natural_images"]
 
 
 # --- Checkpoints and runs --------------------------------------------------------------------------------------------

@@ -210,7 +210,8 @@ class IGAE(nn.Module):
             encoded = images if weights.latent + weights.ae > 0 else None
             latents, natural_latents, losses = self._encode(encoded, natural, weights, sample)
             decoded: dict[str, tuple[Tensor, Tensor]] = {}  # latents to decode, and the images that they should give
-            if views is not None and rows is not None:
+            if views is not None:
+                assert rows is not None
                 latents = views.latents if latents is None else latents
                 rendered, of_scenes = self._render_losses(rows, views, latents, weights, seed)
                 losses |= of_scenes

@@ -15,11 +15,10 @@ class LPIPS(nn.Module):
     """Learned perceptual distance of two images on VGG16 features (Zhang et al., CVPR 2018, version 0.1).
 
     d(x, y) = sum over five layers of the spatial mean of sum_c w_c (f_c(x) - f_c(y))^2, where f is the layer's output
-    divided by its norm over channels. The 1 x 1 weights w come with torchmetrics; VGG16's weights are torchvision's
-    ``vgg16-397923af.pth``, read from ``weights`` or fetched once into torch's hub cache.
+    divided by its norm over channels. The weights w come with torchmetrics.
 
     Args:
-        weights: path of a VGG16 state dict with the keys ``features.N.weight`` and ``features.N.bias``.
+        weights: path of torchvision's ``vgg16-397923af.pth``, which is fetched once into torch's hub cache if left out.
 
     Raises:
         ValueError: the weights are neither given nor can be fetched, or don't belong to a VGG16.
@@ -36,8 +35,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
+        layers, channels = list[nn.Module](), 3
         for entry in self.LAYOUT:
             if isinstance(entry, int):
                 layers += [nn.Conv2d(channels, entry, 3, padding=1), nn.ReLU()]
@@ -51,9 +49,8 @@ class LPIPS(nn.Module):
             source = weights or VGG16_URL
             raise ValueError(f"train.lpips_weights: {source} is no VGG16 ({wrong[0]} is missing or misshaped)")
         self.load_state_dict({name: given[name] for name in own})
-        heads = torch.load(
-            str(files("torchmetrics") / "functional/image/lpips_models/vgg.pth"), map_location="cpu", weights_only=True
-        )
+        path = files("torchmetrics") / "functional/image/lpips_models/vgg.pth"
+        heads = torch.load(str(path), map_location="cpu", weights_only=True)
         for level in range(5):
             self.register_buffer(f"head{level}", heads[f"lin{level}.model.1.weight"].flatten())
         # Statistics of ImageNet images in [0, 1], expressed for images in [-1, 1].

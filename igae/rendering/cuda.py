@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The renderer as two CUDA kernels, with the signature of `ray_marching.render_torch`.
 
-Operators `igae::render` and `igae::render_backward`: they run on the current stream, never wait for the device, can be
-captured in a CUDA graph (after one call outside it, which compiles and loads the kernels) and are known to
-torch.compile.
+They run on the current stream, never wait for the device, can be captured in a CUDA graph (after one call outside it,
+which compiles and loads them) and are known to torch.compile, as operators `igae::render` and `igae::render_backward`.
 """
 
 import ctypes

@@ -26,12 +26,11 @@ def horizon_of(betas: tuple[float, float]) -> int:
 class RowAdam:
     """Adam (Kingma & Ba, ICLR 2015) for a tensor of which each step has gradients of a few rows only.
 
-    ``exact`` computes what ``torch.optim.Adam`` over the whole tensor computes. There a row without gradient is still
-    updated by its momentum. Here these updates are deferred and applied on access, by :meth:`catch_up`, with the
-    learning rates of their steps. However many there are, they are applied in one go (see :func:`quadrature`), to 6e-8
-    of their sum or better: about float32's rounding. After ``horizon`` steps without a gradient the momentum is below
-    float32's resolution, and the row rests. Equal calls give equal bits. But updates that are applied in two parts may
-    differ in the last bits from those that are applied at once: runs are equal only if they catch up at the same steps.
+    ``exact`` computes what ``torch.optim.Adam`` over the whole tensor computes. There momentum goes on updating a row
+    without gradient. Here these updates are deferred and applied on access, all in one go (see :func:`quadrature`), to
+    6e-8 of their sum or better: about float32's rounding. After ``horizon`` steps without a gradient the momentum is
+    below float32's resolution, and the row rests. Equal calls give equal bits, but updates that are applied in two
+    parts may differ in the last bits from those applied at once: runs are equal only if they catch up at equal steps.
 
     ``lazy`` leaves a row as it is between its visits; its bias correction counts its own visits.
 

@@ -66,15 +66,16 @@ def unsupported(parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -
 
 
 class _Plan(NamedTuple):
-    """What a visit found of deferred updates, good for a step of the same rows if nothing has changed since."""
+    """What was found of the deferred updates of rows; good for a step of the same rows if nothing has changed since."""
 
-    rows: Tensor
+    rows: Tensor | None
     version: int
-    there: Tensor
-    """Rows on the device."""
-    records: Tensor
-    """Must live until what reads them is launched."""
     captured: bool
+    there: Tensor | None
+    """Rows on the device; None: all."""
+    slots: int
+    records: Tensor
+    """The kernels' own. Must live until what reads them is launched."""
 
     def holds(self, rows: Tensor) -> bool:
         unchanged = rows is self.rows and rows._version == self.version
@@ -156,23 +157,18 @@ class CudaRowAdam(RowAdam):
         self._visit = None
         if self.mode == "exact":
             with torch.cuda.device_of(self.parameters):
-                there = None if rows is None else self._on_device(rows)
-                slots = len(self.parameters) if there is None else len(there)
-                records = self._find(there, slots, settle=True)
+                plan = self._find(rows, settle=True)
                 self._params.copies = None
-                self._launch("catch_up", slots)
-                del records  # after the launches
+                self._launch("catch_up", plan.slots)
 
     @torch.no_grad()
     def visit(self, rows: Tensor) -> Tensor:
         """See :meth:`RowAdam.visit`, but rows stay as they are: a step applies the deferred updates, too."""
         with torch.cuda.device_of(self.parameters):
-            there = self._on_device(rows)
+            self._visit = self._find(rows)
             copies = self.parameters.new_empty(len(rows), *self.parameters.shape[1:])
-            records = self._find(there, len(rows))
             self._params.copies = pointer(copies)
             self._launch("catch_up", len(rows), copies)
-        self._visit = _Plan(rows, rows._version, there, records, torch.cuda.is_current_stream_capturing())
         return copies
 
     @torch.no_grad()
@@ -199,11 +195,9 @@ class CudaRowAdam(RowAdam):
             self._make_room()
             plan, self._visit = self._visit, None
             if plan is not None and plan.holds(rows):
-                there, records = plan.there, plan.records
-                self._point_to(there, len(rows), records)
+                self._point_to(plan)
             else:
-                there = self._on_device(rows)
-                records = self._find(there, len(rows))
+                plan = self._find(rows)
             if isinstance(lr, Tensor) and lr.is_cuda:
                 lr = lr.double()
                 params.lr = pointer(lr)
@@ -213,26 +207,26 @@ class CudaRowAdam(RowAdam):
             params.apply, params.scale, params.gradient = pointer(apply), scale, pointer(gradient)
             self._kernels.launch("begin", 1, min(1024, max(32, len(rows))), params)
             self._launch("update", len(rows), gradient)
-            del plan, there, records  # after the launches
 
-    def _find(self, rows: Tensor | None, slots: int, settle: bool = False) -> Tensor:
-        """Find the deferred updates of rows; returns the kernels' records of them.
-
-        Args:
-            settle: mark them as applied.
-        """
-        self._captured |= torch.cuda.is_current_stream_capturing()
+    def _find(self, rows: Tensor | None, settle: bool = False) -> _Plan:
+        """Find the deferred updates of rows (None: of all); with ``settle`` mark them as applied."""
+        there = None if rows is None else self._on_device(rows)
+        capturing = torch.cuda.is_current_stream_capturing()
+        self._captured |= capturing
+        slots = len(self.parameters) if there is None else len(there)
         records = torch.empty(slots * (2 + self._params.parts) * RECORD, device=self._device)
-        self._point_to(rows, slots, records)
+        plan = _Plan(rows, 0 if rows is None else rows._version, capturing, there, slots, records)
+        self._point_to(plan)
         self._params.settle = settle
         if slots > 0:
             self._kernels.launch("plan", slots, 32, self._params)
-        return records
+        return plan
 
-    def _point_to(self, rows: Tensor | None, slots: int, records: Tensor) -> None:
+    def _point_to(self, plan: _Plan) -> None:
         """Set what all kernels read."""
-        self._params.rows, self._params.slots, self._params.records = pointer(rows), slots, pointer(records)
-        self._params.rates, self._params.capacity = pointer(self._rates), len(self._rates)
+        params = self._params
+        params.rows, params.slots, params.records = pointer(plan.there), plan.slots, pointer(plan.records)
+        params.rates, params.capacity = pointer(self._rates), len(self._rates)
 
     def _launch(self, kernel: str, slots: int, other: Tensor | None = None) -> None:
         """Launch a kernel over all elements of all slots, four at a time where all rows start at multiples of four."""

@@ -18,13 +18,12 @@ import torch
 
 from igae import __version__, config
 from igae.errors import redact
+from igae.evaluation import current_name
 from igae.ranks import Channel, world_size
 from igae.storage import write_text
 from igae.training.recipe import Recipe
 
 METRICS = "metrics.json"
-RENAMED = {'"heldout/constant_psnr"': '"heldout/baseline_psnr"', '"photos/': '"natural/'}
-"""What metrics of 0.1.0 are called now."""
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -102,12 +101,10 @@ def public_settings(recipe: Recipe) -> str:
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics at the end of each stage that is finished."""
+    """The metrics at the end of each stage that is finished, by their present names."""
     path = folder / METRICS
-    text = path.read_text() if path.is_file() else "{}"
-    for old, new in RENAMED.items():
-        text = text.replace(old, new)
-    return dict(json.loads(text))
+    stages = json.loads(path.read_text()) if path.is_file() else {}
+    return {stage: {current_name(name): value for name, value in found.items()} for stage, found in stages.items()}
 
 
 def write_metrics(folder: Path, stage: str, metrics: dict[str, float]) -> None:
