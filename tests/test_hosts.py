@@ -115,7 +115,7 @@ class Pod(threading.Thread):
 
 @pytest.mark.slow
 def test_a_host_is_cut_off_and_comes_back(hosts: list[str], tmp_path: Path) -> None:
-    """Both sides notice and start again, wait for each other, and go on from the newest checkpoint."""
+    """Both sides notice and start again, wait for each other, and resume from the newest checkpoint."""
     shards = runs.packed_data(tmp_path)
     recipe = runs.recipe_file(tmp_path, shards)
     settings = ["train.warmup.epochs=0", "train.joint.epochs=30", "checkpoint.every=5", f"train.timeout={TIMEOUT}"]
@@ -149,6 +149,6 @@ def test_a_host_is_cut_off_and_comes_back(hosts: list[str], tmp_path: Path) -> N
     text = logs()
     assert all(0 not in pod.codes[:-1] for pod in pods)
     assert "has lost another rank" in text
-    assert f"going on from {saved}/step-{steps:08d}" in text, text
+    assert f"resumes from step {steps}, {saved}/step-{steps:08d}" in text, text
     assert text.count("2 ranks, DDP") >= 2 and "1 rank," not in text
     assert checkpoint.load_checkpoint(checkpoint.list_complete(saved)[-1]).progress.total == 120

@@ -103,7 +103,7 @@ def test_two_machines_save_at_signals_and_go_on(slurm: Cluster, checkout: tuple[
         time.sleep(0.2)
     step = int(checkpoint.list_complete(str(saved))[-1][-8:])
     wait_for_checkpoint_after(step)
-    assert f"going on from {saved}/step-{step:08d}" in log.read_text(), log.read_text()
+    assert f"resumes from step {step}, {saved}/step-{step:08d}" in log.read_text(), log.read_text()
     slurm.call("scancel", number)
     deadline = time.monotonic() + 60
     while "stopped by SIGTERM" not in log.read_text():

@@ -2,6 +2,7 @@
 """The wheel does all that a checkout does: built, installed into an empty environment, run from an empty folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("wheel")
 SMALL = (
     "autoencoder.path=demo autoencoder.scale=0.5 planes.resolution=8 planes.features=8 render.coarse_samples=4 "
     "render.fine_samples=4 train.joint.weights.natural_lpips=0 train.warmup.epochs=1 train.warmup.batch_size=4 "
@@ -23,19 +25,11 @@ SMALL = (
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new environment with igae's wheel; what igae requires is that of this one (without this checkout)."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, cwd=folder)
+    source = folder / "source"  # a copy: setuptools leaves files where it builds
+    kept = ("igae", "configs", "data_tools", "launch", "setup.py", "setup.cfg", "README.md", "LICENSE")
+    shutil.copytree(ROOT, source, ignore=lambda path, names: [n for n in names if path == str(ROOT) and n not in kept])
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*build, str(source)], check=True, cwd=folder)
     [wheel] = folder.glob("igae-*.whl")
     made = folder / "venv"
     venv.create(made, with_pip=False, symlinks=True)
@@ -47,20 +41,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def clean() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
 def run(environment: Path, folder: Path, *words: str) -> str:
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = [str(environment / "bin" / "python"), str(environment / "bin" / "igae"), *words]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
 def test_from_demo_to_export(environment: Path, tmp_path: Path) -> None:
-    where = subprocess.run(
-        [environment / "bin" / "python", "-c", "import igae; print(igae.__file__)"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    command = [environment / "bin" / "python", "-c", "import igae; print(igae.__file__)"]
+    where = subprocess.run(command, cwd=tmp_path, env=clean(), capture_output=True, text=True, check=True).stdout
     assert where.startswith(str(environment))
     assert "train" in run(environment, tmp_path, "--help")
     few = "--scenes 2 --views 4 --size 16 --natural-images 4 --supersample 1 --workers 1".split()
