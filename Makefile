@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# make quickstart: demo data, both training stages on the CPU, pictures and figures (under 10 minutes on 2 cores)
+# make quickstart: demo data, both training stages on the CPU, pictures and metrics (under 10 minutes on 2 cores)
 # make test:       linters, types and tests
 #
 # On Linux PyPI's torch brings several GB of CUDA libraries. A machine without GPU can do without them:
@@ -24,8 +24,8 @@ quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 	@echo "  $(RUN)/report.html     all of the following in one page"
 	@echo "  $(RUN)/pictures/       truth, autoencoder, decoded render, latents, depth"
 	@echo "  $(RUN)/orbits/         a video around each object"
-	@echo "  $(RUN)/metrics.json    the figures at the end"
-	@echo "  $(RUN)/metrics.jsonl   the figures on the way"
+	@echo "  $(RUN)/metrics.json    metrics at the end"
+	@echo "  $(RUN)/metrics.jsonl   metrics during training"
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check

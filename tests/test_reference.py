@@ -35,7 +35,7 @@ def documented() -> dict[tuple[str, str], list[str]]:
 
 def test_the_page_is_that_of_the_types() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == reference.text(Recipe), "run: python -m igae.reference > docs/configuration.md"
+    assert page == reference.text(Recipe), "run: igae reference > docs/configuration.md"
 
 
 def test_keys_of_the_configurations_that_igae_ships_are_there() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the CUDA kernels with NVRTC, at first use or ahead of time, and keeps the results on disk.
 
-    python -m igae.rendering.build --arch 80 90
+    igae kernels --arch 80 90
 
 needs `pip install igae[cuda]`, but neither a GPU nor a driver nor nvcc. A kernel is compiled for one variant (sizes and
 conventions, see `Variant`); the command compiles those that its options name. `IGAE_KERNEL_CACHE` is the folder of the
