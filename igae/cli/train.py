@@ -43,7 +43,7 @@ def parser(default: str | None = None, prog: str | None = None) -> argparse.Argu
 
 
 def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").split(": ")[0]
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 @command
