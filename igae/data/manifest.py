@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Manifest:
     scenes: list[Scene]
     images: int
     cameras: CameraSummary | None
+
+    @property
+    def digest(self) -> str:
+        """Of the content of all shards: checkpoints say with it what they were trained on."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     @classmethod
     def load(cls, root: str) -> "Manifest":

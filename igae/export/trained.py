@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading trained models: runs, checkpoints and exports."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -153,8 +152,7 @@ class TrainedRun(Trained):
         root = self.settings.data.root
         manifest = Manifest.load(root)
         ids = frozenset(scene.id for scene in manifest.select(self.settings.data.categories))
-        digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
-        if digest != self.loaded.progress.data or self.loaded.ids != ids:
+        if manifest.digest != self.loaded.progress.data or self.loaded.ids != ids:
             raise ValueError(
                 f"{redact(self.where)} was trained on other scenes than those at {redact(root)}: say where they are, "
                 "data.root=..."

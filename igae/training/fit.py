@@ -85,9 +85,9 @@ class Fit(Job):
     def _begin(self) -> tuple[set[int], bool, bool]:
         """Which waves are finished, and whether the checkpoint and the results are there."""
         folder = self.parts.folder
-        settings, data = self.parts.begin(public_settings(self.recipe), self.data.digest)
+        settings, data = self.parts.begin(public_settings(self.recipe), self.data.manifest.digest)
         compare_settings(folder, settings, self.recipe, FIXED)
-        if data != self.data.digest:
+        if data != self.data.manifest.digest:
             raise ValueError(
                 f"{folder} has scenes of other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
             )
@@ -107,7 +107,7 @@ class Fit(Job):
         if any(self.channel.gather(self.signals.received is not None)):
             log.warning("stopped; finished waves are written, the same command resumes after them")
             return False
-        progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.digest)
+        progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.manifest.digest)
         settings, shared = public_settings(self.recipe), self.model.state_dict()
         self.channel.on_first_rank(lambda: self.parts.close(progress, settings, shared))
         return True

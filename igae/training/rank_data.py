@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of the data each rank trains on: scenes and natural images, and the steps that follow from it."""
 
-import hashlib
 import logging
 import math
 from dataclasses import dataclass, field
@@ -66,11 +65,6 @@ class RankData:
     def natural_images(self) -> range:
         """The natural images of this rank, by their place in the shards."""
         return share_images(self.manifest.images, self.rank, self.world)
-
-    @property
-    def digest(self) -> str:
-        """Of all shards."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
     def steps_per_epoch(self, stage: StageConfig) -> int:
         """Steps in which all ranks together see every view once (every natural image, where there are no views); the

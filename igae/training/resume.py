@@ -65,7 +65,7 @@ def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: Sce
     """
     loaded = load_checkpoint(folder)
     progress = loaded.progress
-    if progress.data != data.digest:
+    if progress.data != data.manifest.digest:
         raise ValueError(
             f"{folder} was trained on other shards than those at {recipe.data.root}: use a new experiment=NAME"
         )
