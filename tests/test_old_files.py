@@ -52,7 +52,8 @@ Metrics = dict[str, float]
 def old(tmp_path: Path) -> Path:
     """The folder that the files' paths are relative to."""
     with tarfile.open(OLD / "files.tar.xz") as archive:
-        archive.extractall(tmp_path / "old", filter="data")
+        options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python before 3.11.4 has none
+        archive.extractall(tmp_path / "old", **options)
     return tmp_path / "old"
 
 
