@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user is told: errors that end a command, in one sentence, and text without credentials."""
 
+import argparse
 import difflib
 import functools
 import logging
@@ -12,6 +13,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ MASK = "***"
 Key = tuple[str, ...]
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names of a key that does not exist
 
-# What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs.
-_URL = re.compile(r"(?<=://)(?:(?!::[A-Za-z][A-Za-z0-9+.\-]*://)\S)+")
+# What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs. A Path of a URL has one slash.
+_URL = re.compile(r"(?:(?<=://)|(?<=\w:/)(?!/))(?:(?!::[A-Za-z][A-Za-z0-9+.\-]*://)\S)+")
 _NAME = (
     r"[\w.\-]*(?:secret|token|passw(?:or)?d|passphrase|signature|credential|authorization|(?:api|access|account)[\-_]?key)"
     r"[\w.\-]*|\bsig"
@@ -78,7 +80,7 @@ class _Masked(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """What commands log, warnings of all libraries among it, goes there without credentials."""
+    """Send what commands and libraries log to stderr, with credentials masked."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Masked("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -87,6 +89,20 @@ def log_to_stderr() -> None:
 def say(text: str) -> None:
     """Print to stderr, without credentials."""
     print(redact(text), file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments without credentials: it quotes them, and they may be URLs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
+def local_path(text: str) -> Path:
+    """Reads an argument that is a path on this machine (a `type` of :class:`Parser`): a URL would become a folder."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{redact(text)} is a URL: give a path on this machine")
+    return Path(text)
 
 
 class LostRank(RuntimeError):
@@ -202,7 +218,7 @@ def explain(error: "ValidationError", cls: Any, data: Any, origins: Mapping[Key,
     items = [item for position, item in found if position == key]
     first = items[0]
     value = first["input"]
-    got = "got nothing" if value is None else f"got {reprlib.repr(value)} ({kind_of(value)})"
+    got = "got nothing" if value is None else f"got {_SHORT.repr(value)} ({kind_of(value)})"
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         return ConfigError(f"{where}: {'.'.join(key[:-1])}: {got}, expected more than {key[-1]} entries")
     if first["type"] in ("missing", "missing_argument"):
@@ -215,6 +231,12 @@ def explain(error: "ValidationError", cls: Any, data: Any, origins: Mapping[Key,
     return ConfigError(f"{where}: {name}: {got}, expected {expected}{hint}")
 
 
+class _Short(reprlib.Repr):
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redact(x), level)  # before it is cut: half a URL is not recognized
+
+
+_SHORT = _Short()
 _EXPECTED = {
     "model_type": "a section (keys and values)",
     "dataclass_type": "a section (keys and values)",
@@ -235,6 +257,8 @@ _EXPECTED = {
 
 
 def _expected(kind: str, message: str) -> str:
+    if kind == "string_pattern_mismatch":
+        return message.replace("String should match pattern", "text that matches", 1)
     return _EXPECTED.get(kind) or re.sub(r"^\w+ should (be|have) | after validation, not .*$", "", message)
 
 

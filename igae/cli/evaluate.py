@@ -6,12 +6,12 @@ the natural images (``evaluation`` of the configuration says how many); the firs
 the metrics of each scene, and ``evaluation.csv``, a scene a row.
 """
 
-import argparse
 import csv
 import io
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from igae import config
 from igae.checkpoint import is_complete
 from igae.data import Manifest, Scene
-from igae.errors import command, did_you_mean, log_to_stderr, redact
+from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, spread
 from igae.export import SECTIONS, Trained, find_model, is_export, load_trained
 from igae.models import LPIPS
@@ -77,8 +77,9 @@ def evaluate(
     if rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            problem = f"{folder} can't be made ({error.strerror}): say where the results go, --output FOLDER"
+            problem = f"{folder} can't be made or written ({error.strerror}): say where the results go, --output FOLDER"
     if problem := channel.gather(problem)[0]:
         raise ValueError(problem)
     groups = waves(manifest, scenes, math.ceil(len(scenes) / world_size())) if scenes else []
@@ -191,7 +192,7 @@ def _write(folder: Path, scenes: list[Scene], means: Means, of_scenes: dict[str,
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 evaluation failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="igae evaluate", description=__doc__.splitlines()[0])
+    parser = Parser(prog="igae evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="folder or URL of a checkpoint, a run or an export")
     parser.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help="default: as evaluation.scenes says")
     parser.add_argument("--output", metavar="FOLDER", help=f"of {JSON} and {CSV}; default: the run's folder")

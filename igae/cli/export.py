@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export a run: ``igae export RUN TARGET [key=value ...]``."""
 
-import argparse
-
-from igae.errors import command, log_to_stderr, redact
+from igae.errors import Parser, command, log_to_stderr, redact
 from igae.export import check_target, read_run, write
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="igae export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="igae export", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", help="folder or URL of a run, or of one of its checkpoints")
     parser.add_argument(
         "target", metavar="TARGET", help="empty or new folder, fsspec URL, or hf://user/name[@revision][/folder]"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS, where they moved")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.root=SHARDS, where they moved"
+    )
     arguments = parser.parse_args(argv)
     log_to_stderr()
     check_target(arguments.target)

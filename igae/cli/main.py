@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from igae import __version__
-from igae.errors import did_you_mean, end, say
+from igae.errors import command, did_you_mean, end, say
 
 COMMANDS = {
     "train": "train an autoencoder with its scenes, or resume a run",
@@ -24,6 +24,7 @@ COMMANDS = {
 }
 
 
+@command  # for what happens while a command is imported, which takes seconds: Ctrl-C, or a library that is missing
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv

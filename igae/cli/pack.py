@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import yaml
 
 import igae.data as data  # imports torch with the first name that is taken from it
-from igae.errors import command, redact, say
+from igae.errors import Parser, command, redact, say
 
 SHOWN = 20
 
@@ -54,7 +54,7 @@ def positive(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--scenes", help="folder of the scenes (with or without dataset_map.json); any fsspec URL")
     parser.add_argument("--subset", help="folder inside --scenes that has the scenes' folders, such as square128")
     parser.add_argument(

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Import weights of the code that was published with the IG-AE paper: ``igae published FILE TARGET``."""
 
-import argparse
-from pathlib import Path
-
-from igae.errors import command, redact, say
+from igae.errors import Parser, command, local_path, redact, say
 from igae.export import check_target, read_published, read_settings, write
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="igae published", description=__doc__.splitlines()[0])
-    parser.add_argument("file", metavar="FILE", type=Path, help="gvae_latest.pt")
+    parser = Parser(prog="igae published", description=__doc__.splitlines()[0])
+    parser.add_argument("file", metavar="FILE", type=local_path, help="gvae_latest.pt")
     parser.add_argument("target", metavar="TARGET", help="as of igae export")
-    parser.add_argument("--config", type=Path, help="the published code's config.yaml (default: the one beside FILE)")
+    parser.add_argument(
+        "--config", type=local_path, help="the published code's config.yaml (default: the one beside FILE)"
+    )
     parser.add_argument("--autoencoder", help="diffusers folder or hub id with the architecture of FILE's autoencoder")
     arguments = parser.parse_args(argv)
     beside = arguments.file.parent / "config.yaml"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from igae import config
-from igae.errors import command, log_to_stderr, redact
+from igae.errors import Parser, command, log_to_stderr, redact
 from igae.training import Recipe
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def format_help(self) -> str:
         """The options, then the recipes, and all settings with their defaults."""
         from igae.cli import reference
@@ -60,8 +60,12 @@ def run(arguments: argparse.Namespace) -> None:
     logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=_take_settings)
     if arguments.print_config:
-        sys.stdout.write(config.dump(recipe))
+        sys.stdout.write(redact(config.dump(recipe)))  # as in a run's config.yaml
         return
+    if "://" in recipe.outputs:
+        raise ValueError(
+            f"outputs: {redact(recipe.outputs)} is a URL: give a folder on this machine (checkpoint.root may be a URL)"
+        )
     root = recipe.data.root
     if "://" not in root and not (Path(root) / "manifest.json").is_file():
         raise ValueError(f"no manifest.json in {redact(root)}: pack the data first with data_tools/pack_shards.py")

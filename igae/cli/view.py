@@ -4,7 +4,6 @@
 Of a run's folder the newest complete checkpoint is shown, and each newer one as soon as it is there.
 """
 
-import argparse
 import contextlib
 import ipaddress
 import logging
@@ -12,18 +11,18 @@ import threading
 
 import torch
 
-from igae.errors import command, log_to_stderr, say
+from igae.errors import Parser, command, log_to_stderr, say
 from igae.viewer import Followed, Viewer
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Exit codes: 0 ended with Ctrl-C, 1 failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(prog="igae view", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="igae view", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="folder or URL of a run, a checkpoint or an export")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; default: this machine only")
     parser.add_argument("--port", type=int, default=8080, help="default: 8080; 0 is any that is free")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.root=SHARDS")
     arguments = parser.parse_args(argv)
     log_to_stderr()
     logging.getLogger("igae").setLevel(logging.INFO)
