@@ -61,8 +61,8 @@ class Channel:
         return values
 
     def on_first_rank(self, action: Callable[[], T]) -> T:
-        """Run an action on the first rank only and return its result on all. Where it fails with a ValueError or OSError,
-        all ranks raise the same ValueError."""
+        """Run an action on the first rank only and return its result on all. Where it fails with a ValueError or
+        OSError, all ranks raise the same ValueError."""
         done: tuple[Any, str | None] = (None, None)
         if rank() == 0:
             try:
