@@ -80,7 +80,7 @@ class _Masked(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """What commands log, warnings of all libraries among it, goes there without credentials."""
+    """Send what commands and libraries log to stderr, with credentials masked."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Masked("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -61,8 +61,8 @@ class Channel:
         return values
 
     def on_first_rank(self, action: Callable[[], T]) -> T:
-        """What an action returns that the first rank alone makes; ValueError on all ranks alike where it fails with a
-        ValueError or OSError."""
+        """Run an action on the first rank only and return its result on all. ValueError on all ranks alike where it
+        fails with a ValueError or OSError."""
         done: tuple[Any, str | None] = (None, None)
         if rank() == 0:
             try:

@@ -7,6 +7,6 @@ from igae.errors import command
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code, as `igae train`, of which this is one with another recipe."""
+    """Returns the exit code of `igae train`: this is the same command with another default recipe."""
     train.run(train.parser(default="fit.yaml", prog="igae fit").parse_intermixed_args(argv))
     return 0

@@ -17,7 +17,7 @@ from igae.data.shards import RawSample, ShardError, damaged_shard
 
 
 def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
-    """A tensor of the CPU on another device. A copy from memory that is not pinned would wait for the device."""
+    """Copy a CPU tensor to another device; pinned first, because a copy from pageable memory blocks on the device."""
     if non_blocking and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=non_blocking)

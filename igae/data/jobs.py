@@ -64,7 +64,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all that its shards depend on; of the bytes of the input their number alone."""
+        """Hash of everything that the shards depend on; of the input's bytes only how many there are."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def open(self, kind: ShardKind) -> ShardWriter:

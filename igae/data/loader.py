@@ -198,7 +198,7 @@ _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
 def _close_all() -> None:  # before multiprocessing's exit, which sends workers a SIGTERM and waits for them
     for loader in list(_open):
         loader.close()
-    # Workers of a DataLoader that a signal has kept from being made: they need one of this process.
+    # Workers left over where a signal interrupted the making of a DataLoader: only this process can end them.
     for child in multiprocessing.active_children():
         if child.daemon:
             child.terminate()
@@ -269,8 +269,8 @@ class Loader(Generic[B]):
         try:
             return next(iterator, None)
         except (OSError, EOFError) as error:
-            # Where one ends while it hands over a batch its connection breaks, in one of several ways. What a worker
-            # raises itself comes with its traceback as text.
+            # A worker that dies while it hands over a batch breaks the connection: one of several errors. An error
+            # raised inside a worker arrives with its traceback as text.
             if self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
             raise LostWorker(str(error) or type(error).__name__) from error

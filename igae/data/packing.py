@@ -256,7 +256,7 @@ def verify_packed(root: str, workers: int = 1) -> list[str]:
         ValueError: there is no readable manifest.
     """
     shards = Manifest.load(root).shards
-    # Threads do: reading and hashing leave the interpreter to the others.
+    # Threads are enough: reading and hashing release the GIL.
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(ShardReader(root).check, shards)
         return [problem for problem in tqdm(found, "verifying", len(shards), disable=None) if problem]

@@ -129,7 +129,7 @@ class Evaluator:
                     again = model.autoencoder.normalize(at.encode(at.decode_normalized(rendered)))
                     totals.compare(scene, "orbit/latent", again, rendered)
         if has_autoencoder and self.natural_images is not None:
-            for images in torch.split(self.natural_images, 1):  # as in _chunks
+            for images in torch.split(self.natural_images, 1):  # one at a time: see _chunks
                 truth = to_signed(images.to(self.device))
                 totals.compare(None, "natural/ae", at.decode(at.encode(truth)), truth)
         return totals.means(self.channel)

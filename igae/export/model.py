@@ -59,7 +59,7 @@ class Trained(ABC):
 
     @property
     def manifest(self) -> Manifest | None:
-        """Of the data that it was trained on, where they are known."""
+        """Manifest of the data that it was trained on; None where that is unknown."""
         return None
 
     @property

@@ -76,7 +76,7 @@ class Export(Trained):
     @cached_property
     def model(self) -> IGAE:
         described, where, tensors = self.description, redact(join(self.where, SHARED)), self._shared()
-        # Before anything is built by igae.json's sizes.
+        # Checked before anything is allocated with sizes that igae.json claims.
         for name, size in _sizes(described.planes).items():
             if name not in tensors or tensors[name].shape != size:
                 raise ValueError(f"{where} is damaged: its {name} is not that of the planes in {INDEX}")
@@ -98,7 +98,7 @@ class Export(Trained):
 
     def _read_rows(self, names: Sequence[str]) -> Tensor:
         places = [self._places[name] for name in names]
-        files = {scenes.name: self._file(scenes) for scenes, _ in places}  # of which the sizes are right
+        files = {scenes.name: self._file(scenes) for scenes, _ in places}  # opening checks their sizes
         out = torch.empty(len(names), *self.planes.row_shape)
         for name, file in files.items():
             chosen = [i for i, (scenes, _) in enumerate(places) if scenes.name == name]

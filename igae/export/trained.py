@@ -64,7 +64,7 @@ def find_model(where: str) -> str:
 
 
 def find_checkpoint(where: str) -> str:
-    """The checkpoint that a run's folder (its newest complete one), that of its checkpoints or its own stands for."""
+    """The checkpoint that a path means: itself, or the newest complete one of a run's or of a checkpoints folder."""
     if is_complete(where):
         return where
     roots = [join(where, "checkpoints"), where]
@@ -174,7 +174,7 @@ class TrainedRun(Trained):
         ids = [self._places[name] for name in names]
         if self.loaded.progress.finished:
             return self.loaded.rows(ids, {"planes"})["planes"]
-        # In the middle of a stage updates are deferred of scenes that steps did not visit.
+        # In the middle of a stage, scenes that recent steps did not visit still have updates pending.
         store, saved = SceneStore(self.planes, ids, None, torch.device("cpu")), self._with_moments
         store.start_optimizer(self.settings.train.get("plane_optimizer", "exact"), "torch")
         store.load_state_dict({**saved.rows(ids), "learning_rates": saved.optimizer[LEARNING_RATES]})

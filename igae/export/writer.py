@@ -131,7 +131,7 @@ def _write(content: Content, target: str, name: str, file_bytes: int) -> Descrip
         try:
             return _write_files(content, files, name, file_bytes)
         except BaseException:
-            # Own files alone, and without errors of their own: the reason is what has to be heard of.
+            # Remove only files begun here, and ignore errors of that: the original error is the one to report.
             for file in files.begun:
                 with suppress(Exception):
                     files.fs.rm_file(join(files.path, file))

@@ -54,7 +54,7 @@ def compile_source(path: Path, defines: dict[str, int], arch: int) -> tuple[byte
 
 @functools.cache
 def _fingerprint(folder: Path) -> bytes:
-    """Of what decides a cubin besides macros and architecture: the sources and the compiler."""
+    """Hash of what a cubin depends on besides macros and architecture: the sources and the compiler's version."""
     from cuda.bindings import nvrtc
 
     digest = hashlib.sha256(repr(nvrtc.nvrtcVersion()[1:]).encode())

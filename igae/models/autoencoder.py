@@ -112,7 +112,7 @@ class Autoencoder(nn.Module):
         self.scale.fill_(AUTO_SPREAD / math.sqrt(mean_square))
 
     def parts(self) -> dict[Literal["encoder", "decoder"], list[tuple[str, nn.Parameter]]]:
-        """Named trainable parameters by the way that they work in; every parameter is in exactly one of the two."""
+        """Named trainable parameters of the encoder and of the decoder; each parameter is in exactly one of them."""
         groups: dict[Literal["encoder", "decoder"], list[tuple[str, nn.Parameter]]] = {"encoder": [], "decoder": []}
         for name, parameter in self.named_parameters():
             part = name.removeprefix("net.").split(".")[0]

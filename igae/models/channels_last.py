@@ -57,14 +57,14 @@ class Upsample(Upsample2D):
 
 
 class Shortcut(nn.Conv2d):
-    """Of a ResnetBlock2D, which hands it pixels with their channels far apart."""
+    """The 1x1 shortcut of a ResnetBlock2D, whose input may not be channels-last: converts it first."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
 
 def keep_dtypes(net: nn.Module) -> None:
-    """Make a network go on in the dtype that autocast has given its convolutions."""
+    """Make a network's norms keep the dtype that autocast chose for its convolutions."""
     for module in net.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm

@@ -207,7 +207,7 @@ def _exchange(weights: Sequence[int], bins: list[list[int]], steps: Iterator[int
             for weight, go in {weights[i]: i for i in bins[heavy]}.items():
                 at = bisect_left(back, 2 * weight - gap, key=lambda one: 2 * one[0])
                 for less, come in back[max(at - 1, 0) : at + 1]:
-                    moved = weight - less  # half of what the sum of the squared loads loses comes first
+                    moved = weight - less  # the first entry below is half the decrease of the sum of squared loads
                     best = max(best, (moved * (gap - moved), heavy, light, go, come))
         gain, heavy, light, go, come = best
         if gain <= 0:

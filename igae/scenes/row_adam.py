@@ -187,7 +187,7 @@ class RowAdam:
         self.parameters[where], self.exp_avg[where], self.exp_avg_sq[where] = p, m, v
 
     def _sent(self, table: Tensor) -> Tensor:
-        """A tensor of the CPU, on the device."""
+        """Copy a CPU tensor to the device."""
         if self.parameters.device.type == "cuda":  # a copy of pageable memory would wait for all work before it
             table = table.pin_memory()
         return table.to(self.parameters.device, non_blocking=True)

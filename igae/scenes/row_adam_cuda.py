@@ -43,7 +43,7 @@ def most_parts(betas: tuple[float, float], horizon: int) -> int:
     """Parts that deferred updates are applied in, at most: as by `RowAdam` after a first step, and two for rounding."""
     steps = torch.arange(2, horizon + 2, dtype=torch.float64)
     decay = math.log(betas[1])
-    places = 0.5 * torch.log1p(-torch.exp(decay * steps)) - 0.5 * decay * steps  # minus the logarithms: they rise
+    places = 0.5 * torch.log1p(-torch.exp(decay * steps)) - 0.5 * decay * steps  # negative logs, so that they ascend
     parts, start = 0, 0
     while start < horizon and parts < MOST_PARTS:
         start = int(torch.searchsorted(places, places[start] + math.log(SPREAD), right=True))

@@ -99,7 +99,7 @@ class Cache:
                     stack.enter_context(FileLock(f"{path}.lock"))
                 if not self.has(file):
                     self._download(file, what, path)
-                with contextlib.suppress(OSError):  # who waits for it, or makes it anew, finds the copy
+                with contextlib.suppress(OSError):  # whoever waits for this lock, or makes a new one, finds the copy
                     os.unlink(f"{path}.lock")
         return str(path)
 

@@ -115,7 +115,7 @@ class Fit(Job):
     def fit_wave(self, index: int) -> bool:
         """Fit and write the scenes of a wave; False where it was stopped before."""
         scenes, recipe, start = self.waves[index], self.recipe, time.perf_counter()
-        # The start of a scene is its own; what views are drawn when is the wave's.
+        # A scene's initial planes depend on the scene alone; the order of its views depends on the wave.
         store = SceneStore(recipe.planes, [scene.id for scene in scenes], recipe.seed, self.engine.device)
         recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
         data, metrics = RankData.alone(recipe.data, self.data.manifest, scenes), dict[str, float]()

@@ -52,8 +52,8 @@ class Engine:
         world, on_gpu = world_size(), torch.cuda.is_available()
         ahead = on_gpu and async_steps
         if ahead:
-            # Captured steps follow each other, and other collectives wait until they have ended (strategies.py): NCCL
-            # need not keep them apart, with fences that cost more than a small collective.
+            # Captured steps run one after another, and other collectives wait until they have ended (see ddp.py): NCCL
+            # need not separate them with fences, which cost more than a small collective.
             os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
