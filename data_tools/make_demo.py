@@ -33,7 +33,7 @@ if importlib.util.find_spec("igae") is None:  # in a source tree that is not ins
 from demo_objects import BALL, COMPOSED, Array, Solid, column, length, make_solid, solid_name  # noqa: E402
 
 from igae.data import ItemFailed, ProcessPool, ProgressCallback  # noqa: E402
-from igae.errors import command, end, say  # noqa: E402
+from igae.errors import Parser, command, end, local_path, say  # noqa: E402
 
 FORMAT = 1
 RADIUS = 1.3
@@ -270,8 +270,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description="Make demo data: rendered objects and crops of natural images.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser = Parser(description="Make demo data: rendered objects and crops of natural images.")
+    parser.add_argument("--output", type=local_path, required=True, help="folder to make")
     composed = f"objects: {len(COMPOSED)} composed by hand, then random ones"
     parser.add_argument("--scenes", type=at_least(1), default=6, help=composed)
     parser.add_argument("--views", type=at_least(1), default=48, help="pictures of each object")

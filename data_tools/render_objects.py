@@ -31,7 +31,7 @@ from make_demo import FOCAL, at_least, sphere_cameras  # noqa: E402
 from object_files import SUFFIXES, BadMesh, Mesh, find_meshes  # noqa: E402
 
 from igae.data import ItemFailed, ProcessPool, ProgressCallback, name_problem  # noqa: E402
-from igae.errors import command, end, redact, say  # noqa: E402
+from igae.errors import Parser, command, end, redact, say  # noqa: E402
 
 FORMAT = 1
 TRANSFORMS = "transforms_opencv.json"
@@ -214,7 +214,7 @@ def render(arguments: argparse.Namespace) -> int:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done (damaged meshes are listed), 2 nothing was done, 130 interrupted."""
-    parser = argparse.ArgumentParser(description="Render meshes into scenes for pack_shards.py.")
+    parser = Parser(description="Render meshes into scenes for pack_shards.py.")
     kinds = ", ".join(SUFFIXES)
     parser.add_argument("meshes", nargs="+", help=f"files ({kinds}), globs, folders, or fsspec URLs of these")
     parser.add_argument("--output", required=True, help="folder or fsspec URL that the scenes are written to")

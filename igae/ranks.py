@@ -15,12 +15,33 @@ T = TypeVar("T")
 
 def rank() -> int:
     """Rank of this process, as the launcher set it (0 without a launcher)."""
-    return int(os.environ.get("RANK", "0"))
+    return _variable("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes, as the launcher set it (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _variable("WORLD_SIZE", 1)
+
+
+def _variable(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    return int(text) if text.isdecimal() else otherwise
+
+
+def check_launch() -> None:
+    """Refuse RANK and WORLD_SIZE that no launcher sets: they are left over from something else.
+
+    Raises:
+        ValueError: the sentence names the variable.
+    """
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(f"{name}={os.environ[name]} in the environment is no number: unset it")
+    if rank() >= world_size():
+        raise ValueError(
+            f"RANK={rank()} and WORLD_SIZE={world_size()} in the environment don't belong together: unset both, or "
+            "start with accelerate launch"
+        )
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -46,6 +46,49 @@ def test_mistakes_are_told_within_a_second(tmp_path: Path, arguments: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=1 in the environment don't belong together"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0 in the environment"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is no number"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK= in the environment is no number"),
+    ],
+)
+def test_variables_that_a_launcher_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, text, seconds = cost(str(ROOT / "train.py"), "--config", "igae.yaml", "data.root=x", folder=tmp_path)
+    assert code == 2 and message in text and text.count("\n") == 1 and seconds < SECONDS
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config", "igae.yaml", "--stage", "https://user:hunter2@host/x"],
+        ["demo", "--output", "s3://key:hunter2@bucket/x"],
+        ["demo", "--output", "x", "--scenes", "https://user:hunter2@host/x"],
+        ["render", "--views", "https://user:hunter2@host/x", "x", "--output", "y"],
+        ["kernels", "--arch", "https://user:hunter2@host/x"],
+        ["report", "s3://key:hunter2@bucket/x"],
+        ["pack", "--workers", "https://user:hunter2@host/x"],
+    ],
+)
+def test_arguments_are_told_without_credentials(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    said = capsys.readouterr()
+    assert code == 2 and "hunter2" not in said.out + said.err and "***" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_resolved_recipe_is_printed_and_nothing_else_happens(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "train.py"), "--config", "igae.yaml", "--print-config", "planes.features=8"]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)

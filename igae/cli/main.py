@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         say(f"error: there is no command {name}{did_you_mean(name, COMMANDS)}; igae --help lists them")
         return 2
+    sys.argv[0] = f"igae {name}"  # what usage texts call the program
     module = importlib.import_module(f"igae.cli.{name}")
     run: Callable[[list[str]], int] = module.main
     return run(arguments[1:])

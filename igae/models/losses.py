@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss terms and the signal-to-noise ratio, as pure functions of tensors."""
+"""Loss terms, as pure functions of tensors."""
 
 import torch
 import torch.nn.functional as F

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from igae.errors import Parser
 from igae.kernels import cached_cubin
 
 Pass = Literal["forward", "backward"]
@@ -102,7 +103,7 @@ def macros(kernel: Pass, variant: Variant, arch: int) -> dict[str, int]:
 
 def build_main(argv: list[str] | None = None) -> None:
     """The command: compile variants into the cache."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
     parser.add_argument("--colors", type=int, nargs="+", default=[16], help="channels of the image")
