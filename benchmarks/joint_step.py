@@ -145,7 +145,7 @@ def main(stage: str = "joint", variants: dict[str, dict[str, str]] = VARIANTS, t
     parser.add_argument("--steps", type=int, default=30, help="steps of a round")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"the first and some of: {', '.join(variants)}")
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of the last variant")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a GPU, and there is none")

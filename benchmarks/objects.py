@@ -57,7 +57,7 @@ QUIET = ["evaluation.scenes=null", "evaluation.natural_images=0", "evaluation.or
 
 @dataclass(frozen=True)
 class Job:
-    """A run of train.py: the folder of its results, its settings, and the stage whose figures end it."""
+    """A run of train.py: the folder of its results, its settings, and the stage whose metrics end it."""
 
     name: str
     config: str
@@ -214,7 +214,7 @@ class Runner:
 
 
 def metrics(run: Path) -> dict[str, dict[str, float]]:
-    """The figures at the end of each stage of a run."""
+    """The metrics at the end of each stage of a run."""
     path = run / "metrics.json"
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
@@ -235,7 +235,7 @@ def training_seconds(run: Path, scenes: int) -> float:
 
 
 def row_of(variant: str, epochs: float, jobs: list[Job], job: Job, runner: Runner, manifest: Manifest) -> Row:
-    """The figures of a finished fit."""
+    """The metrics of a finished fit."""
     run, figures = runner.done(job).parent, metrics(runner.done(job).parent)[job.stage]
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     planes, chosen = PlanesConfig.model_validate(recipe["planes"]), manifest.select(recipe["data"]["categories"])
@@ -292,7 +292,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="variants at once on the GPU; changes their times")
     parser.add_argument("--stage1", nargs="+", default=[], metavar="key=value", help="settings of stage 1 alone")
     parser.add_argument("--fit", nargs="+", default=[], metavar="key=value", help="settings of the fits alone")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs")
     arguments = parser.parse_intermixed_args(argv)
     arguments.output = arguments.output.resolve()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of benchmarks/objects.py, and what follows from them."""
+"""The metrics of benchmarks/objects.py, and what follows from them."""
 
 from dataclasses import dataclass
 

@@ -65,7 +65,7 @@ def measure(engine: Engine, model: IGAE, stage_name: str, shards: str, steps: in
 
 
 def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: list[str]) -> None:
-    """Measure all cases in turns, each `rounds` times; the first rank prints the figures. In a case of one rank the
+    """Measure all cases in turns, each `rounds` times; the first rank prints the numbers. In a case of one rank the
     first works and the others wait."""
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
     engine = Engine(async_steps=first.train.async_steps, bf16=first.train.precision == "bf16")
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured, in turns (default: 3)")
     parser.add_argument("--steps", type=int, default=60, help="steps that are counted in a round (default: 60)")
     parser.add_argument("--size", type=int, default=128, help="pixels along a side of an image (default: 128)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/igae.yaml")
     arguments = parser.parse_intermixed_args()
