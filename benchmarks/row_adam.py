@@ -3,11 +3,11 @@
 
     python benchmarks/row_adam.py --scenes 100 1000 10000 --json row_adam.json
 
-Each step visits as many scenes, drawn uniformly: the more scenes there are, the more deferred updates a visited one has. Printed
-are medians of one visit (which copies the rows) and step together, on a GPU between CUDA events, on a CPU by the wall
-clock; on a GPU the time in which the host has launched them, and with the kernels that of a captured graph's replay;
-the bytes that a step reads and writes in rows; and the time of torch's Adam over all scenes where memory holds it.
-Ratios are to the smallest number of scenes.
+Each step visits as many scenes, drawn uniformly: the more scenes there are, the more deferred updates a visited one
+has. Printed are medians of one visit (which copies the rows) and step together, on a GPU between CUDA events, on a CPU
+by the wall clock; on a GPU the time in which the host has launched them, and with the kernels that of a captured
+graph's replay; the bytes that a step reads and writes in rows; and the time of torch's Adam over all scenes where
+memory holds it. Ratios are to the smallest number of scenes.
 """
 
 import argparse
