@@ -134,15 +134,15 @@ def test_the_cache_keeps_views_with_their_cameras() -> None:
     assert kept.latents[:, 0, 0, 0].tolist() == [i + 1000 * (100 + i) for i in range(10)]
     loader = LatentLoader(kept, 7, seed=1)
     for _ in range(5):
-        batch = next(loader)
-        view = batch.latents[:, 0, 0, 0].long() % 1000
-        assert torch.equal(batch.scene, 100 + view) and batch.scene.dtype == torch.int64
-        assert torch.equal(batch.cam2world[:, 0, 0].long(), view)
-        assert torch.equal(batch.intrinsics[:, 0, 0].long(), view)
+        places = loader.take()
+        view = kept.latents[places, 0, 0, 0].long() % 1000
+        assert torch.equal(kept.scene[places], 100 + view) and kept.scene.dtype == torch.int64
+        assert torch.equal(kept.cam2world[places, 0, 0].long(), view)
+        assert torch.equal(kept.intrinsics[places, 0, 0].long(), view)
 
 
 def order(loader: LatentLoader, batches: int) -> list[int]:
-    return [int(scene) - 100 for _ in range(batches) for scene in next(loader).scene]
+    return [int(scene) - 100 for _ in range(batches) for scene in loader.cache.scene[loader.take()]]
 
 
 @given(st.integers(1, 12), st.integers(1, 30), st.integers(0, 10**6))

@@ -9,7 +9,6 @@ from .config import PackOptions as PackOptions
 from .decoding import ViewBatch as ViewBatch
 from .decoding import decode_image as decode_image
 from .decoding import to_device as to_device
-from .latents import LatentBatch as LatentBatch
 from .latents import LatentCache as LatentCache
 from .latents import LatentLoader as LatentLoader
 from .loader import StreamState as StreamState

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents of all training views, encoded once: what the warm-up trains on, because its autoencoder is frozen."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,17 +9,6 @@ from torch import Tensor
 from igae.data.decoding import ViewBatch
 from igae.data.loader import StreamState
 from igae.ranks import derive_seed
-
-
-@dataclass
-class LatentBatch:
-    """latents [B, c, h, w], cam2world [B, 4, 4] and intrinsics [B, 3, 3] on the cache's device; scene [B] (global
-    ids) on the CPU."""
-
-    latents: Tensor
-    scene: Tensor
-    cam2world: Tensor
-    intrinsics: Tensor
 
 
 class LatentCache:
@@ -47,8 +35,8 @@ class LatentCache:
         return len(self.latents)
 
 
-class LatentLoader(Iterator[LatentBatch]):
-    """Endless batches of full size from a cache, each epoch in an order given by (seed, epoch).
+class LatentLoader:
+    """Endless batches of full size of the views in a cache, each epoch in an order given by (seed, epoch).
 
     ``state`` is where the next batch starts; a loader made with it continues exactly there.
     """
@@ -74,16 +62,6 @@ class LatentLoader(Iterator[LatentBatch]):
             position, missing = position + len(part), missing - len(part)
         self.state = StreamState(epoch, position)
         return torch.cat(parts)
-
-    def __next__(self) -> LatentBatch:
-        view = self.take()
-        index = view.to(self.cache.latents.device)
-        return LatentBatch(
-            self.cache.latents[index],
-            self.cache.scene[view],
-            self.cache.cam2world[index],
-            self.cache.intrinsics[index],
-        )
 
     def close(self) -> None:
         """Nothing is held open."""
