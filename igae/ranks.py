@@ -28,7 +28,7 @@ def _variable(name: str, otherwise: int) -> int:
     return int(text) if text.isdecimal() else otherwise
 
 
-def check_launch() -> None:
+def check_rank_variables() -> None:
     """Refuse RANK and WORLD_SIZE that no launcher sets: they are left over from something else.
 
     Raises:

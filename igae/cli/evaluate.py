@@ -25,7 +25,7 @@ from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, spread
 from igae.export import SECTIONS, Trained, find_model, is_export, load_trained
 from igae.models import LPIPS
-from igae.ranks import Channel, check_launch, rank, world_size
+from igae.ranks import Channel, check_rank_variables, rank, world_size
 from igae.scenes import SceneStore
 from igae.storage import write_text
 from igae.training import Engine, Recipe, check_memory, waves
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in arguments.scenes if "=" not in name]
     overrides = arguments.overrides + [name for name in arguments.scenes if "=" in name]
     log_to_stderr()
-    check_launch()
+    check_rank_variables()
     logging.getLogger("igae").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     evaluate(arguments.checkpoint, names, overrides, arguments.output)
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from igae import config
 from igae.errors import Parser, command, log_to_stderr, redact
-from igae.ranks import check_launch
+from igae.ranks import check_rank_variables
 from igae.training import Recipe
 
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     log_to_stderr()
     # What concerns all ranks is logged once; warnings and errors by each.
     logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    check_launch()
+    check_rank_variables()
     recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=_take_settings)
     if arguments.print_config:
         sys.stdout.write(redact(config.dump(recipe)))  # as in a run's config.yaml

@@ -137,9 +137,8 @@ class Fit(Job):
 
     def conclude(self) -> dict[str, float]:
         """Evaluate the scenes that are chosen for it, as they were written; each rank has some of them."""
-        scenes, count = self.data.scenes, self.evaluation.scenes
-        chosen = scenes if count is None else spread(scenes, count)
-        ids = [scene.id for scene in chosen[rank() :: world_size()]]
+        scenes = self.data.scenes
+        ids = [scene.id for scene in spread(scenes, self.evaluation.scenes)[rank() :: world_size()]]
         store = SceneStore(self.recipe.planes, ids, None, self.engine.device)
         store.load_state_dict(load_checkpoint(self.parts.folder, moments=False).rows(ids))
         metrics = self.evaluate(store, "fit", len(self.waves), orbits=True)

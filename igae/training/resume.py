@@ -18,7 +18,7 @@ from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
 from igae.scenes import SceneStore
 from igae.training.rank_data import RankData
-from igae.training.recipe import Recipe, StageConfig
+from igae.training.recipe import Recipe
 from igae.training.run_folder import public_settings
 from igae.training.stage import StageState
 
@@ -88,8 +88,6 @@ def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: Sce
         raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
     scenes = loaded.rows(store.ids.tolist()) | {"learning_rates": loaded.optimizer.pop(LEARNING_RATES)}
     store.load_state_dict({"planes": scenes.pop("planes")})
-    # 0.1.0 calls natural images "photos" here as in its settings.
-    progress.consumed = {StageConfig.RENAMED.get(name, name): count for name, count in progress.consumed.items()}
     if not progress.finished:
         _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
     progress.world = world_size()

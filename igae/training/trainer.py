@@ -46,10 +46,8 @@ class Trainer(Job):
         owned = [scene.id for scene in data.owned]
         check_memory(len(owned) * scene_bytes(recipe.planes), engine.device)
         self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device)
-        self.progress, self._state = (
-            Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size()),
-            StageState(),
-        )
+        self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
+        self._state = StageState()
         if found is not None:
             self.progress, self._state = restore(found, recipe, data, self.model, self.store)
         else:
