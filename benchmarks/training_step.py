@@ -82,8 +82,13 @@ def random_latents(model: IGAE, data: RankData, device: torch.device) -> LatentC
     scene = torch.tensor([scene.id for scene in data.owned]).repeat(VIEWS)
     cameras = orbit(16, 1.3, 0.4)[torch.arange(len(scene)) % 16]
     lens = torch.tensor([[1.1, 0.0, 0.5], [0.0, 1.1, 0.5], [0.0, 0.0, 1.0]]).expand(len(scene), 3, 3).contiguous()
-    views = ViewBatch(torch.zeros(len(scene), 1), scene, scene, cameras, lens)
-    return LatentCache([views], lambda _: torch.randn(len(scene), *model.latent_shape, device=device), device)
+    views = ViewBatch(torch.zeros(len(scene), 1), scene, scene, cameras, lens, torch.zeros(len(scene), 1), scene > 0)
+
+    def encode(_: ViewBatch, variant: int) -> dict[str, torch.Tensor]:
+        latents = torch.randn(len(scene), *model.latent_shape, device=device)
+        return {"latents": latents, "cam2world": cameras.to(device), "intrinsics": lens.to(device)}
+
+    return LatentCache([views], encode)
 
 
 def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from igae.evaluation import psnr
 from igae.models import LPIPS
-from igae.models.losses import kl_divergence, total_variation
+from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, total_variation
 
 # Places of VGG16's convolutions among torchvision's `features`, their channels, and the layers before the pooling.
 CONVOLUTIONS = {
@@ -253,3 +253,43 @@ def test_downloaded_weights_are_used(vgg_file: Path, lpips: LPIPS, monkeypatch: 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     x, y = double(7, 1, 3, 16, 16).float(), double(8, 1, 3, 16, 16).float()
     assert torch.equal(LPIPS()(x, y), lpips(x, y))
+
+
+def slow_coverage(mask: Tensor, has_alpha: bool, size: tuple[int, int]) -> list[list[tuple[float, float]]]:
+    """Bounds of each cell, by a walk from cell to cell."""
+    high, wide = mask.shape[0] // size[0], mask.shape[1] // size[1]
+    least = [
+        [
+            mask[i * high : (i + 1) * high, j * wide : (j + 1) * wide].double().mean().item() / 255
+            for j in range(size[1])
+        ]
+        for i in range(size[0])
+    ]
+    if has_alpha:
+        return [[(value, value) for value in row] for row in least]
+    todo = [(i, j) for i in range(size[0]) for j in range(size[1]) if i in (0, size[0] - 1) or j in (0, size[1] - 1)]
+    reached = set()
+    while todo:
+        i, j = todo.pop()
+        if (i, j) in reached or not (0 <= i < size[0] and 0 <= j < size[1]) or least[i][j] > 0:
+            continue
+        reached.add((i, j))
+        todo += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+    return [[(value, 0.0 if (i, j) in reached else 1.0) for j, value in enumerate(row)] for i, row in enumerate(least)]
+
+
+@given(st.integers(0, 10_000), st.booleans(), st.floats(0.1, 0.9))
+def test_coverage_is_bounded_by_masks(seed: int, has_alpha: bool, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cells = (torch.rand(6, 5, generator=generator) < share).repeat_interleave(4, 0).repeat_interleave(2, 1)
+    mask = (torch.randint(0, 256, cells.shape, generator=generator) * cells).to(torch.uint8)
+    found = coverage_bounds(mask[None], torch.tensor([has_alpha]), (6, 5))
+    assert found.shape == (1, 2, 6, 5)
+    expected = torch.tensor(slow_coverage(mask, has_alpha, (6, 5)))
+    assert torch.allclose(found[0].permute(1, 2, 0), expected, atol=1e-6)  # measured 6e-8
+
+
+def test_opacity_loss_is_the_distance_to_the_bounds() -> None:
+    opacity = torch.tensor([[[0.2, 0.9, 0.5, 0.0]]])
+    bounds = torch.tensor([[[[0.3, 0.3, 0.3, 0.0]], [[1.0, 0.4, 1.0, 0.0]]]])
+    assert opacity_loss(opacity, bounds).item() == pytest.approx((0.1**2 + 0.5**2) / 4)

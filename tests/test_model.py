@@ -27,6 +27,7 @@ ALL = {
     "natural_tv": 0.05,
     "planes_tv": 0.4,
     "depth_tv": 0.6,
+    "opacity": 0.9,
 }
 
 
@@ -80,6 +81,7 @@ def views(**values: Any) -> Views:
     index = torch.tensor([0, 2, 2, 1, 0])
     if "latents" not in values:
         values["images"] = noise_images(5, 5)
+        values |= {"masks": values["images"][:, 0], "has_alpha": torch.tensor([True, False, True, False, True])}
     return Views(index, orbit(5, 1.3, 0.3), intrinsics, **values)
 
 
@@ -113,7 +115,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         torch.manual_seed(77)
         noise = torch.randn(net.encode(torch.cat([x, y])).latent_dist.mean.shape)
         z_x, z_y = z_x + dist_x.std * noise[:5], z_y + dist_y.std * noise[5:]
-    features, depth, _ = rendered(model, rows, given, SEED)
+    features, depth, opacity = rendered(model, rows, given, SEED)
     r = features.permute(0, 3, 1, 2)
     inverse = torch.atanh(r.clamp(-0.999, 0.999)) / SCALE
     normal = torch.distributions.Normal(dist_y.mean, dist_y.std)
@@ -124,6 +126,9 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
             (t.narrow(d, 1, t.shape[d] - 1) - t.narrow(d, 0, t.shape[d] - 1)).pow(2).mean() for d in (a, b)
         )
 
+    # No cell of such noise is empty: without alpha it may be covered by more than its mask.
+    covered = F.avg_pool2d(given.masks[:, None] / 255, 2)[:, 0]
+    outside = torch.where(given.has_alpha[:, None, None], opacity - covered, (opacity - covered).clamp(max=0))
     expected = {
         "latent": ((torch.tanh(SCALE * z_x) - r) ** 2).mean(),
         "rgb": ((net.decode(inverse).sample - x) ** 2).mean(),
@@ -134,6 +139,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         "natural_tv": tv(z_y, 2, 3),
         "planes_tv": tv(rows[given.index], 2, 3),
         "depth_tv": tv(depth, 1, 2),
+        "opacity": outside.square().mean(),
     }
     assert found.keys() == {*expected, "total"} and expected.keys() == set(NAMES)
     for name, value in expected.items():
@@ -174,6 +180,7 @@ REACHES = {
     "natural_tv": {"encoder"},
     "planes_tv": {"rows"},
     "depth_tv": {"rows", "mlp"},
+    "opacity": {"rows", "mlp"},
 }
 
 

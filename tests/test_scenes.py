@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
 from igae.ranks import derive_seed, rank, world_size
@@ -116,29 +117,46 @@ def test_a_store_resumes_from_its_state() -> None:
 # --- Cached latents ------------------------------------------------------------------------------------------------
 
 
-def cache(views: int) -> LatentCache:
+def cache(views: int, variants: int = 1) -> LatentCache:
     def batches() -> list[ViewBatch]:
         number = torch.arange(views)
         pose = number[:, None, None].float().expand(-1, 4, 4)
-        whole = ViewBatch(
-            number.byte()[:, None, None, None].expand(-1, 3, 2, 2), 100 + number, number, pose, pose[:, 1:, 1:]
-        )
+        images = number.byte()[:, None, None, None].expand(-1, 3, 2, 2)
+        whole = ViewBatch(images, 100 + number, number, pose, pose[:, 1:, 1:], images[:, 0], number > 0)
         return [ViewBatch(*(value[i : i + 4] for value in vars(whole).values())) for i in range(0, views, 4)]
 
-    return LatentCache(batches(), lambda batch: batch.images[:, :1] + 1000.0 * batch.scene[:, None, None, None], CPU)
+    def encode(batch: ViewBatch, variant: int) -> dict[str, Tensor]:
+        latents = batch.images[:, :1] + 1000.0 * batch.scene[:, None, None, None] + 1e6 * variant
+        return {"latents": latents, "cam2world": batch.cam2world, "intrinsics": batch.intrinsics}
+
+    return LatentCache(batches(), encode, variants)
 
 
 def test_the_cache_keeps_views_with_their_cameras() -> None:
     kept = cache(10)
-    assert len(kept) == 10 and kept.latents.shape == (10, 1, 2, 2)
-    assert kept.latents[:, 0, 0, 0].tolist() == [i + 1000 * (100 + i) for i in range(10)]
+    assert len(kept) == 10 and kept.tensors["latents"].shape == (10, 1, 2, 2)
+    assert kept.tensors["latents"][:, 0, 0, 0].tolist() == [i + 1000 * (100 + i) for i in range(10)]
     loader = LatentLoader(kept, 7, seed=1)
     for _ in range(5):
         places = loader.take()
-        view = kept.latents[places, 0, 0, 0].long() % 1000
+        view = kept.tensors["latents"][places, 0, 0, 0].long() % 1000
         assert torch.equal(kept.scene[places], 100 + view) and kept.scene.dtype == torch.int64
-        assert torch.equal(kept.cam2world[places, 0, 0].long(), view)
-        assert torch.equal(kept.intrinsics[places, 0, 0].long(), view)
+        assert torch.equal(kept.tensors["cam2world"][places, 0, 0].long(), view)
+        assert torch.equal(kept.tensors["intrinsics"][places, 0, 0].long(), view)
+
+
+def test_epochs_take_the_variants_of_a_view_in_turns() -> None:
+    kept = cache(5, variants=3)
+    assert len(kept) == 5 and kept.tensors["latents"].shape == (15, 1, 2, 2)
+    loader, seen = LatentLoader(kept, 5, seed=1), dict[int, list[int]]()
+    for _ in range(6):
+        places = loader.take()
+        number = kept.tensors["latents"][places, 0, 0, 0].long()
+        assert torch.equal(kept.scene[places], number % 1_000_000 // 1000)
+        assert sorted(number % 1000) == list(range(5))
+        for value in number.tolist():
+            seen.setdefault(value % 1000, []).append(value // 1_000_000)
+    assert all(sorted(turns[:3]) == [0, 1, 2] and turns[3:] == turns[:3] for turns in seen.values())
 
 
 def order(loader: LatentLoader, batches: int) -> list[int]:

@@ -33,6 +33,9 @@ class ViewBatch:
         view: int64 [B], indices in the scenes' transforms files.
         cam2world: float32 [B, 4, 4], OpenCV.
         intrinsics: float32 [B, 3, 3], normalized by the image size.
+        masks: uint8 [B, H, W], the images' alpha; of images without alpha, 255 where a pixel differs from the
+            background, else 0.
+        has_alpha: bool [B]. Where it is false, a pixel whose mask is 0 may be of an object as bright as the background.
     """
 
     images: Tensor
@@ -40,6 +43,8 @@ class ViewBatch:
     view: Tensor
     cam2world: Tensor
     intrinsics: Tensor
+    masks: Tensor
+    has_alpha: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
         """The batch on another device."""
@@ -49,8 +54,9 @@ class ViewBatch:
 B = TypeVar("B", ViewBatch, Tensor)
 
 
-def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> np.ndarray:
-    """Decodes an image file to uint8 [H, W, 3]; transparent pixels show `background`, uint8 [3].
+def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decodes an image file to uint8 [H, W, 3] and its alpha, uint8 [H, W], or None; transparent pixels show
+    `background`, uint8 [3].
 
     Raises:
         Exception: it is damaged, or is not of `size` (height, width). Decoders raise errors of many kinds.
@@ -59,11 +65,12 @@ def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> 
     if (image.height, image.width) != size:  # before decoding: a damaged header must not cost memory
         raise ValueError(f"it is {image.width}x{image.height} pixels, the manifest says {size[1]}x{size[0]}")
     if not image.has_transparency_data:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), None
     pixels = np.asarray(image.convert("RGBA")).astype(np.uint16)
     alpha = pixels[..., 3:]
     # At most 255 * 255 + 127: fits 16 bits; rounds to the nearest.
-    return ((pixels[..., :3] * alpha + background.astype(np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    over = ((pixels[..., :3] * alpha + background.astype(np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return over, alpha[..., 0].astype(np.uint8)
 
 
 class Decoder(Dataset[B], Generic[B]):
@@ -85,12 +92,16 @@ class Decoder(Dataset[B], Generic[B]):
     def __getitems__(self, samples: list[RawSample]) -> B | ShardError:
         height, width = self._size
         images = np.empty((len(samples), 3, height, width), np.uint8)
+        masks, has_alpha = np.empty((len(samples), height, width), np.uint8), np.zeros(len(samples), np.bool_)
         cameras = np.empty((len(samples), 25), np.float32)
         for index, sample in enumerate(samples):
             try:
-                images[index] = decode_image(sample.image, self._size, self._background).transpose(2, 0, 1)
+                pixels, alpha = decode_image(sample.image, self._size, self._background)
             except Exception as error:
                 return self._damaged(sample, "image", sample.image_offset, error)
+            images[index], has_alpha[index] = pixels.transpose(2, 0, 1), alpha is not None
+            if self._ids is not None:
+                masks[index] = 255 * (pixels != self._background).any(-1) if alpha is None else alpha
             if sample.camera is not None:
                 try:
                     cameras[index] = _decode_camera(sample.camera)
@@ -105,6 +116,8 @@ class Decoder(Dataset[B], Generic[B]):
             view=torch.tensor([int(view) for _, view in keys]),
             cam2world=torch.from_numpy(cameras[:, :16].reshape(-1, 4, 4)),
             intrinsics=torch.from_numpy(cameras[:, 16:].reshape(-1, 3, 3)),
+            masks=torch.from_numpy(masks),
+            has_alpha=torch.from_numpy(has_alpha),
         )
 
     def _damaged(self, sample: RawSample, what: str, offset: int, error: Exception) -> ShardError:

@@ -12,31 +12,37 @@ from igae.ranks import derive_seed
 
 
 class LatentCache:
-    """Latents and cameras of V views, on one device.
+    """Latents and cameras of V views, n variants of each, on one device. Variant i of view v is at place n v + i.
+
+    Attributes:
+        tensors: what `encode` gives, by name, of all places.
+        scene: int64 [n V] on the CPU.
 
     Args:
         views: batches that together hold every view once, in an order that is the same in each run.
-        encode: gives latents [B, c, h, w] on ``device`` of a batch of B views.
+        encode: gives tensors with B rows each of a batch of B views and the number of a variant.
     """
 
-    def __init__(self, views: Iterable[ViewBatch], encode: Callable[[ViewBatch], Tensor], device: torch.device) -> None:
-        latents, scenes, cam2world, intrinsics = [], [], [], []
+    def __init__(
+        self, views: Iterable[ViewBatch], encode: Callable[[ViewBatch, int], dict[str, Tensor]], variants: int = 1
+    ) -> None:
+        self.variants, scenes, found = variants, [], dict[str, list[Tensor]]()
         for batch in views:
-            latents.append(encode(batch))
-            scenes.append(batch.scene)
-            cam2world.append(batch.cam2world)
-            intrinsics.append(batch.intrinsics)
-        self.latents = torch.cat(latents)
+            scenes.append(batch.scene.repeat_interleave(variants))
+            encoded = [encode(batch, i) for i in range(variants)]
+            for name in encoded[0]:
+                found.setdefault(name, []).append(torch.stack([each[name] for each in encoded], 1).flatten(0, 1))
+        self.tensors = {name: torch.cat(found.pop(name)) for name in list(found)}
         self.scene = torch.cat(scenes)
-        self.cam2world = torch.cat(cam2world).to(device)
-        self.intrinsics = torch.cat(intrinsics).to(device)
 
     def __len__(self) -> int:
-        return len(self.latents)
+        """Of its views."""
+        return len(self.scene) // self.variants
 
 
 class LatentLoader:
-    """Endless batches of full size of the views in a cache, each epoch in an order given by (seed, epoch).
+    """Endless batches of full size of the views in a cache, each epoch in an order given by (seed, epoch), and with
+    the next variant of each view.
 
     ``state`` is where the next batch starts; a loader made with it continues exactly there.
     """
@@ -57,8 +63,8 @@ class LatentLoader:
             if position == len(self.cache):
                 epoch, position = epoch + 1, 0
                 self._order = self._permutation(epoch)
-            part = self._order[position : position + missing]
-            parts.append(part)
+            part, count = self._order[position : position + missing], self.cache.variants
+            parts.append(count * part + (part + epoch) % count)
             position, missing = position + len(part), missing - len(part)
         self.state = StreamState(epoch, position)
         return torch.cat(parts)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+from .augment import NUMBERS as NUMBERS
+from .augment import augment as augment
+from .augment import augment_numbers as augment_numbers
 from .autoencoder import Autoencoder as Autoencoder
 from .autoencoder import load_autoencoder as load_autoencoder
+from .config import AugmentConfig as AugmentConfig
 from .config import AutoencoderConfig as AutoencoderConfig
 from .config import LossWeights as LossWeights
 from .igae import IGAE as IGAE
-from .igae import Views as Views
-from .igae import to_signed as to_signed
+from .losses import coverage_bounds as coverage_bounds
 from .lpips import LPIPS as LPIPS
+from .views import Views as Views
+from .views import to_signed as to_signed

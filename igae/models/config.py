@@ -32,6 +32,24 @@ class AutoencoderConfig(Section):
         return self
 
 
+class AugmentConfig(Section):
+    """Views are moved at random before they are encoded, and their cameras with them, exactly. What comes into a view
+    from beyond its border is filled with the background."""
+
+    shift: int = Field(default=0, ge=0)
+    """Pixels by which a view is shifted, at most, along x and along y."""
+    zoom: float = Field(default=1.0, ge=1, le=4)
+    """Factor by which a view is enlarged or made smaller around its principal point, at most."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Degrees by which a view is turned around its principal point, at most."""
+    variants: int = Field(default=4, ge=1)
+    """Where latents are encoded once: how many of each view are kept, each of a view moved otherwise."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.shift > 0 or self.zoom > 1 or self.rotate > 0
+
+
 class LossWeights(Section):
     """Weights of the loss terms; a term of weight 0 is not computed."""
 
@@ -57,6 +75,9 @@ class LossWeights(Section):
     """Mean squared cosine between different base planes."""
     depth_tv: float = Field(default=0.0, ge=0)
     """Total variation of the rendered depth."""
+    opacity: float = Field(default=0.0, ge=0)
+    """Mean square of how far the rendered opacity is from the views' masks: their alpha or, without alpha, what differs
+    from the background (a part of the view in its color counts as empty if it reaches the border)."""
 
     @property
     def needs_images(self) -> bool:

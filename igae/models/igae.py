@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that is trained: autoencoder, decoding MLP, base planes; views and plane rows in, losses out."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,25 +9,14 @@ from torch import Tensor, nn
 
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig, LossWeights
-from igae.models.losses import kl_divergence, orthogonality, total_variation
+from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, orthogonality, total_variation
 from igae.models.lpips import LPIPS
+from igae.models.views import Views, to_signed
 from igae.ranks import derive_seed
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.scenes import BasePlanes, PlanesConfig
 
 Losses = dict[str, Tensor]
-
-
-@dataclass
-class Views:
-    """Views of scenes: cam2world [B, 4, 4], intrinsics [B, 3, 3], index [B] of each view's scene among the plane rows,
-    and either images uint8 [B, 3, H, W] or latents [B, c, h, w] that were encoded before."""
-
-    index: Tensor
-    cam2world: Tensor
-    intrinsics: Tensor
-    images: Tensor | None = None
-    latents: Tensor | None = None
 
 
 class ModelRecipe(Protocol):
@@ -40,11 +28,6 @@ class ModelRecipe(Protocol):
     render: RenderOptions
     data: Any
     train: Any
-
-
-def to_signed(images: Tensor) -> Tensor:
-    """uint8 images as floats in [-1, 1]."""
-    return images.float() / 127.5 - 1.0
 
 
 @torch.no_grad()
@@ -257,7 +240,7 @@ class IGAE(nn.Module):
         planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
         if base_loss is not None:
             losses["base_orthogonality"] = base_loss
-        rendered, depth, _ = self._render(planes, views, seed)
+        rendered, depth, opacity = self._render(planes, views, seed)
         if weights.latent > 0:
             assert latents is not None
             losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalize(latents))
@@ -268,6 +251,12 @@ class IGAE(nn.Module):
             losses["planes_tv"] = self._total_variation(planes, (2, 3), shares)
         if weights.depth_tv > 0:
             losses["depth_tv"] = total_variation(depth, (-2, -1))
+        if weights.opacity > 0:
+            coverage = views.coverage
+            if coverage is None:
+                assert views.masks is not None and views.has_alpha is not None
+                coverage = coverage_bounds(views.masks, views.has_alpha, self.latent_shape[1:])
+            losses["opacity"] = opacity_loss(opacity, coverage)
         return rendered, losses
 
     def _decode_losses(self, given: dict[str, tuple[Tensor, Tensor]], weights: LossWeights) -> Losses:

@@ -40,3 +40,33 @@ def orthogonality(x: Tensor) -> Tensor:
     unit = F.normalize(x.flatten(1), dim=1)
     gram = unit @ unit.T
     return (gram - torch.diag(gram.diagonal())).square().sum() / (len(x) * (len(x) - 1))
+
+
+def coverage_bounds(masks: Tensor, has_alpha: Tensor, size: tuple[int, int]) -> Tensor:
+    """How much of each cell of a view objects cover: at least and at most, float32 [B, 2, h, w] in [0, 1].
+
+    With alpha both are its mean over the cell. Without, a mask says where a pixel differs from the background: objects
+    cover at least these. Cells without any are empty if they are connected to the border; others may show a part of an
+    object that has the background's color.
+
+    Args:
+        masks: uint8 [B, H, W], H and W multiples of h and w.
+        has_alpha: bool [B].
+        size: (h, w).
+    """
+    least = F.avg_pool2d(masks[:, None].float() / 255, (masks.shape[1] // size[0], masks.shape[2] // size[1]))
+    empty = (least == 0).float()
+    border = torch.ones_like(empty)
+    border[..., 1:-1, 1:-1] = 0
+    reached = empty * border
+    for _ in range(sum(size)):
+        beside = torch.maximum(F.max_pool2d(reached, (3, 1), 1, (1, 0)), F.max_pool2d(reached, (1, 3), 1, (0, 1)))
+        reached = beside * empty
+    most = torch.where(has_alpha[:, None, None, None], least, 1 - reached)
+    return torch.cat([least, most], 1)
+
+
+def opacity_loss(opacity: Tensor, coverage: Tensor) -> Tensor:
+    """Mean squared distance of opacities [B, h, w] to the bounds [B, 2, h, w] of their coverage (a scalar)."""
+    least, most = coverage.unbind(1)
+    return ((least - opacity).clamp(min=0) + (opacity - most).clamp(min=0)).square().mean()

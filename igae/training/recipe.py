@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from igae.config import Section
 from igae.data import DataConfig
 from igae.evaluation import EvaluationConfig
-from igae.models import AutoencoderConfig, LossWeights
+from igae.models import AugmentConfig, AutoencoderConfig, LossWeights
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
@@ -47,6 +47,7 @@ class StageConfig(Section):
     milestones: list[int] = []
     mlp_epochs: float | None = None
     """The decoding MLP is frozen after so many epochs; never if left out."""
+    augment: AugmentConfig = AugmentConfig()
     alternate: bool = False
     """Scene views and natural images in turns, a step each, instead of together."""
     weights: LossWeights
@@ -64,7 +65,7 @@ class StageConfig(Section):
             )
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
-        views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv
+        views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv + weights.opacity
         if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
             raise ValueError(
                 "batch_size is 0, so only losses of natural images (natural_*) can have a weight, not even latent"
@@ -78,12 +79,13 @@ class StageConfig(Section):
             raise ValueError("a loss of natural images (natural_*) has a weight but natural_images is 0")
         if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
+        rendered = weights.latent + weights.rgb + weights.depth_tv + weights.opacity
         reached = {
             "encoder": weights.latent + weights.ae + natural_losses,
             "decoder": weights.rgb + weights.ae + weights.natural_ae + weights.natural_lpips,
-            "mlp": weights.latent + weights.rgb + weights.depth_tv,
-            "base_planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
-            "planes": weights.latent + weights.rgb + weights.depth_tv + weights.planes_tv,
+            "mlp": rendered,
+            "base_planes": rendered + weights.planes_tv,
+            "planes": rendered + weights.planes_tv,
         }
         for part, loss in reached.items():
             if self.epochs > 0 and getattr(rates, part) > 0 and loss == 0:

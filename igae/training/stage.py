@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch, to_device
-from igae.models import IGAE, to_signed
+from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
+from igae.models import IGAE, NUMBERS, Views, augment, coverage_bounds, to_signed
 from igae.ranks import derive_seed
 from igae.scenes import SceneStore
 from igae.training.meter import Meter, Outcome
@@ -60,6 +60,7 @@ class Stage:
         self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         self.refresh_every = BACKGROUND_EVERY if self.config.learning_rates.encoder > 0 else 0
         self.consumed = {"views": 0, "natural_images": 0} | state.consumed
+        self._background = ((model.plain[0, :, 0, 0] + 1) * 127.5).round().to(torch.uint8)
         # Before the engine takes the model apart: cached latents are encoded with it.
         self.cache = self.encode_views() if self.config.uses_cached_latents else None
         self.streams = self._open_streams()
@@ -84,20 +85,40 @@ class Stage:
         """Latents of the training views that this rank owns; those of a view are the same in each run on any rank."""
         recipe, model, device = self.recipe, self.model, self.engine.device
 
+        config, fill = self.config, self._background
+        wants_masks, variants = config.weights.opacity > 0, config.augment.variants if config.augment.is_on else 1
+
         @torch.no_grad()
-        def encode(batch: ViewBatch) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
-                posterior = model.autoencoder.posterior(to_signed(to_device(batch.images, device)))
-            if recipe.autoencoder.latents != "sample":
-                return posterior.mean
-            noise, generator = torch.empty(posterior.mean.shape), torch.Generator()
+        def encode(batch: ViewBatch, variant: int) -> dict[str, Tensor]:
+            count, noise = len(batch.scene), torch.empty(len(batch.scene), *model.latent_shape)
+            numbers, generator = torch.empty(count, NUMBERS), torch.Generator()
             for i, (scene, view) in enumerate(zip(batch.scene.tolist(), batch.view.tolist(), strict=True)):
-                generator.manual_seed(derive_seed(recipe.seed, "encode", scene, view))
+                generator.manual_seed(derive_seed(recipe.seed, "encode", scene, view, *([variant] * (variant > 0))))
                 noise[i].normal_(generator=generator)
-            return posterior.sample(noise.to(device))
+                numbers[i].uniform_(generator=generator)
+            whole = batch.to(device)
+            views = Views(
+                whole.scene,
+                whole.cam2world,
+                whole.intrinsics,
+                whole.images,
+                masks=whole.masks if wants_masks else None,
+                has_alpha=whole.has_alpha,
+            )
+            if config.augment.is_on:
+                views = augment(views, config.augment, fill, numbers.to(device))
+            assert views.images is not None
+            with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+                posterior = model.autoencoder.posterior(to_signed(views.images))
+            sampled = recipe.autoencoder.latents == "sample"
+            latents = posterior.sample(noise.to(device)) if sampled else posterior.mean
+            kept = {"latents": latents, "cam2world": views.cam2world, "intrinsics": views.intrinsics}
+            if views.masks is not None:
+                kept["coverage"] = coverage_bounds(views.masks, whole.has_alpha, model.latent_shape[1:])
+            return kept
 
         with closing(self.data.open_views(ENCODE_BATCH, repeat=False)) as views:
-            return LatentCache(views, encode, device)
+            return LatentCache(views, encode, variants)
 
     def _prepare_optimizers(self, state: StageState) -> None:
         rates, model, train = self.config.learning_rates, self.model, self.recipe.train
@@ -122,6 +143,7 @@ class Stage:
             sample=self.recipe.autoencoder.latents == "sample",
             ranks=self.data.world,
             cache=self.cache,
+            background=self._background,
             before_waiting=self.meter.end,
         )
         can_be_captured = engine.asynchronous and self.store.can_be_captured and config.learning_rates.planes > 0
@@ -181,7 +203,8 @@ class Stage:
             batch["view"] = stream.take()
             return self.cache.scene[batch["view"]]
         views: ViewBatch = next(stream)
-        batch |= {"images": views.images, "cam2world": views.cam2world, "intrinsics": views.intrinsics}
+        wanted = ["images", "cam2world", "intrinsics", *(["masks", "has_alpha"] * (self.config.weights.opacity > 0))]
+        batch |= {name: getattr(views, name) for name in wanted}
         return views.scene
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from igae.data import LatentCache, to_device
 from igae.errors import TrainingError, in_one_sentence
-from igae.models import Views
+from igae.models import Views, augment, augment_numbers
 from igae.scenes import SceneStore
 from igae.training.parallel.engine import Engine
 from igae.training.recipe import StageConfig
@@ -29,8 +29,8 @@ class StepInputs:
     """int64 [S], distinct rows of the scene store, -1 for padding; None where the step has no views."""
     batches: list[dict[str, Tensor]]
     """The batches whose losses the step averages. For B views: `index` [B], the place of each view's scene among the
-    rows, with `view` [B], places in the latent cache, or with `images`, `cam2world` and `intrinsics` (see `ViewBatch`).
-    `natural_images`: uint8 [P, 3, H, W]."""
+    rows, with `view` [B], places in the latent cache, or with `images`, `cam2world`, `intrinsics` and, for losses of
+    opacity, `masks` and `has_alpha` (see `ViewBatch`). `natural_images`: uint8 [P, 3, H, W]."""
     seeds: Sequence[int | Tensor]
     """Of the random numbers of each batch."""
     stop: bool | Tensor
@@ -71,6 +71,8 @@ class TrainingStep:
     """How many train together."""
     cache: LatentCache | None = None
     """The latents that `view` of the inputs points into."""
+    background: Tensor | None = None
+    """uint8 [3], what augmented views are filled with."""
     before_waiting: Callable[[], None] = lambda: None
     """Called where this rank has computed what it can before it waits for others."""
 
@@ -106,7 +108,7 @@ class TrainingStep:
         for i, (batch, seed) in enumerate(zip(inputs.batches, inputs.seeds, strict=True)):
             if isinstance(seed, int):  # a graph's generator is seeded before its replay
                 torch.manual_seed(seed)
-            views, images, refresh = self._views(batch), batch.get("natural_images"), inputs.refresh and i == 0
+            views, images, refresh = self._views(batch, seed), batch.get("natural_images"), inputs.refresh and i == 0
             arguments = (leaf, views, images, self.config.weights, self.sample, seed, refresh)
             losses: dict[str, Tensor] = engine.forward(*arguments, last=i == count - 1)
             if i == count - 1 and not engine.forward_waits:
@@ -118,13 +120,17 @@ class TrainingStep:
                 means[name] = means[name] + loss.detach() if name in means else loss.detach()
         return means
 
-    def _views(self, batch: dict[str, Tensor]) -> Views | None:
+    def _views(self, batch: dict[str, Tensor], seed: int | Tensor) -> Views | None:
         if "index" not in batch:
             return None
-        if self.cache is None:
-            return Views(batch["index"], batch["cam2world"], batch["intrinsics"], images=batch["images"])
-        view, cache = batch["view"], self.cache
-        return Views(batch["index"], cache.cam2world[view], cache.intrinsics[view], latents=cache.latents[view])
+        if self.cache is not None:
+            return Views(batch["index"], **{name: rows[batch["view"]] for name, rows in self.cache.tensors.items()})
+        views = Views(**{name: tensor for name, tensor in batch.items() if name != "natural_images"})
+        if self.config.augment.is_on:
+            assert self.background is not None
+            numbers = augment_numbers(seed, len(views.index), views.index.device)
+            views = augment(views, self.config.augment, self.background, numbers)
+        return views
 
 
 class CapturedStep:
