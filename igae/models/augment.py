@@ -31,13 +31,13 @@ def augment(views: Views, config: AugmentConfig, background: Tensor, numbers: Te
     """
     assert views.images is not None
     height, width = views.images.shape[2:]
-    size = numbers.new_tensor([width, height])
-    shift = ((2 * numbers[:, :2] - 1) * (config.shift + 0.5)).round().clamp(-config.shift, config.shift) / size
+    shift = ((2 * numbers[:, :2] - 1) * (config.shift + 0.5)).round().clamp(-config.shift, config.shift)
     zoom = torch.exp((2 * numbers[:, 2] - 1) * math.log(config.zoom))
     angle = (2 * numbers[:, 3] - 1) * math.radians(config.rotate)
     old, intrinsics = views.intrinsics, views.intrinsics.clone()
     intrinsics[:, :2, :2] *= zoom[:, None, None]
-    intrinsics[:, :2, 2] += shift
+    intrinsics[:, 0, 2] += shift[:, 0] / width
+    intrinsics[:, 1, 2] += shift[:, 1] / height
     cos, sin = angle.cos(), angle.sin()
     # The linear part, K R^-1 K^-1 / z, written out: a matrix product might be rounded to TF32.
     fx, skew, fy = old[:, 0, 0], old[:, 0, 1], old[:, 1, 1]
