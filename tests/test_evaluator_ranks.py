@@ -158,7 +158,7 @@ def test_ranks_together_see_what_one_rank_sees(
 
 def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> None:
     kinds = {name: {key.split("/")[0] for key in result.metrics} for name, result in alone.items()}
-    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural"}
+    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural", "gap"}
     assert (
         kinds["train"] == {"train", "natural"} and kinds["natural_images"] == {"natural"} and kinds["nothing"] == set()
     )

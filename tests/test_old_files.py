@@ -84,8 +84,9 @@ def new_words(values: dict[str, Any]) -> dict[str, Any]:
 
 def assert_metrics(found: Metrics, expected: Metrics) -> None:
     """dB and SSIM. Measured: 4e-6, with other instructions of the CPU than the expected ones were computed with; 1.6e-3
-    where deferred updates of planes are lost, 4e-2 where their moments are."""
-    assert new_words(found) == pytest.approx(new_words(expected), abs=1e-4, rel=0)
+    where deferred updates of planes are lost, 4e-2 where their moments are. Later versions have further metrics."""
+    expected, found = new_words(expected), new_words(found)
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected, abs=1e-4, rel=0)
 
 
 def digest(tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics: what each is called, what it compares, and how it is computed.
 
-All are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
+Most are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
 """
 
 from typing import TYPE_CHECKING
@@ -25,10 +25,15 @@ COMPARISONS = {
 }
 """Comparison -> what is measured, and what it is compared with."""
 METRICS = {
-    f"{name}_{measure}": title.format(what)
-    for name, (what, _) in COMPARISONS.items()
-    for measure, title in MEASURES.items()
-    if measure == "psnr" or not name.endswith(("latent", "baseline"))
+    **{
+        f"{name}_{measure}": title.format(what)
+        for name, (what, _) in COMPARISONS.items()
+        for measure, title in MEASURES.items()
+        if measure == "psnr" or not name.endswith(("latent", "baseline"))
+    },
+    "heldout/latent_error": "error of rendered latents, held-out views (standard deviations of encoded latents)",
+    "train/latent_error": "error of rendered latents, training views (standard deviations of encoded latents)",
+    "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
 RENAMED = {
@@ -57,6 +62,24 @@ def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Te
     """
     mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
     return (10.0 * (data_range**2 / mse.clamp_min(1e-30)).log10()).clamp_max(100.0)
+
+
+def latent_errors(prediction: "Tensor", target: "Tensor") -> "Tensor":
+    """Root mean squared error of each image's latents, in standard deviations of the targets.
+
+    This is sqrt(mean over channels of mse / variance), with a channel's variance over all pixels of all targets: the
+    scale of channels does not matter. 0 is perfect, and the best constant has about 1.
+
+    Args:
+        prediction, target: [B, c, h, w], of one scene.
+
+    Returns:
+        [B], float64; [0] where all targets are one constant, of which there is no error to speak of.
+    """
+    mse = (prediction.double() - target.double()).square().mean((2, 3))
+    variance = target.double().var((0, 2, 3), correction=0)
+    varies = variance > 0
+    return (mse / variance)[:, varies].mean(1).sqrt() if varies.any() else mse.new_zeros(0)
 
 
 def ssim(prediction: "Tensor", target: "Tensor") -> "Tensor":
