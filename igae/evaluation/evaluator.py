@@ -13,10 +13,12 @@ from torch import Tensor
 from igae.data import DataConfig, Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
+from igae.evaluation.depth import DepthMaps, depth_errors
 from igae.evaluation.metrics import METRICS, latent_errors, psnr, ssim
 from igae.evaluation.pictures import Picture
 from igae.models import IGAE, LPIPS, Views, to_signed
 from igae.ranks import Channel, rank, world_size
+from igae.rendering import Cameras
 from igae.scenes import SceneStore, part
 
 CHUNK = 32
@@ -110,8 +112,9 @@ class Evaluator:
         totals, at = _Totals(self.scenes, perceptual), _Renderer(model, store, self.device)
         has_autoencoder = not model.autoencoder.is_identity
         for scene in sorted(self.owned):
-            for split in SPLITS:
-                self._measure_views(totals, at, scene, split)
+            heldout, train = (self._measure_views(totals, at, scene, split) for split in SPLITS)
+            if heldout and train:
+                totals.add(scene, "heldout/depth_error", depth_errors(heldout, train, model.options.box))
         if orbits and has_autoencoder:
             for scene in sorted(self.owned):
                 for rendered in torch.split(at.render(self._orbit(scene))[0], CHUNK):
@@ -123,13 +126,16 @@ class Evaluator:
                 totals.compare(None, "natural/ae", at.decode(at.encode(truth)), truth)
         return totals.means(self.channel)
 
-    def _measure_views(self, totals: "_Totals", at: "_Renderer", scene: int, split: Split) -> None:
-        """Add what is measured of the views of an owned scene. One scene at a time, because the last bits of a result
-        can depend on what else is in its batch, and which scenes a rank has depends on the number of ranks."""
+    def _measure_views(self, totals: "_Totals", at: "_Renderer", scene: int, split: Split) -> DepthMaps | None:
+        """Add what is measured of an owned scene's views; returns their depth, if there are any.
+
+        One scene at a time, because the last bits of a result can depend on what else is in its batch, and which scenes
+        a rank has depends on the number of ranks.
+        """
         autoencoder, seen = at.model.autoencoder, []
         for chunk in self._chunks(scene, split):
             truth = to_signed(chunk.images.to(self.device))
-            latents, normalized = at.encode(truth), at.render(chunk)[0]
+            latents, (normalized, depth, opacity) = at.encode(truth), at.render(chunk)
             rendered = autoencoder.denormalize(normalized)
             totals.compare(scene, f"{split}/latent", normalized, autoencoder.normalize(latents))
             decoded = at.decode(rendered)
@@ -141,10 +147,13 @@ class Evaluator:
             if split == "heldout":
                 mean = self.mean_views[scene].expand(truth.shape).to(self.device)
                 totals.compare(scene, "heldout/baseline", mean, truth)
-            seen.append((rendered, latents))
-        if seen:
-            rendered, latents = (torch.cat(parts) for parts in zip(*seen, strict=True))
-            totals.add(scene, f"{split}/latent_error", latent_errors(rendered, latents))
+            cameras = chunk.cam2world.to(self.device), chunk.intrinsics.to(self.device)
+            seen.append((rendered, latents, *cameras, depth, opacity))
+        if not seen:
+            return None
+        rendered, latents, cam2world, intrinsics, depth, opacity = (torch.cat(part) for part in zip(*seen, strict=True))
+        totals.add(scene, f"{split}/latent_error", latent_errors(rendered, latents))
+        return DepthMaps(Cameras(cam2world, intrinsics, (depth.shape[1], depth.shape[2])), depth, opacity)
 
     def _chunks(self, scene: int, split: Split) -> Iterator[ViewBatch]:
         """The chosen views of a scene, CHUNK at a time."""

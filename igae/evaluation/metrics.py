@@ -33,6 +33,7 @@ METRICS = {
     },
     "heldout/latent_error": "error of rendered latents, held-out views (standard deviations of encoded latents)",
     "train/latent_error": "error of rendered latents, training views (standard deviations of encoded latents)",
+    "heldout/depth_error": "difference of depth between held-out and neighboring training views (% of the box)",
     "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
