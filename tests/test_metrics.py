@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of latents: closed forms."""
+"""Metrics of latents: closed forms. When metrics are a problem."""
 
 import pytest
 import torch
 
-from igae.evaluation.metrics import latent_errors
+from igae.evaluation.metrics import latent_errors, problems
 
 
 def test_latent_errors_are_in_standard_deviations_of_the_targets() -> None:
@@ -29,3 +29,17 @@ def test_channels_that_are_constant_have_no_relative_error() -> None:
     assert latent_errors(targets + 1, targets).shape == (0,)
     targets[:, 1] = torch.tensor([-1.0, 1.0]).repeat(2, 4, 2)  # of variance 1
     assert latent_errors(targets + 0.5, targets).tolist() == pytest.approx([0.5, 0.5], abs=1e-6)  # measured 0
+
+
+def test_problems() -> None:
+    def of(heldout: float, baseline: float, train: float) -> list[str]:
+        return problems({"heldout/rgb_psnr": heldout, "heldout/baseline_psnr": baseline, "train/rgb_psnr": train})
+
+    assert of(20.0, 20.0, 23.0) == []
+    (worse,) = of(20.0, 20.5, 21.0)
+    assert worse.startswith("held-out views are worse than the mean training image: 20.00 dB, that image 20.50 dB; ")
+    (memorized,) = of(20.0, 12.0, 23.25)
+    assert memorized.startswith("training views are 3.2 dB better than held-out ones: the scenes memorize them; ")
+    assert of(20.0, 21.0, 24.0)[0].startswith("held-out views are worse") and len(of(20.0, 21.0, 24.0)) == 2
+    assert problems({}) == problems({"train/rgb_psnr": 30.0, "natural/ae_psnr": 20.0}) == []
+    assert of(float("nan"), 20.0, 20.0) == []

@@ -4,6 +4,7 @@
 Most are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # reports of runs need the names alone
@@ -37,6 +38,8 @@ METRICS = {
     "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
+LARGE_GAP = 3.0
+"""dB by which training views may be better than held-out ones before :func:`problems` says so."""
 RENAMED = {
     "constant_psnr": "baseline_psnr",
     "photos": "natural",
@@ -49,6 +52,24 @@ RENAMED = {
 def current_name(name: str) -> str:
     """What a metric that a run of version 0.1 has written is called now: `natural/ae_psnr` for `photos/ae_psnr`."""
     return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
+
+def problems(metrics: Mapping[str, float]) -> list[str]:
+    """What is wrong with scenes that have these metrics and what helps, each a sentence."""
+    names = ("heldout/rgb_psnr", "heldout/baseline_psnr", "train/rgb_psnr")
+    heldout, baseline, train = map(metrics.get, names)
+    found = []
+    if heldout is not None and baseline is not None and heldout < baseline:
+        found.append(
+            f"held-out views are worse than the mean training image: {heldout:.2f} dB, that image {baseline:.2f} dB; "
+            "train longer, or, if training views are good, check the cameras and render.box, and see docs/evaluation.md"
+        )
+    if heldout is not None and train is not None and train - heldout > LARGE_GAP:
+        found.append(
+            f"training views are {train - heldout:.1f} dB better than held-out ones: the scenes memorize them; what "
+            "helps: train.*.augment, render.rays_per_pixel, smaller planes, more views (docs/evaluation.md)"
+        )
+    return found
 
 
 def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Tensor":
