@@ -236,7 +236,7 @@ def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
 
 def test_every_metric_has_a_definition_and_old_names_are_known() -> None:
     assert METRICS["heldout/rgb_psnr"] == "PSNR of decoded renders, held-out views (dB)"
-    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 + 4 and all(METRICS.values())
+    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 + 6 and all(METRICS.values())
     old = {
         "eval/heldout/constant_psnr": "eval/heldout/baseline_psnr",
         "photos/ae_lpips": "natural/ae_lpips",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of latents: closed forms. When metrics are a problem."""
+"""Metrics of latents and opacity: closed forms. When metrics are a problem."""
 
 import pytest
 import torch
 
-from igae.evaluation.metrics import latent_errors, problems
+from igae.evaluation.metrics import latent_errors, opacity_on, problems
 
 
 def test_latent_errors_are_in_standard_deviations_of_the_targets() -> None:
@@ -29,6 +29,16 @@ def test_channels_that_are_constant_have_no_relative_error() -> None:
     assert latent_errors(targets + 1, targets).shape == (0,)
     targets[:, 1] = torch.tensor([-1.0, 1.0]).repeat(2, 4, 2)  # of variance 1
     assert latent_errors(targets + 0.5, targets).tolist() == pytest.approx([0.5, 0.5], abs=1e-6)  # measured 0
+
+
+def test_opacity_on_pixels_that_are_background_or_object_for_sure() -> None:
+    opacity = torch.tensor([[[0.0, 0.25, 0.5], [1.0, 0.75, 0.125]]])
+    lower = torch.tensor([[[0.0, 0.0, 0.0], [1.0, 1.0, 0.5]]])
+    upper = torch.tensor([[[0.0, 0.0, 0.25], [1.0, 1.0, 1.0]]])
+    found = opacity_on(opacity, lower, upper)
+    assert (found["background"].tolist(), found["object"].tolist()) == ([0.0, 0.25], [1.0, 0.75])
+    edges = opacity_on(opacity, torch.zeros_like(lower), torch.ones_like(upper))
+    assert all(values.shape == (0,) for values in edges.values())
 
 
 def test_problems() -> None:

@@ -35,6 +35,8 @@ METRICS = {
     "heldout/latent_error": "error of rendered latents, held-out views (standard deviations of encoded latents)",
     "train/latent_error": "error of rendered latents, training views (standard deviations of encoded latents)",
     "heldout/depth_error": "difference of depth between held-out and neighboring training views (% of the box)",
+    "heldout/opacity_background": "opacity of background, held-out views (0 is right)",
+    "heldout/opacity_object": "opacity of objects, held-out views (1 is right)",
     "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
@@ -102,6 +104,20 @@ def latent_errors(prediction: "Tensor", target: "Tensor") -> "Tensor":
     variance = target.double().var((0, 2, 3), correction=0)
     varies = variance > 0
     return (mse / variance)[:, varies].mean(1).sqrt() if varies.any() else mse.new_zeros(0)
+
+
+def opacity_on(opacity: "Tensor", lower: "Tensor", upper: "Tensor") -> dict[str, "Tensor"]:
+    """Rendered opacity of the pixels of which the views' masks tell for sure what they show.
+
+    Args:
+        opacity: [B, h, w] in [0, 1], rendered.
+        lower, upper: [B, h, w] in [0, 1], least and greatest value of the mask in the area of each of these pixels.
+
+    Returns:
+        ``background`` [n], the opacity of pixels without any object (upper is 0), and ``object`` [m], that of pixels
+        with nothing else (lower is 1). Pixels at edges are in neither.
+    """
+    return {"background": opacity[upper == 0], "object": opacity[lower == 1]}
 
 
 def ssim(prediction: "Tensor", target: "Tensor") -> "Tensor":
