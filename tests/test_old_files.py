@@ -151,7 +151,7 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     metrics = read(folder / "metrics.json")
     assert_metrics(metrics["joint"], EXPECTED["resumed"][f"two, {world} rank{'s' * (world > 1)}"])
     assert_metrics(metrics["warmup"], read_archived("outputs/two/metrics.json")["warmup"])
-    assert metrics["warmup"].keys() == metrics["joint"].keys()
+    assert metrics["warmup"].keys() < metrics["joint"].keys()  # later versions have further metrics
     assert not re.search("was .* before this restart and is", (old.parent / "log-0").read_text())
     after = leaves(yaml.safe_load((folder / "config.yaml").read_text()))
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"
