@@ -3,6 +3,7 @@
 
 import csv
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from igae.cli import evaluate
 from igae.data import PackOptions, orbit_like, pack
+from igae.evaluation import problems
 from igae.export import Export, read_run, write
 from igae.models import LPIPS
 
@@ -190,6 +192,14 @@ def test_the_table_has_a_row_a_scene(folder: Path, alone: dict[str, Any]) -> Non
         assert filled == alone["scenes"][row["scene"]]
     assert rows[2]["heldout/rgb_psnr"] == "" and "natural/ae_psnr" not in rows[0]
     assert all(math.isfinite(value) for value in alone["means"].values())
+
+
+def test_what_is_wrong_is_said(folder: Path, alone: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    caplog.clear()
+    assert command(str(folder / "outputs/run"), "--output", str(folder / "again")) == 0
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == problems(alone["means"]) and len(said) == 1  # trained for one epoch, on noise
 
 
 def test_an_export_has_the_metrics_of_its_run(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:

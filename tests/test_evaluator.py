@@ -17,9 +17,10 @@ from torch import Tensor
 
 from igae.data import DataConfig, Manifest, PackOptions, pack
 from igae.evaluation import METRICS, EvaluationConfig, Evaluator, current_name
+from igae.evaluation.depth import DepthMaps, depth_errors
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.ranks import Channel
-from igae.rendering import RenderOptions
+from igae.rendering import Cameras, RenderOptions
 from igae.scenes import PlanesConfig, SceneStore
 
 CPU = torch.device("cpu")
@@ -49,6 +50,7 @@ def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneStore]:
     autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
     planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
     model = IGAE(autoencoder, planes, options, (16, 16), seed=3).eval()
+    model.mlp.b2.data[0] += 2.0  # so that there are surfaces
     model.refresh_background()
     return model, SceneStore(planes, range(4), 0, CPU)
 
@@ -113,19 +115,26 @@ def test_metrics_are_those_of_other_implementations(data: Path) -> None:
     metrics = found.measure(model, bank)
     net = model.autoencoder.net
     expected: dict[str, list[float]] = {}
+    maps: dict[str, dict[int, list[tuple[Tensor, ...]]]] = {}  # cameras, depth and opacity: split -> scene -> views
 
     def note(name: str, value: float) -> None:
         expected.setdefault(name, []).append(value)
 
     for split, views in found.splits.items():
+        pairs: dict[int, list[tuple[Pixels, Pixels]]] = {}  # latents rendered and encoded, of each scene
+        maps[split] = {}
         for i, (scene, view) in enumerate(chosen(found, split)):
             truth = raw(data, scene, view)
             image = torch.from_numpy(truth).permute(2, 0, 1)[None].float()
             normalized = torch.tanh(0.2 * net.encode(image).latent_dist.mean)
             shown = Views(torch.tensor([0]), views.cam2world[i : i + 1], views.intrinsics[i : i + 1])
-            rendered = model.render(bank.rows[scene : scene + 1], shown, None)[0]
+            rendered, depth, opacity = model.render(bank.rows[scene : scene + 1], shown, None)
+            maps[split].setdefault(scene, []).append((shown.cam2world, shown.intrinsics, depth, opacity))
             note(f"{split}/latent_psnr", decibels(pixels(rendered[0]), pixels(normalized[0])))
-            decoded = net.decode(torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2).sample
+            denormalized = torch.atanh(rendered.clamp(-0.999, 0.999)) / 0.2
+            encoded = net.encode(image).latent_dist.mean
+            pairs.setdefault(scene, []).append((pixels(denormalized[0]), pixels(encoded[0])))
+            decoded = net.decode(denormalized).sample
             again = net.decode(torch.atanh(normalized) / 0.2).sample
             for name, picture in (("rgb", decoded), ("ae", again)):
                 clamped = pixels(picture[0]).clip(-1, 1)
@@ -137,12 +146,25 @@ def test_metrics_are_those_of_other_implementations(data: Path) -> None:
             if split == "heldout":
                 others = [v for v in range((12, 5, 1, 20)[scene]) if (scene, v) not in HELDOUT]
                 note("heldout/baseline_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
+        for images in pairs.values():
+            std = np.std([target for _, target in images], axis=(0, 1, 2))
+            for value, target in images:
+                note(f"{split}/latent_error", np.sqrt(np.mean(((value - target) / std) ** 2)))
     assert found.natural_images is not None
     for natural in found.natural_images:
         image = natural.float()[None] / 127.5 - 1
         clamped = pixels(net.decode(net.encode(image).latent_dist.mean).sample[0]).clip(-1, 1)
         note("natural/ae_psnr", decibels(clamped, pixels(image[0])))
         note("natural/ae_ssim", similarity(clamped, pixels(image[0])))
+    for scene, of_scene in maps["heldout"].items():
+        views, others = (
+            DepthMaps(Cameras(cam2world, intrinsics, (8, 8)), depth, opacity)
+            for part in (of_scene, maps["train"][scene])
+            for cam2world, intrinsics, depth, opacity in [[torch.cat(x) for x in zip(*part, strict=True)]]
+        )
+        for value in depth_errors(views, others, model.options.box).tolist():
+            note("heldout/depth_error", value)
+    note("gap/rgb_psnr", float(np.mean(expected["train/rgb_psnr"]) - np.mean(expected["heldout/rgb_psnr"])))
     assert metrics.keys() == expected.keys()
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
@@ -170,7 +192,8 @@ def test_identity_scenes_have_no_autoencoder_metrics(data: Path) -> None:
     metrics = evaluator(data, views=2).measure(model, bank)
     assert metrics.keys() == {
         *(f"{split}/{name}" for split in ("heldout", "train") for name in ("latent_psnr", "rgb_psnr", "rgb_ssim")),
-        "heldout/baseline_psnr",
+        *("heldout/baseline_psnr", "heldout/latent_error", "train/latent_error", "gap/rgb_psnr"),
+        "heldout/depth_error",
     }
     # Latents are the images; only decoded ones are clamped, and colors may overshoot by 0.002.
     assert metrics["heldout/rgb_psnr"] == pytest.approx(metrics["heldout/latent_psnr"], abs=0.05)
@@ -206,13 +229,14 @@ def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
     bank.rows[3] += 1.0
     after = found.measure(model, bank)
     changed = {name for name in before if before[name] != after[name]}
-    kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim")
-    assert changed == {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
+    kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim", "latent_error")
+    of_both = {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
+    assert changed == {*of_both, "gap/rgb_psnr", "heldout/depth_error"}
 
 
 def test_every_metric_has_a_definition_and_old_names_are_known() -> None:
     assert METRICS["heldout/rgb_psnr"] == "PSNR of decoded renders, held-out views (dB)"
-    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 and all(METRICS.values())
+    assert len(METRICS) == 2 * (1 + 3 * 3) + 1 + 3 + 1 + 6 and all(METRICS.values())
     old = {
         "eval/heldout/constant_psnr": "eval/heldout/baseline_psnr",
         "photos/ae_lpips": "natural/ae_lpips",

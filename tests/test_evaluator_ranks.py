@@ -61,6 +61,7 @@ def build(case: Case, owned: list[int], cls: type[Evaluator] = Evaluator) -> tup
     options = RenderOptions(coarse_samples=5, fine_samples=5)
     planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
     model = IGAE(net, planes, options, (16, 16), seed=3).eval()
+    model.mlp.b2.data[0] += 2.0  # so that there are surfaces
     model.refresh_background()
     return found, model, SceneStore(planes, owned, 0, CPU)
 
@@ -158,10 +159,11 @@ def test_ranks_together_see_what_one_rank_sees(
 
 def test_the_cases_are_what_they_are_meant_to_be(alone: dict[str, Result]) -> None:
     kinds = {name: {key.split("/")[0] for key in result.metrics} for name, result in alone.items()}
-    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural"}
+    assert kinds["all"] == kinds["few"] == {"heldout", "train", "natural", "gap"}
     assert (
         kinds["train"] == {"train", "natural"} and kinds["natural_images"] == {"natural"} and kinds["nothing"] == set()
     )
+    assert all({"heldout/depth_error", "gap/rgb_psnr"} <= alone[name].metrics.keys() for name in ("all", "identity"))
     assert [len(result.videos) for result in alone.values()] == [3, 2, 1, 3, 1, 0, 0]
     for key, expected in (("views", [3, 1, 1, 3, 1, 5, 0]), ("latents", [3, 1, 1, 0, 1, 0, 0])):
         assert [len(r.grids[key]) // 132 if key in r.grids else 0 for r in alone.values()] == expected

@@ -84,8 +84,9 @@ def new_words(values: dict[str, Any]) -> dict[str, Any]:
 
 def assert_metrics(found: Metrics, expected: Metrics) -> None:
     """dB and SSIM. Measured: 4e-6, with other instructions of the CPU than the expected ones were computed with; 1.6e-3
-    where deferred updates of planes are lost, 4e-2 where their moments are."""
-    assert new_words(found) == pytest.approx(new_words(expected), abs=1e-4, rel=0)
+    where deferred updates of planes are lost, 4e-2 where their moments are. Later versions have further metrics."""
+    expected, found = new_words(expected), new_words(found)
+    assert {name: found.get(name) for name in expected} == pytest.approx(expected, abs=1e-4, rel=0)
 
 
 def digest(tensor: Tensor) -> str:
@@ -150,7 +151,7 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     metrics = read(folder / "metrics.json")
     assert_metrics(metrics["joint"], EXPECTED["resumed"][f"two, {world} rank{'s' * (world > 1)}"])
     assert_metrics(metrics["warmup"], read_archived("outputs/two/metrics.json")["warmup"])
-    assert metrics["warmup"].keys() == metrics["joint"].keys()
+    assert metrics["warmup"].keys() < metrics["joint"].keys()  # later versions have further metrics
     assert not re.search("was .* before this restart and is", (old.parent / "log-0").read_text())
     after = leaves(yaml.safe_load((folder / "config.yaml").read_text()))
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"

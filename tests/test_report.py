@@ -143,6 +143,26 @@ def test_all_pictures_of_a_step_are_shown(tmp_path: Path) -> None:
     assert [medium.name for medium in shown[-2:]] == ["joint-views-00000029", "joint-latents-00000029"]
 
 
+def test_what_is_wrong_is_at_the_top(tmp_path: Path) -> None:
+    def logged(step: int, heldout: float, train: float) -> str:
+        values = {"eval/heldout/rgb_psnr": heldout, "eval/heldout/baseline_psnr": 20.0, "eval/train/rgb_psnr": train}
+        return json.dumps({"step": step, "stage": "joint", "time": 5.0, **values})
+
+    later = json.dumps({"step": 30, "stage": "joint", "time": 6.0, "loss/eval/x": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join([logged(10, 10.0, 30.0), logged(20, 21.0, 24.0), later]))
+    assert "Warning" not in write_report(tmp_path).read_text()  # 3 dB, and over an earlier evaluation
+    (tmp_path / "metrics.jsonl").write_text("\n".join([logged(10, 21.0, 21.0), logged(20, 19.5, 24.0), later]))
+    text = write_report(tmp_path).read_text()
+    boxes = re.findall(r'<p class="problem">.*?</p>', text)
+    assert len(boxes) == 2 and text.index(boxes[0]) < text.index("<nav>")
+    assert "19.50 dB" in boxes[0] and "20.00 dB" in boxes[0] and "4.5 dB better" in boxes[1]
+    assert all("(joint, step 20)" in box for box in boxes)
+    means = {"heldout/rgb_psnr": 21.0, "heldout/constant_psnr": 22.0}  # the name of version 0.1
+    (tmp_path / "evaluation.json").write_text(json.dumps({"means": means, "scenes": {}}))
+    boxes = re.findall(r'<p class="problem">.*?</p>', write_report(tmp_path).read_text())
+    assert ["(evaluation.json)" in box for box in boxes] == [False, False, True]
+
+
 def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("experiment: x\n")
     text = write_report(tmp_path).read_text()

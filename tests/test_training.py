@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import train
 from igae import checkpoint, config
 from igae.errors import LostRank, TrainingError
+from igae.evaluation import problems
 from igae.training import ASYNC_STEPS, Recipe, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
@@ -184,7 +185,7 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     figures = json.loads((run / "metrics.json").read_text())["joint"]
     for name in ("heldout/rgb_psnr", "train/rgb_psnr", "heldout/latent_psnr", "heldout/ae_psnr", "heldout/rgb_ssim"):
         assert isinstance(figures[name], float)
-    assert {"natural/ae_psnr", "heldout/baseline_psnr"} <= figures.keys()
+    assert {"natural/ae_psnr", "heldout/baseline_psnr", "gap/rgb_psnr", "train/latent_error"} <= figures.keys()
     assert sorted(path.stem.rpartition("-")[0] for path in (run / "pictures").glob("*.png")) == [
         f"{stage}-{name}" for stage in ("joint", "warmup") for name in ("latents", "views")
     ]
@@ -193,6 +194,8 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     assert list((run / "tensorboard").rglob("events.*"))
     AutoencoderKL.from_pretrained(run / "autoencoder")
     page = (run / "report.html").read_text()
+    wrong = problems(json.loads((run / "metrics.json").read_text())["warmup"])
+    assert wrong and all(text in caplog.text and text not in page for text in wrong)  # no longer at the end
     assert f"{figures['heldout/rgb_psnr']:.5g}" in page and torch.__version__ in page
     assert (page.count("<img "), page.count("<video ")) == (4, 1)
     # A report that can't be written, and a run that has ended well.

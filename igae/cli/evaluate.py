@@ -22,7 +22,7 @@ from igae import config
 from igae.checkpoint import is_complete
 from igae.data import Manifest, Scene
 from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
-from igae.evaluation import METRICS, Evaluator, spread
+from igae.evaluation import METRICS, Evaluator, problems, spread
 from igae.export import SECTIONS, Trained, find_model, is_export, load_trained
 from igae.models import LPIPS
 from igae.ranks import Channel, check_rank_variables, rank, world_size
@@ -95,6 +95,8 @@ def evaluate(
         _write(folder, scenes, means, of_scenes)
         log.info("%s", "\n".join(f"{name:24} {value:9.4f}" for name, value in means.items()))
         log.info("%d scenes: %s, %s", len(scenes), folder / JSON, folder / CSV)
+        for problem in problems(means):
+            log.warning("%s", problem)
     engine.close()
     return means, of_scenes
 

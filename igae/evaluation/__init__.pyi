@@ -4,6 +4,7 @@ from .evaluator import Evaluator as Evaluator
 from .evaluator import spread as spread
 from .metrics import METRICS as METRICS
 from .metrics import current_name as current_name
+from .metrics import problems as problems
 from .metrics import psnr as psnr
 from .pictures import Picture as Picture
 from .pictures import channels_to_gray as channels_to_gray

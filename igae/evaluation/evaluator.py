@@ -13,10 +13,12 @@ from torch import Tensor
 from igae.data import DataConfig, Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
-from igae.evaluation.metrics import METRICS, psnr, ssim
+from igae.evaluation.depth import DepthMaps, depth_errors
+from igae.evaluation.metrics import METRICS, latent_errors, psnr, ssim
 from igae.evaluation.pictures import Picture
 from igae.models import IGAE, LPIPS, Views, to_signed
 from igae.ranks import Channel, rank, world_size
+from igae.rendering import Cameras
 from igae.scenes import SceneStore, part
 
 CHUNK = 32
@@ -109,30 +111,56 @@ class Evaluator:
         """
         totals, at = _Totals(self.scenes, perceptual), _Renderer(model, store, self.device)
         has_autoencoder = not model.autoencoder.is_identity
-        for split, views in self.splits.items():
-            for chunk in _chunks(views):
-                scene, truth = int(chunk.scene[0]), to_signed(chunk.images.to(self.device))
-                latents, rendered = at.encode(truth), at.render(chunk)[0]
-                totals.compare(scene, f"{split}/latent", rendered, model.autoencoder.normalize(latents))
-                decoded = at.decode_normalized(rendered)
-                totals.compare(scene, f"{split}/rgb", decoded, truth)
-                if has_autoencoder:
-                    again = at.decode(latents)
-                    totals.compare(scene, f"{split}/ae", again, truth)
-                    totals.compare(scene, f"{split}/rgb_ae", decoded, again)
-                if split == "heldout":
-                    mean = self.mean_views[scene].expand(truth.shape).to(self.device)
-                    totals.compare(scene, "heldout/baseline", mean, truth)
+        for scene in sorted(self.owned):
+            heldout, train = (self._measure_views(totals, at, scene, split) for split in SPLITS)
+            if heldout and train:
+                totals.add(scene, "heldout/depth_error", depth_errors(heldout, train, model.options.box))
         if orbits and has_autoencoder:
             for scene in sorted(self.owned):
                 for rendered in torch.split(at.render(self._orbit(scene))[0], CHUNK):
                     again = model.autoencoder.normalize(at.encode(at.decode_normalized(rendered)))
                     totals.compare(scene, "orbit/latent", again, rendered)
         if has_autoencoder and self.natural_images is not None:
-            for images in torch.split(self.natural_images, 1):  # one at a time: see _chunks
+            for images in torch.split(self.natural_images, 1):  # one at a time: see _measure_views
                 truth = to_signed(images.to(self.device))
                 totals.compare(None, "natural/ae", at.decode(at.encode(truth)), truth)
         return totals.means(self.channel)
+
+    def _measure_views(self, totals: "_Totals", at: "_Renderer", scene: int, split: Split) -> DepthMaps | None:
+        """Add what is measured of an owned scene's views; returns their depth, if there are any.
+
+        One scene at a time, because the last bits of a result can depend on what else is in its batch, and which scenes
+        a rank has depends on the number of ranks.
+        """
+        autoencoder, seen = at.model.autoencoder, []
+        for chunk in self._chunks(scene, split):
+            truth = to_signed(chunk.images.to(self.device))
+            latents, (normalized, depth, opacity) = at.encode(truth), at.render(chunk)
+            rendered = autoencoder.denormalize(normalized)
+            totals.compare(scene, f"{split}/latent", normalized, autoencoder.normalize(latents))
+            decoded = at.decode(rendered)
+            totals.compare(scene, f"{split}/rgb", decoded, truth)
+            if not autoencoder.is_identity:
+                again = at.decode(latents)
+                totals.compare(scene, f"{split}/ae", again, truth)
+                totals.compare(scene, f"{split}/rgb_ae", decoded, again)
+            if split == "heldout":
+                mean = self.mean_views[scene].expand(truth.shape).to(self.device)
+                totals.compare(scene, "heldout/baseline", mean, truth)
+            cameras = chunk.cam2world.to(self.device), chunk.intrinsics.to(self.device)
+            seen.append((rendered, latents, *cameras, depth, opacity))
+        if not seen:
+            return None
+        rendered, latents, cam2world, intrinsics, depth, opacity = (torch.cat(part) for part in zip(*seen, strict=True))
+        totals.add(scene, f"{split}/latent_error", latent_errors(rendered, latents))
+        return DepthMaps(Cameras(cam2world, intrinsics, (depth.shape[1], depth.shape[2])), depth, opacity)
+
+    def _chunks(self, scene: int, split: Split) -> Iterator[ViewBatch]:
+        """The chosen views of a scene, CHUNK at a time."""
+        if (views := self.splits.get(split)) is not None:
+            which = (views.scene == scene).nonzero()[:, 0]
+            for start in range(0, len(which), CHUNK):
+                yield _take(views, which[start : start + CHUNK])
 
     @torch.no_grad()
     def grids(self, model: IGAE, store: SceneStore) -> dict[str, Picture]:
@@ -271,17 +299,23 @@ class _Totals:
             measures["lpips"] = self._perceptual.distances
         for measure, function in measures.items():
             if (name := f"{comparison}_{measure}") in METRICS:
-                values = function(images, targets)
-                place = self._rows[scene], self._names.index(name)
-                self._totals[0][place] += values.double().cpu().sum()
-                self._totals[1][place] += len(values)
+                self.add(scene, name, function(images, targets))
+
+    def add(self, scene: int | None, name: str, values: Tensor) -> None:
+        """Add values [n] of a metric."""
+        place = self._rows[scene], self._names.index(name)
+        self._totals[0][place] += values.double().cpu().sum()
+        self._totals[1][place] += len(values)
 
     def means(self, channel: Channel) -> tuple[Means, dict[str, Means]]:
         """Over the images of all ranks, and over those of each scene by its name. Collective."""
         sums, counts = channel.sum(self._totals)
 
         def means(total: Tensor, count: Tensor) -> Means:
-            return {name: float(total[i] / count[i]) for i, name in enumerate(self._names) if count[i]}
+            found = {name: float(total[i] / count[i]) for i, name in enumerate(self._names) if count[i]}
+            if {"train/rgb_psnr", "heldout/rgb_psnr"} <= found.keys():
+                found["gap/rgb_psnr"] = found["train/rgb_psnr"] - found["heldout/rgb_psnr"]
+            return found
 
         of_scenes = {scene.name: means(sums[row], counts[row]) for row, scene in enumerate(self._scenes)}
         return means(sums.sum(0), counts.sum(0)), of_scenes
@@ -297,14 +331,6 @@ def _join(batches: list[ViewBatch]) -> ViewBatch:
 
 def _count(scene: Scene, split: Split) -> int:
     return scene.heldout if split == "heldout" else scene.views
-
-
-def _chunks(views: ViewBatch) -> Iterator[ViewBatch]:
-    """Views of one scene at a time: the last bits of a result can depend on what else is in its batch, and which scenes
-    a rank has depends on the number of ranks."""
-    for scene in views.scene.unique():
-        for which in torch.split((views.scene == scene).nonzero()[:, 0], CHUNK):
-            yield _take(views, which)
 
 
 def spread(scenes: list[Scene], count: int | None) -> list[Scene]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metrics: what each is called, what it compares, and how it is computed.
 
-All are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
+Most are means over images or normalized latents in [-1, 1]. LPIPS, a distance, is that of `igae.models.LPIPS`.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # reports of runs need the names alone
@@ -25,12 +26,22 @@ COMPARISONS = {
 }
 """Comparison -> what is measured, and what it is compared with."""
 METRICS = {
-    f"{name}_{measure}": title.format(what)
-    for name, (what, _) in COMPARISONS.items()
-    for measure, title in MEASURES.items()
-    if measure == "psnr" or not name.endswith(("latent", "baseline"))
+    **{
+        f"{name}_{measure}": title.format(what)
+        for name, (what, _) in COMPARISONS.items()
+        for measure, title in MEASURES.items()
+        if measure == "psnr" or not name.endswith(("latent", "baseline"))
+    },
+    "heldout/latent_error": "error of rendered latents, held-out views (standard deviations of encoded latents)",
+    "train/latent_error": "error of rendered latents, training views (standard deviations of encoded latents)",
+    "heldout/depth_error": "difference of depth between held-out and neighboring training views (% of the box)",
+    "heldout/opacity_background": "opacity of background, held-out views (0 is right)",
+    "heldout/opacity_object": "opacity of objects, held-out views (1 is right)",
+    "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
+LARGE_GAP = 3.0
+"""dB by which training views may be better than held-out ones before :func:`problems` says so."""
 RENAMED = {
     "constant_psnr": "baseline_psnr",
     "photos": "natural",
@@ -45,6 +56,24 @@ def current_name(name: str) -> str:
     return "/".join(RENAMED.get(part, part) for part in name.split("/"))
 
 
+def problems(metrics: Mapping[str, float]) -> list[str]:
+    """What is wrong with scenes that have these metrics and what helps, each a sentence."""
+    names = ("heldout/rgb_psnr", "heldout/baseline_psnr", "train/rgb_psnr")
+    heldout, baseline, train = map(metrics.get, names)
+    found = []
+    if heldout is not None and baseline is not None and heldout < baseline:
+        found.append(
+            f"held-out views are worse than the mean training image: {heldout:.2f} dB, that image {baseline:.2f} dB; "
+            "train longer, or, if training views are good, check the cameras and render.box, and see docs/evaluation.md"
+        )
+    if heldout is not None and train is not None and train - heldout > LARGE_GAP:
+        found.append(
+            f"training views are {train - heldout:.1f} dB better than held-out ones: the scenes memorize them; what "
+            "helps: train.*.augment, render.rays_per_pixel, smaller planes, more views (docs/evaluation.md)"
+        )
+    return found
+
+
 def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Tensor":
     """Peak signal-to-noise ratio in dB of each image.
 
@@ -57,6 +86,38 @@ def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Te
     """
     mse = (prediction.float() - target.float()).double().square().flatten(1).mean(1)
     return (10.0 * (data_range**2 / mse.clamp_min(1e-30)).log10()).clamp_max(100.0)
+
+
+def latent_errors(prediction: "Tensor", target: "Tensor") -> "Tensor":
+    """Root mean squared error of each image's latents, in standard deviations of the targets.
+
+    This is sqrt(mean over channels of mse / variance), with a channel's variance over all pixels of all targets: the
+    scale of channels does not matter. 0 is perfect, and the best constant has about 1.
+
+    Args:
+        prediction, target: [B, c, h, w], of one scene.
+
+    Returns:
+        [B], float64; [0] where all targets are one constant, of which there is no error to speak of.
+    """
+    mse = (prediction.double() - target.double()).square().mean((2, 3))
+    variance = target.double().var((0, 2, 3), correction=0)
+    varies = variance > 0
+    return (mse / variance)[:, varies].mean(1).sqrt() if varies.any() else mse.new_zeros(0)
+
+
+def opacity_on(opacity: "Tensor", lower: "Tensor", upper: "Tensor") -> dict[str, "Tensor"]:
+    """Rendered opacity of the pixels of which the views' masks tell for sure what they show.
+
+    Args:
+        opacity: [B, h, w] in [0, 1], rendered.
+        lower, upper: [B, h, w] in [0, 1], least and greatest value of the mask in the area of each of these pixels.
+
+    Returns:
+        ``background`` [n], the opacity of pixels without any object (upper is 0), and ``object`` [m], that of pixels
+        with nothing else (lower is 1). Pixels at edges are in neither.
+    """
+    return {"background": opacity[upper == 0], "object": opacity[lower == 1]}
 
 
 def ssim(prediction: "Tensor", target: "Tensor") -> "Tensor":

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 
 import yaml
 
-from igae.evaluation import EvaluationConfig, Evaluator, save_png
+from igae.evaluation import EvaluationConfig, Evaluator, problems, save_png
 from igae.models import IGAE
 from igae.ranks import Channel, rank
 from igae.scenes import SceneStore
@@ -19,8 +19,8 @@ from igae.training.run_folder import public_settings
 from igae.training.trackers import Tracker
 
 SHOWN = (
-    *("heldout/rgb_psnr", "heldout/baseline_psnr", "train/rgb_psnr", "heldout/latent_psnr"),
-    *("heldout/ae_psnr", "natural/ae_psnr"),
+    *("heldout/rgb_psnr", "heldout/baseline_psnr", "train/rgb_psnr", "gap/rgb_psnr", "heldout/latent_psnr"),
+    *("heldout/latent_error", "heldout/depth_error", "heldout/ae_psnr", "natural/ae_psnr"),
 )
 log = logging.getLogger("igae")
 
@@ -82,4 +82,6 @@ class Job:
             model.train()
         shown = [f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics]
         log.info("%s, step %d: %s", stage, step, ", ".join(shown))
+        for problem in problems(metrics) if rank() == 0 else []:
+            log.warning("%s", problem)
         return metrics

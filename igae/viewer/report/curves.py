@@ -78,7 +78,7 @@ def _group(name: str) -> tuple[str, str]:
     if name in WAITS:
         return "data wait (share of the time)", WAITS[name]
     kind = name.rpartition("_")[2]
-    if name.startswith("eval/") and kind in COMPARED:
+    if name.startswith("eval/") and kind in COMPARED and not name.startswith("eval/gap/"):  # it has another range
         return COMPARED[kind], name.removeprefix("eval/").removesuffix(f"_{kind}")
     return name, name
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from igae import __version__
 from igae.errors import redact
+from igae.evaluation import problems
 from igae.storage import write_text
 from igae.viewer.report import curves, media
 from igae.viewer.report.run import LoggedRun, read_run
@@ -69,6 +70,7 @@ def render(run: LoggedRun) -> str:
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         run=run,
         folder=redact(str(run.folder)),
+        problems=found_problems(run),
         metrics=list(dict.fromkeys(name for metrics in run.stage_metrics.values() for name in metrics)),
         charts=curves.charts(run.steps),
         plot=curves,
@@ -77,6 +79,19 @@ def render(run: LoggedRun) -> str:
         orbits=media.orbits(run.folder, run.stages),
         throughput=throughput(run),
     )
+
+
+def found_problems(run: LoggedRun) -> dict[str, str]:
+    """What is wrong with the scenes -> where that was measured: in the last evaluation of training, or afterwards."""
+    measured = {}
+    for logged in run.steps:
+        names = [name for name in logged.values if name.startswith("eval/")]
+        if names:
+            metrics = {name.removeprefix("eval/"): logged.values[name] for name in names}
+            measured = {f"{logged.stage}, step {logged.step:.0f}": metrics}
+    if run.evaluation:
+        measured["evaluation.json"] = run.evaluation.means
+    return {problem: where for where, metrics in measured.items() for problem in problems(metrics)}
 
 
 def scene_table(scenes: dict[str, dict[str, float]], means: dict[str, float]) -> dict[str, Any]:
