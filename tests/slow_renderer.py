@@ -118,11 +118,13 @@ def render(
     """Features [B, h, w, c], depth and opacity [B, h, w]; the arguments are those of igae.rendering.render."""
     height, width = size
     box, coarse = options["box"], options["coarse_samples"]
+    side = options.get("rays_per_pixel", 1)
     features = np.zeros((len(cam2world), height, width, background.shape[-1]))
     depths, opacities = np.zeros(features.shape[:3]), np.zeros(features.shape[:3])
-    for b, i, j in np.ndindex(*features.shape[:3]):
-        ray = (b * height + i) * width + j
-        direction = np.linalg.inv(intrinsics[b]) @ np.array([(j + 0.5) / width, (i + 0.5) / height, 1.0])
+    for b, i, j, row, column in np.ndindex(*features.shape[:3], side, side):
+        ray = (((b * height + i) * width + j) * side + row) * side + column
+        u, v = (j + (column + 0.5) / side) / width, (i + (row + 0.5) / side) / height
+        direction = np.linalg.inv(intrinsics[b]) @ np.array([u, v, 1.0])
         direction = cam2world[b, :3, :3] @ (direction / direction[2])
         direction /= np.linalg.norm(direction)
         origin = cam2world[b, :3, 3]
@@ -153,9 +155,9 @@ def render(
         opacity = sum(weights)
         color = sum(w * (a[2] + c[2]) / 2 for w, a, c in zip(weights, samples, samples[1:], strict=False))
         behind = background if background.ndim == 1 else background[i, j]
-        features[b, i, j] = 2 * (color + (1 - opacity) * behind) - 1
-        opacities[b, i, j] = opacity
+        features[b, i, j] += (2 * (color + (1 - opacity) * behind) - 1) / side**2
+        opacities[b, i, j] += opacity / side**2
         # Between "nothing" (the end of the ray) and the weighted mean, as the opacity goes from 0 to 1e-6.
         beyond = sum(w * ((a + c) / 2 - t[-1]) for w, a, c in zip(weights, t, t[1:], strict=False))
-        depths[b, i, j] = min(max(t[-1] + beyond / max(opacity, 1e-6), t[0]), t[-1])
+        depths[b, i, j] += min(max(t[-1] + beyond / max(opacity, 1e-6), t[0]), t[-1]) / side**2
     return features, depths, opacities

@@ -54,8 +54,19 @@ def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: 
         {"colors": 12, "disparity": True},
         {"coarse": 96, "fine": 0},
         {"deterministic": True},
+        {"side": 2},
+        {"side": 3},
     ],
-    ids=["default", "bf16", "three colors", "twelve colors", "coarse only", "deterministic"],
+    ids=[
+        "default",
+        "bf16",
+        "three colors",
+        "twelve colors",
+        "coarse only",
+        "deterministic",
+        "2 x 2 rays",
+        "3 x 3 rays",
+    ],
 )
 def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
     variant = build.Variant(**change)

@@ -14,6 +14,7 @@ import torch
 
 from igae.kernels import LIBRARIES
 from igae.rendering import build
+from igae.rendering.rays import box_range, pixel_rays
 from igae.scenes import row_adam_cuda
 
 pytestmark = [
@@ -58,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "many": ("fp16", {"views": 2}),
     "four colors": ("fp16", {}),
     "dense": ("fp16", {"size": (7, 9)}),
+    "areas": ("fp16 fp32", {"size": (2, 3), "views": 2}),
+    "areas at the border": ("fp16 fp32", {"size": (3, 3), "views": 3}),
 }
 
 
@@ -140,8 +143,30 @@ def test_jitter_is_that_of_the_reference() -> None:
         renderer.check(renderer.errors(args, **how), 1e-5, 1e-4)  # measured 5.8e-7 and 2.3e-6
 
 
-def test_deterministic_gradients_are_the_same_bits_in_another_order(emulated: type[emulated_cuda.Library]) -> None:
-    args = renderer.setup(scenes=1, views=2, size=(4, 4), resolution=16, deterministic=True, precision="fp32")
+@pytest.mark.usefixtures("emulated")
+def test_jitter_of_areas_is_that_of_the_reference() -> None:
+    args = renderer.setup(precision="fp32", size=(2, 2), views=2, rays_per_pixel=2)
+    for how in ({}, {"seed": -7}, {"seed": torch.tensor(2**40 + 3)}):
+        renderer.check(renderer.errors(args, **how), 1e-5, 1e-4)  # measured 3.1e-7 and 2.4e-6
+
+
+def test_pixels_at_the_border_of_the_box_have_rays_of_both_kinds() -> None:
+    args = renderer.setup(
+        **{**renderer.CASES["areas at the border"], **CASES["areas at the border"][1], "device": "cpu"}
+    )
+    near, far = box_range(*pixel_rays(args["cameras"], torch.float64, 3), args["options"].box)
+    hits = (near < far).view(-1, 9).sum(1)
+    assert (hits == 0).any() and ((hits > 0) & (hits < 9)).any()
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_deterministic_gradients_are_the_same_bits_in_another_order(
+    emulated: type[emulated_cuda.Library], side: int
+) -> None:
+    size = (4 // side, 4 // side)
+    args = renderer.setup(
+        scenes=1, views=2, size=size, resolution=16, deterministic=True, precision="fp32", rays_per_pixel=side
+    )
     found = []
     for emulated.reverse in (False, True):
         found.append(renderer.gradients(args, seed=1, backend="cuda")[0]["g_planes"])

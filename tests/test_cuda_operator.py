@@ -57,7 +57,7 @@ class Library(kernels.Library):
     def _run(self, name: str, p: Any) -> None:
         """The kernels' definition by way of `render_torch`."""
         made, size = self._variant, (p.height, p.width)
-        views, hidden, out = p.rays // math.prod(size), build.HIDDEN, 1 + made.colors
+        views, hidden, out = p.rays // math.prod(size) // made.side**2, build.HIDDEN, 1 + made.colors
         scene = tensor_at(p.scene, views, dtype=torch.int64)
         planes = tensor_at(p.planes, int(scene.max()) + 1, 3, p.resolution, p.resolution, made.features)
         weights = {
@@ -73,7 +73,8 @@ class Library(kernels.Library):
         cameras = Cameras(tensor_at(p.cam2world, views, 4, 4), tensor_at(p.intrinsics, views, 3, 3), size)
         options = RenderOptions(
             near=p.near if p.far > 0 else "auto", far=p.far if p.far > 0 else "auto", box=p.box,
-            coarse_samples=made.coarse, fine_samples=made.fine, axes="eg3d" if made.eg3d else "orthogonal",
+            coarse_samples=made.coarse, fine_samples=made.fine, rays_per_pixel=made.side,
+            axes="eg3d" if made.eg3d else "orthogonal",
             spacing="disparity" if made.disparity else "depth", reduce="product" if made.product else "sum",
         )  # fmt: skip
         assert p.background_stride in (0, made.colors)
@@ -128,8 +129,13 @@ def everything(out: Any, args: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"axes": "eg3d", "reduce": "product"}, {"near": 0.7, "far": 2.0, "spacing": "disparity", "box": 1.5}],
-    ids=["default", "published", "numbers"],
+    [
+        {},
+        {"axes": "eg3d", "reduce": "product"},
+        {"near": 0.7, "far": 2.0, "spacing": "disparity", "box": 1.5},
+        {"rays_per_pixel": 3},
+    ],
+    ids=["default", "published", "numbers", "areas"],
 )
 @pytest.mark.parametrize("jitter", ["none", "number", "negative", "tensor"])
 def test_arguments_and_gradients_arrive(options: dict[str, Any], jitter: str) -> None:

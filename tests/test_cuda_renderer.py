@@ -118,6 +118,8 @@ CASES: dict[str, dict[str, Any]] = {
     "thin": {"density": 0.01},
     "small box": {"box": 0.4},  # many rays miss it
     "tiny plane": {"resolution": 2},
+    "areas": {"rays_per_pixel": 2, "pixel_background": True, "size": (5, 4)},
+    "areas at the border": {"rays_per_pixel": 3, "box": 0.4, "size": (4, 5)},  # some of a pixel's rays miss
 }
 
 

@@ -258,20 +258,21 @@ def test_downloaded_weights_are_used(vgg_file: Path, lpips: LPIPS, monkeypatch: 
 def slow_coverage(mask: Tensor, has_alpha: bool, size: tuple[int, int]) -> list[list[tuple[float, float]]]:
     """Bounds of each cell, by a walk from cell to cell."""
     high, wide = mask.shape[0] // size[0], mask.shape[1] // size[1]
-    least = [
-        [
-            mask[i * high : (i + 1) * high, j * wide : (j + 1) * wide].double().mean().item() / 255
-            for j in range(size[1])
-        ]
-        for i in range(size[0])
-    ]
+    around = F.pad(mask.double(), (1, 1, 1, 1), value=255)
+    beside = torch.stack([around[i : i + mask.shape[0], j : j + mask.shape[1]] for i in range(3) for j in range(3)])
+    inner = mask.double() if has_alpha else beside.amin(0)
+
+    def cell(values: Tensor, i: int, j: int) -> Tensor:
+        return values[i * high : (i + 1) * high, j * wide : (j + 1) * wide].double()
+
+    least = [[cell(inner, i, j).mean().item() / 255 for j in range(size[1])] for i in range(size[0])]
     if has_alpha:
         return [[(value, value) for value in row] for row in least]
     todo = [(i, j) for i in range(size[0]) for j in range(size[1]) if i in (0, size[0] - 1) or j in (0, size[1] - 1)]
     reached = set()
     while todo:
         i, j = todo.pop()
-        if (i, j) in reached or not (0 <= i < size[0] and 0 <= j < size[1]) or least[i][j] > 0:
+        if (i, j) in reached or not (0 <= i < size[0] and 0 <= j < size[1]) or cell(mask, i, j).any():
             continue
         reached.add((i, j))
         todo += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]

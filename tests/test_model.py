@@ -10,7 +10,16 @@ from runs import create_autoencoder as create
 from torch import Tensor, nn
 
 from igae.data import orbit
-from igae.models import IGAE, Autoencoder, AutoencoderConfig, LossWeights, Views, load_autoencoder, to_signed
+from igae.models import (
+    IGAE,
+    Autoencoder,
+    AutoencoderConfig,
+    LossWeights,
+    Views,
+    coverage_bounds,
+    load_autoencoder,
+    to_signed,
+)
 from igae.rendering import Cameras, Rendered, RenderOptions, render
 from igae.scenes import PlanesConfig
 
@@ -127,7 +136,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         )
 
     # No cell of such noise is empty: without alpha it may be covered by more than its mask.
-    covered = F.avg_pool2d(given.masks[:, None] / 255, 2)[:, 0]
+    covered = coverage_bounds(given.masks, given.has_alpha, (SIZE // 2, SIZE // 2))[:, 0]
     outside = torch.where(given.has_alpha[:, None, None], opacity - covered, (opacity - covered).clamp(max=0))
     expected = {
         "latent": ((torch.tanh(SCALE * z_x) - r) ** 2).mean(),

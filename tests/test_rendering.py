@@ -310,6 +310,7 @@ def test_composite_does_not_depend_on_the_order_of_samples() -> None:
         {"near": 0.9, "far": 3.2, "spacing": "disparity", "axes": "eg3d"},
         {"near": 0.9, "far": 3.2, "reduce": "product"},
         {"spacing": "disparity", "coarse_samples": 2, "fine_samples": 5},
+        {"rays_per_pixel": 2, "coarse_samples": 4, "fine_samples": 3},
     ],
 )
 @pytest.mark.parametrize("seeded", [False, True])
@@ -330,7 +331,7 @@ def test_image_equals_the_slow_renderer(options: dict[str, Any], seeded: bool) -
     k[1, 0, 1] = 0.1
     size, scene = (3, 4), [1, 0, 1]
     background = torch.rand(*size, 3, dtype=F64, generator=g)
-    rays = 3 * 12
+    rays = 3 * 12 * options.get("rays_per_pixel", 1) ** 2
     counts = options["coarse_samples"], options["fine_samples"]
     seed = (123 << 40) + 77 if seeded else None  # without one every jitter is 1/2
     coarse, fine = (

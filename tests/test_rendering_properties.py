@@ -189,11 +189,11 @@ def test_importance_draws_one_sample_per_stratum() -> None:
 
 
 @pytest.mark.parametrize("reduce", ["sum", "product"])
-@pytest.mark.parametrize("fine", [0, 4])
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch, reduce: Any, fine: int) -> None:
+@pytest.mark.parametrize(("fine", "side"), [(0, 1), (4, 1), (4, 2)])
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch, reduce: Any, fine: int, side: int) -> None:
     args = setup(F64)
     args["planes"] = args["planes"][:, :, 1:4, 1:4]
-    options = RenderOptions(coarse_samples=4, fine_samples=fine, reduce=reduce)
+    options = RenderOptions(coarse_samples=4, fine_samples=fine, reduce=reduce, rays_per_pixel=side)
     args |= {"cameras": args["cameras"]._replace(size=(1, 2)), "options": options}
     if fine:  # positions carry no gradient, so finite differences must not move them
         depths: list[Tensor] = []

@@ -14,9 +14,9 @@ from igae.data import DataConfig, Manifest, Scene, ViewBatch, image_loader, orbi
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.depth import DepthMaps, depth_errors
-from igae.evaluation.metrics import METRICS, latent_errors, psnr, ssim
+from igae.evaluation.metrics import METRICS, latent_errors, opacity_on, psnr, ssim
 from igae.evaluation.pictures import Picture
-from igae.models import IGAE, LPIPS, Views, to_signed
+from igae.models import IGAE, LPIPS, Views, coverage_bounds, to_signed
 from igae.ranks import Channel, rank, world_size
 from igae.rendering import Cameras
 from igae.scenes import SceneStore, part
@@ -147,6 +147,10 @@ class Evaluator:
             if split == "heldout":
                 mean = self.mean_views[scene].expand(truth.shape).to(self.device)
                 totals.compare(scene, "heldout/baseline", mean, truth)
+                masks, has_alpha = chunk.masks.to(self.device), chunk.has_alpha.to(self.device)
+                covered = coverage_bounds(masks, has_alpha, opacity.shape[1:])
+                for name, values in opacity_on(opacity, *covered.unbind(1)).items():
+                    totals.add(scene, f"heldout/opacity_{name}", values)
             cameras = chunk.cam2world.to(self.device), chunk.intrinsics.to(self.device)
             seen.append((rendered, latents, *cameras, depth, opacity))
         if not seen:

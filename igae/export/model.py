@@ -169,7 +169,7 @@ class Scene:
 
     @torch.no_grad()
     def render(self, cam2world: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
+        """Normalized latents [B, c, h, w] in [-1, 1], depth and opacity [B, h g, w g] of views (g: `render.patch`).
 
         Args:
             cam2world: [B, 4, 4] or [4, 4], OpenCV cameras (x right, y down, z forward).

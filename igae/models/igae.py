@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig, LossWeights
+from igae.models.head import PatchHead
 from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, orthogonality, total_variation
 from igae.models.lpips import LPIPS
 from igae.models.views import Views, to_signed
@@ -80,11 +81,15 @@ class IGAE(nn.Module):
         color = torch.tensor(background).view(1, 3, 1, 1)
         self.register_buffer("plain", (2.0 * color - 1.0).expand(1, 3, *image_size).contiguous(), persistent=False)
         self.latent_shape = channels, height, width = _latent_shape(autoencoder, self.plain)
+        if image_size[0] % (height * options.patch) or image_size[1] % (width * options.patch):
+            factor = image_size[0] // height
+            raise ValueError(f"render.patch is {options.patch}: it must divide the autoencoder's downscale {factor}")
 
         def generator(name: str) -> torch.Generator:
             return torch.Generator().manual_seed(derive_seed(seed, name))
 
         self.mlp = DecodingMLP(planes.features, channels, generator=generator("mlp"))
+        self.head = PatchHead(channels, options.patch) if options.patch > 1 else None
         self.base = BasePlanes(planes, generator("base planes")) if planes.base_planes else None
         self.register_buffer("background", torch.zeros(height, width, channels))
         self.plain: Tensor
@@ -134,12 +139,13 @@ class IGAE(nn.Module):
         self.background.copy_((0.5 * (latents[0] + 1.0)).permute(1, 2, 0))
 
     def render(self, rows: Tensor, views: Views, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized latents [B, c, h, w] in [-1, 1], depth [B, h, w] and opacity [B, h, w] of views.
+        """Normalized latents [B, c, h, w] in [-1, 1], depth and opacity [B, h g, w g] of views, g rendered pixels along
+        a side of a latent pixel.
 
         Args:
             seed: of the sample positions; None for the fixed ones of evaluation.
         """
-        return self._render(self.planes_of(rows)[0], views, seed)
+        return self.render_planes(self.planes_of(rows)[0], views, seed, self.background)
 
     def planes_of(self, rows: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """Planes [S, 3, R, R, C] of scenes' rows; with ``orthogonal`` that loss of the base planes."""
@@ -149,8 +155,12 @@ class IGAE(nn.Module):
             fused: tuple[Tensor, Tensor | None] = self.base(rows, orthogonality if orthogonal else None)
         return fused
 
-    def _render(self, planes: Tensor, views: Views, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        cameras = Cameras(views.cam2world, views.intrinsics, self.latent_shape[1:])
+    def render_planes(
+        self, planes: Tensor, views: Views, seed: int | None, background: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`render`, of planes [S, 3, R, R, C] and of the size of the background [h, w, c]."""
+        g = self.options.patch
+        cameras = Cameras(views.cam2world, views.intrinsics, (g * background.shape[0], g * background.shape[1]))
         # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
         with torch.autocast(planes.device.type, enabled=False):
             features, depth, opacity = render(
@@ -158,11 +168,12 @@ class IGAE(nn.Module):
                 self.mlp,
                 cameras,
                 self.options,
-                background=self.background,
+                background=background.repeat_interleave(g, 0).repeat_interleave(g, 1) if g > 1 else background,
                 scene=views.index,
                 seed=seed,
                 backend=self.renderer,
             )
+            features = features if self.head is None else self.head(features)
         return features.permute(0, 3, 1, 2), depth, opacity
 
     def forward(
@@ -240,7 +251,7 @@ class IGAE(nn.Module):
         planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
         if base_loss is not None:
             losses["base_orthogonality"] = base_loss
-        rendered, depth, opacity = self._render(planes, views, seed)
+        rendered, depth, opacity = self.render_planes(planes, views, seed, self.background)
         if weights.latent > 0:
             assert latents is not None
             losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalize(latents))
@@ -255,7 +266,7 @@ class IGAE(nn.Module):
             coverage = views.coverage
             if coverage is None:
                 assert views.masks is not None and views.has_alpha is not None
-                coverage = coverage_bounds(views.masks, views.has_alpha, self.latent_shape[1:])
+                coverage = coverage_bounds(views.masks, views.has_alpha, opacity.shape[1:])
             losses["opacity"] = opacity_loss(opacity, coverage)
         return rendered, losses
 

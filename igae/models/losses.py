@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss terms, as pure functions of tensors."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,31 +44,45 @@ def orthogonality(x: Tensor) -> Tensor:
     return (gram - torch.diag(gram.diagonal())).square().sum() / (len(x) * (len(x) - 1))
 
 
-def coverage_bounds(masks: Tensor, has_alpha: Tensor, size: tuple[int, int]) -> Tensor:
+ROUNDS = 4
+"""Of looking for cells that are connected to the border, along rows and columns: the way to one that is not found turns
+more than eight times, and all that is lost is that it is not known to be empty."""
+
+
+def coverage_bounds(masks: Tensor, has_alpha: Tensor, size: Sequence[int]) -> Tensor:
     """How much of each cell of a view objects cover: at least and at most, float32 [B, 2, h, w] in [0, 1].
 
     With alpha both are its mean over the cell. Without, a mask says where a pixel differs from the background: objects
-    cover at least these. Cells without any are empty if they are connected to the border; others may show a part of an
-    object that has the background's color.
+    cover at least those of these pixels that have no others beside them. Cells without any are empty if they are
+    connected to the border; others may show a part of an object that has the background's color.
 
     Args:
         masks: uint8 [B, H, W], H and W multiples of h and w.
         has_alpha: bool [B].
         size: (h, w).
     """
-    least = F.avg_pool2d(masks[:, None].float() / 255, (masks.shape[1] // size[0], masks.shape[2] // size[1]))
-    empty = (least == 0).float()
-    border = torch.ones_like(empty)
-    border[..., 1:-1, 1:-1] = 0
-    reached = empty * border
-    for _ in range(sum(size)):
-        beside = torch.maximum(F.max_pool2d(reached, (3, 1), 1, (1, 0)), F.max_pool2d(reached, (1, 3), 1, (0, 1)))
-        reached = beside * empty
-    most = torch.where(has_alpha[:, None, None, None], least, 1 - reached)
+    cell = masks.shape[1] // size[0], masks.shape[2] // size[1]
+    masks, exact = masks[:, None].float() / 255, has_alpha[:, None, None, None]
+    # What differs from the background may be mixed with it at an edge, so the outermost pixels don't count.
+    inner = torch.where(exact, masks, -F.max_pool2d(-masks, 3, 1, 1))
+    least, empty = F.avg_pool2d(inner, cell), F.max_pool2d(masks, cell) == 0
+    reached = empty.clone()
+    reached[..., 1:-1, 1:-1] = False
+    for _ in range(ROUNDS):
+        for dim in (-1, -2):
+            reached = _spread(_spread(reached, empty, dim).flip(dim), empty.flip(dim), dim).flip(dim)
+    most = torch.where(exact, least, (~reached).float())
     return torch.cat([least, most], 1)
+
+
+def _spread(reached: Tensor, free: Tensor, dim: int) -> Tensor:
+    """Cells of which the last one before them along a dimension that is not free is behind one that is reached."""
+    place = torch.arange(1, free.shape[dim] + 1, device=free.device)
+    place = place if dim == -1 else place[:, None]
+    return free & ((place * reached).cummax(dim).values > (place * ~free).cummax(dim).values)
 
 
 def opacity_loss(opacity: Tensor, coverage: Tensor) -> Tensor:
     """Mean squared distance of opacities [B, h, w] to the bounds [B, 2, h, w] of their coverage (a scalar)."""
-    least, most = coverage.unbind(1)
+    least, most = coverage.float().unbind(1)
     return ((least - opacity).clamp(min=0) + (opacity - most).clamp(min=0)).square().mean()

@@ -3,6 +3,7 @@
 
 import functools
 import logging
+import math
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ def render(
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}")
     chosen = backend
     if backend == "auto":
-        why = unsupported(planes, mlp, options)
+        why = unsupported(planes, mlp, options, views * math.prod(cameras.size))
         chosen = "cuda" if why is None else "torch"
         if not torch.compiler.is_compiling():
             log_once(f"the renderer uses {chosen}: {why or 'the kernels support this'}")

@@ -39,9 +39,11 @@ class Variant(NamedTuple):
     fp32: bool | int = False
     """Matrix products of float32 numbers (three TF32 ones for one), not of float16."""
     deterministic: bool | int = False
+    side: int = 1
+    """A pixel has side x side rays."""
 
 
-MACROS = ("C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC")
+MACROS = ("C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC", "SIDE")
 """Their names in the sources, in this order."""
 
 
@@ -108,6 +110,7 @@ def build_main(argv: list[str] | None = None) -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
     parser.add_argument("--colors", type=int, nargs="+", default=[16], help="channels of the image")
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
+    parser.add_argument("--rays-per-pixel", type=int, default=1, help="along each side of a pixel")
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
     switches = ("eg3d", "product", "disparity", "bf16", "deterministic")
     for switch in switches:
@@ -115,6 +118,7 @@ def build_main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for arch, features, colors, precision in itertools.product(args.arch, args.features, args.colors, args.precision):
         chosen = {"fp32": precision == "fp32", **{switch: getattr(args, switch) for switch in switches}}
+        chosen["side"] = args.rays_per_pixel
         variant = Variant(features, colors, *args.samples, **chosen)
         for kernel in ("forward", "backward"):
             start = time.perf_counter()

@@ -23,8 +23,13 @@ class RenderOptions:
     """Stratified samples on each ray, at least 2."""
     fine_samples: int = 48
     """Further samples on each ray, placed by importance; may be 0."""
+    rays_per_pixel: int = 1
+    """S, from 1 to 8: a pixel is the mean of S x S rays through its area; of 1 the ray goes through its middle."""
     spacing: Literal["depth", "disparity"] = "depth"
     """Coarse samples are uniform in distance, or in its inverse."""
+    patch: int = 1
+    """Pixels along a side of the patch that becomes one latent pixel (`igae.models.PatchHead`); it divides the
+    autoencoder's downscale factor."""
     axes: Literal["orthogonal", "eg3d"] = "orthogonal"
     """Axes of the three planes: (x,y) (x,z) (y,z), or (x,y) (x,z) (z,x) as in the published weights."""
     reduce: Literal["sum", "product"] = "sum"
@@ -50,6 +55,10 @@ class RenderOptions:
             raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray needs at least 2 samples")
         if self.fine_samples < 0:
             raise ValueError(f"fine_samples is {self.fine_samples}; it must be 0 or more")
+        if not 1 <= self.patch <= 16:
+            raise ValueError(f"patch is {self.patch}; it must be from 1 to 16")
+        if not 1 <= self.rays_per_pixel <= 8:
+            raise ValueError(f"rays_per_pixel is {self.rays_per_pixel}; it must be from 1 to 8")
         if isinstance(self.near, str) or isinstance(self.far, str):
             if self.near != "auto" or self.far != "auto":
                 raise ValueError(f"near is {self.near!r} and far is {self.far!r}; give two numbers or 'auto' twice")

@@ -7,6 +7,7 @@ which compiles and loads them) and are known to torch.compile, as operators `iga
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,8 +73,8 @@ TYPES: Any = {
 SCHEMA = ", ".join(f"{TYPES[kind]} {name}" for name, kind in Call.__annotations__.items())
 
 
-def unsupported(planes: Tensor, mlp: torch.nn.Module, options: RenderOptions) -> str | None:
-    """Why the kernels cannot do this, in a sentence; None: they can."""
+def unsupported(planes: Tensor, mlp: torch.nn.Module, options: RenderOptions, pixels: int = 1) -> str | None:
+    """Why the kernels cannot do this for all views' pixels together, in a sentence; None: they can."""
     features, resolution = planes.shape[4], planes.shape[2]
     why = unavailable("planes", planes)
     if why is not None:
@@ -90,6 +91,8 @@ def unsupported(planes: Tensor, mlp: torch.nn.Module, options: RenderOptions) ->
         return f"the MLP has {mlp.out_channels} output channels; the kernels take up to 32"
     if options.coarse_samples > 128 or options.fine_samples > 128:
         return f"{options.coarse_samples} + {options.fine_samples} samples; the kernels take up to 128 + 128"
+    if pixels * options.rays_per_pixel**2 >= 2**30:
+        return f"there are {pixels * options.rays_per_pixel**2} rays; the kernels take fewer than 2^30 at a time"
     if resolution < 2 or 3 * resolution**2 * features >= 2**31:
         return f"planes have {resolution} texels a side; the kernels take 2 to what 2^31 numbers a scene allow"
     return None
@@ -108,7 +111,7 @@ def render_cuda(
 
     Raises ValueError with the sentence of `unsupported`.
     """
-    why = unsupported(planes, mlp, options)
+    why = unsupported(planes, mlp, options, len(cameras.cam2world) * math.prod(cameras.size))
     if why is not None:
         raise ValueError(f"backend is cuda, but {why}")
     deterministic = options.deterministic or torch.are_deterministic_algorithms_enabled()
@@ -117,7 +120,7 @@ def render_cuda(
     variant = [
         planes.shape[4], mlp.out_channels, options.coarse_samples, options.fine_samples, options.axes == "eg3d",
         product, options.spacing == "disparity", planes.dtype == torch.bfloat16, options.precision == "fp32" or product,
-        deterministic,
+        deterministic, options.rays_per_pixel,
     ]  # fmt: skip
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
@@ -161,10 +164,11 @@ def _load(
 
 def _prepare(name: build.Pass, call: Call) -> tuple[Params, int, Callable[[], None]]:
     """The argument of a kernel, but for what it writes; the number of its blocks; what launches it."""
+    variant, pixels = build.Variant(*call.variant), len(call.cam2world) * call.height * call.width
     params = Params(
         seed_value=(call.seed_value or 0) % 2**64,
         jitter=2 if call.seed is not None else int(call.seed_value is not None),  # the enumeration in common.cuh
-        rays=len(call.cam2world) * call.height * call.width,
+        rays=pixels * variant.side**2,
         height=call.height,
         width=call.width,
         resolution=call.planes.shape[2],
@@ -177,14 +181,15 @@ def _prepare(name: build.Pass, call: Call) -> tuple[Params, int, Callable[[], No
     for field, tensor in zip(Call._fields, tensors, strict=False):
         setattr(params, field, pointer(tensor))
     device = call.planes.device
-    library, warps, resident = _load(LIBRARIES[device.type], name, build.Variant(*call.variant), device)
-    blocks = min(resident, -(-params.rays // warps))
+    library, warps, resident = _load(LIBRARIES[device.type], name, variant, device)
+    # Forward, a warp has a pixel, backward a ray.
+    blocks = min(resident, -(-(pixels if name == "forward" else params.rays) // warps))
     return params, blocks, lambda: library.launch(f"render_{name}", blocks, 32 * warps, params)
 
 
 def _empty_results(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, variant = (call.cam2world.shape[0], call.height, call.width), build.Variant(*call.variant)
-    rays = images[0] * call.height * call.width if call.keep else 0
+    rays = math.prod(images) * variant.side**2 if call.keep else 0
     new = call.cam2world.new_empty
     return new((*images, variant.colors)), new(images), new(images), new(rays, build.kept_size(variant))
 

@@ -31,7 +31,7 @@ class Rendered(NamedTuple):
     features: Tensor
     """[B, h, w, c] in [-1, 1], up to the 0.002 by which colors may overshoot."""
     depth: Tensor
-    """[B, h, w] mean distance along the ray; the end of the ray's samples where there is nothing to see."""
+    """[B, h, w] mean distance along the rays; the end of the ray's samples where there is nothing to see."""
     opacity: Tensor
     """[B, h, w] in [0, 1]."""
 
@@ -47,8 +47,8 @@ def render_torch(
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments."""
     dtype, device = planes.dtype, planes.device
-    shape = (len(cameras.cam2world), *cameras.size)
-    rays, scene_of_ray = math.prod(shape), scene.repeat_interleave(math.prod(cameras.size))
+    shape = (len(cameras.cam2world), *cameras.size, options.rays_per_pixel**2)
+    rays, scene_of_ray = math.prod(shape), scene.repeat_interleave(math.prod(shape[1:]))
 
     def jitter(stage: int, count: int) -> Tensor:
         if seed is None:
@@ -61,7 +61,7 @@ def render_torch(
         return density, color
 
     with torch.no_grad():
-        origins, directions = pixel_rays(cameras, dtype)
+        origins, directions = pixel_rays(cameras, dtype, options.rays_per_pixel)
         if isinstance(options.near, str) or isinstance(options.far, str):
             near, far = box_range(origins, directions, options.box)
         else:
@@ -74,8 +74,7 @@ def render_torch(
         fine_density, fine_color = field(fine_t)
         t = torch.cat((t, fine_t), 1)
         density, color = torch.cat((density, fine_density), 1), torch.cat((color, fine_color), 1)
-    seen, depth, opacity = composite(t, density, color)
-    seen, depth, opacity = seen.view(*shape, -1), depth.view(shape), opacity.view(shape)
+    seen, depth, opacity = (result.unflatten(0, shape).mean(3) for result in composite(t, density, color))
     return Rendered(2 * (seen + (1 - opacity[..., None]) * background.to(dtype)) - 1, depth, opacity)
 
 

@@ -21,17 +21,22 @@ class Cameras(NamedTuple):
     """Height and width of the images in pixels."""
 
 
-def pixel_rays(cameras: Cameras, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rays through the pixel centers: origins and unit directions [B * h * w, 3] in world space, row by row."""
+def pixel_rays(cameras: Cameras, dtype: torch.dtype, side: int = 1) -> tuple[Tensor, Tensor]:
+    """Rays through the centers of the side x side equal parts of each pixel.
+
+    Origins and unit directions [B * h * w * side^2, 3] in world space: pixels row by row, and so the rays of each.
+    """
     cam2world, intrinsics = cameras.cam2world.to(dtype), cameras.intrinsics.to(dtype)
-    height, width = cameras.size
-    v = (torch.arange(height, device=cam2world.device).to(dtype)[:, None] + 0.5) / height
-    u = (torch.arange(width, device=cam2world.device).to(dtype) + 0.5) / width
-    (fx, skew, cx), (fy, cy) = intrinsics[:, 0, :, None, None].unbind(1), intrinsics[:, 1, 1:, None, None].unbind(1)
+    inside = (torch.arange(side, device=cam2world.device).to(dtype) + 0.5) / side
+    v, u = (
+        (torch.arange(count, device=cam2world.device).to(dtype)[:, None] + inside) / count for count in cameras.size
+    )
+    v, u = v[:, None, :, None], u[:, None, :]  # of [h, w, side, side]
+    (fx, skew, cx), (_, fy, cy) = (intrinsics[:, row, :, None, None, None, None].unbind(1) for row in (0, 1))
     y = (v - cy) / fy
     x = (u - cx - skew * y) / fx
     # Written out instead of a matrix product, which autocast or TF32 would round.
-    columns = cam2world[:, None, None, :3, :].unbind(-1)
+    columns = cam2world[:, None, None, None, None, :3, :].unbind(-1)
     direction = columns[0] * x[..., None] + columns[1] * y[..., None] + columns[2]
     direction = direction / direction.norm(dim=-1, keepdim=True)
     return columns[3].expand_as(direction).reshape(-1, 3), direction.reshape(-1, 3)

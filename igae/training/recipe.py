@@ -24,6 +24,7 @@ class LearningRates(Section):
     encoder: float = Field(default=0.0, ge=0)
     decoder: float = Field(default=0.0, ge=0)
     mlp: float = Field(default=0.0, ge=0)
+    """Of the decoding MLP, and of the map from patches to latent pixels (`render.patch`)."""
     base_planes: float = Field(default=0.0, ge=0)
     planes: float = Field(default=0.0, ge=0)
     """Of all that is a scene's own: planes, weights of base planes, bias."""

@@ -114,7 +114,8 @@ class Stage:
             latents = posterior.sample(noise.to(device)) if sampled else posterior.mean
             kept = {"latents": latents, "cam2world": views.cam2world, "intrinsics": views.intrinsics}
             if views.masks is not None:
-                kept["coverage"] = coverage_bounds(views.masks, whole.has_alpha, model.latent_shape[1:])
+                size = [recipe.render.patch * side for side in model.latent_shape[1:]]
+                kept["coverage"] = coverage_bounds(views.masks, whole.has_alpha, size).half()
             return kept
 
         with closing(self.data.open_views(ENCODE_BATCH, repeat=False)) as views:
@@ -126,7 +127,7 @@ class Stage:
         groups = [
             ("encoder", [p for _, p in parts["encoder"]], rates.encoder),
             ("decoder", [p for _, p in parts["decoder"]], rates.decoder),
-            ("mlp", list(model.mlp.parameters()), rates.mlp),
+            ("mlp", [*model.mlp.parameters(), *(model.head.parameters() if model.head else [])], rates.mlp),
             ("base_planes", [] if model.base is None else [model.base.planes], rates.base_planes),
         ]
         self.engine.prepare(model, [(name, params) for name, params, rate in groups if params and rate > 0])

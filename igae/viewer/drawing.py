@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, to_uint8
-from igae.models import IGAE
-from igae.rendering import Cameras, render
+from igae.models import IGAE, Views
 
 RGB, LATENTS, CHANNELS, DEPTH, ALL = "decoded RGB", "latents", "latent channels", "depth", "side by side"
 VIEWS = {**{view: (view,) for view in (RGB, LATENTS, CHANNELS, DEPTH)}, ALL: (RGB, LATENTS, DEPTH)}
@@ -35,7 +34,7 @@ class ShownScene:
 
 @dataclass
 class Drawn:
-    """A view of a scene: latents [c, h, w], depth and opacity [h, w], and the image [H, W, 3] if it was decoded."""
+    """A view of a scene: latents [c, h, w], depth and opacity [h g, w g], and the image [H, W, 3] if it was decoded."""
 
     latents: Tensor
     depth: Tensor
@@ -68,17 +67,11 @@ def draw(
     background = model.background
     if (height, width) != model.latent_shape[1:]:
         background = F.interpolate(background.permute(2, 0, 1)[None], (height, width), mode="area")[0].permute(1, 2, 0)
-    rendered = render(
-        scene.planes,
-        model.mlp,
-        Cameras(cam2world[None].to(scene.planes), intrinsics[None].to(scene.planes), (height, width)),
-        model.options,
-        background=background,
-        backend=model.renderer,
-    )
-    latents = rendered.features.permute(0, 3, 1, 2)
+    index = torch.zeros(1, dtype=torch.int64, device=scene.planes.device)
+    views = Views(index, cam2world[None].to(scene.planes), intrinsics[None].to(scene.planes))
+    latents, depth, opacity = model.render_planes(scene.planes, views, None, background)
     image = to_uint8(model.autoencoder.decode(model.autoencoder.denormalize(latents))[0]) if decode else None
-    return Drawn(latents[0], rendered.depth[0], rendered.opacity[0], image)
+    return Drawn(latents[0], depth[0], opacity[0], image)
 
 
 def choose_threads(model: IGAE, scene: ShownScene, cam2world: Tensor, intrinsics: Tensor, most: int) -> int:

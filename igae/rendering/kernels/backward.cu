@@ -34,15 +34,17 @@ struct Kept {
 };
 static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= BIASES_PLACE, "it fits");
 
-// Gradients of a ray's results: of this lane's color, of opacity and depth.
+// Gradients of a ray's results: of this lane's color, of opacity and depth. It has an equal part in its pixel.
 struct Given {
   float color, opacity, depth;
 };
 DEV Given find_given(const Params &p, int index) {
-  const float *colors = p.g_features + (long long)index * OUT;
+  constexpr float part = 1.f / RAYS;
+  int pixel = index / RAYS;
+  const float *colors = p.g_features + (long long)pixel * OUT;
   asm("" : "+l"(colors));  // as in the kernel
-  return {p.g_features && lane_id() < OUT ? colors[lane_id()] : 0.f, p.g_opacity ? p.g_opacity[index] : 0.f,
-          p.g_depth ? p.g_depth[index] : 0.f};
+  return {p.g_features && lane_id() < OUT ? part * colors[lane_id()] : 0.f, p.g_opacity ? part * p.g_opacity[pixel] : 0.f,
+          p.g_depth ? part * p.g_depth[pixel] : 0.f};
 }
 
 // This lane's part of a bound of what the weight of one of a ray's intervals can be worth.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What both kernels share: arguments, warp primitives, activations, tensor-core products, the decoding MLP's weights.
 //
-// The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, and the switches EG3D, PRODUCT,
-// DISPARITY, BF16 (planes), FP32 (products of float32 numbers, else of float16), DETERMINISTIC. No CUDA header is included:
-// NVRTC has none.
+// The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, SIDE (a pixel is the mean of
+// SIDE x SIDE rays, which have successive indices), and the switches EG3D, PRODUCT, DISPARITY, BF16 (planes), FP32 (products
+// of float32 numbers, else of float16), DETERMINISTIC. No CUDA header is included: NVRTC has none.
 //
 // One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:
 // it holds rows g and g + 8, and of each 16 features the four from 4 q on, which is a 16-byte read.
@@ -22,6 +22,7 @@ constexpr int ROW = N + 2;                                           // floats o
 // are the last ones of all tiles but the last.
 constexpr int KEPT = N + (R16 - 1) * OUT;
 constexpr int WORDS = FP32 ? 4 : 2;                                  // 32-bit words of a Four
+constexpr int RAYS = SIDE * SIDE;                                    // of a pixel
 // Floats' places of all weights, and of those that only the backward pass has.
 constexpr int W1_WORDS = 256 * CHUNKS * WORDS, W2_WORDS = 128 * COLOR_TILES * WORDS, DENSE_FLOATS = HIDDEN + 4;
 constexpr int WEIGHT_FLOATS = W1_WORDS + W2_WORDS + HIDDEN + 8 * COLOR_TILES + DENSE_FLOATS;

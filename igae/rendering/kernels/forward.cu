@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward pass: one warp a ray. Images are written, and what a backward pass needs of each ray.
+// Forward pass: one warp a pixel, whose rays it marches one after the other. Images are written, and what a backward pass
+// needs of each ray.
 #include "mlp.cuh"
 #include "ray_marching.cuh"
 
@@ -35,6 +36,11 @@ DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *b
   __syncwarp();
 }
 
+// Adds a ray's value to the mean over its pixel, which this lane alone writes: the sum's order is that of the rays.
+DEV void add_part(float *mean, float value, int part) {
+  *mean = RAYS == 1 ? value : fmaf(value, 1.f / RAYS, part == 0 ? 0.f : *mean);
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_forward(const Params p) {
   extern __shared__ float4 shared4[];
   float *shared = (float *)shared4;
@@ -45,80 +51,84 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
   Cells *cells = (Cells *)share;
   float *sorted_t = share + ROW, *sorted_raw = sorted_t + ROW, *color = t + ARRAYS;
 
-  for (int index = blockIdx.x * WARPS + warp; index < p.rays; index += gridDim.x * WARPS) {
-    Ray ray = make_ray(p, index);
-    const float *background = p.background + (long long)ray.pixel * p.background_stride;
-    float *features = p.features + (long long)index * OUT;
-    if (!all_lanes(ray.hit)) {
-      if (lane < OUT) features[lane] = 2.f * background[lane] - 1.f + (ray.near - ray.near);  // NaN stays NaN
-      if (lane == 0) {
-        p.depth[index] = ray.near;
-        p.opacity[index] = 0.f;
-        if (p.kept) p.kept[(long long)index * KEPT] = __uint_as_float(0x7fc00000u);  // NaN: there is nothing
-      }
-      continue;
-    }
-    const void *base = scene_planes(p, ray);
-    coarse_depths(p, ray, index, t);
-    float *weight = sorted_raw + 1;  // while the samples are not sorted yet
-    const float *ordered_t = t, *ordered_raw = raw;
-    Places places = {};
+  for (int pixel = blockIdx.x * WARPS + warp; pixel < p.rays / RAYS; pixel += gridDim.x * WARPS) {
 #pragma unroll 1
-    for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {  // one copy of the code for coarse and fine samples
-      asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
-#if KF > 0
-      if (stage == 1) {
-        interval_weights<K, false>(t, raw, weight, nullptr, nullptr);
-        places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
+    for (int part = 0; part < RAYS; ++part) {
+      int index = pixel * RAYS + part;
+      Ray ray = make_ray(p, index);
+      const float *background = p.background + (long long)ray.pixel * p.background_stride;
+      float *features = p.features + (long long)pixel * OUT;
+      if (!all_lanes(ray.hit)) {
+        if (lane < OUT) add_part(features + lane, 2.f * background[lane] - 1.f + (ray.near - ray.near), part);  // NaN stays
+        if (lane == 0) {
+          add_part(p.depth + pixel, ray.near, part);
+          add_part(p.opacity + pixel, 0.f, part);
+          if (p.kept) p.kept[(long long)index * KEPT] = __uint_as_float(0x7fc00000u);  // NaN: there is nothing
+        }
+        continue;
       }
+      const void *base = scene_planes(p, ray);
+      coarse_depths(p, ray, index, t);
+      float *weight = sorted_raw + 1;  // while the samples are not sorted yet
+      const float *ordered_t = t, *ordered_raw = raw;
+      Places places = {};
+#pragma unroll 1
+      for (int stage = 0; stage < (KF > 0 ? 2 : 1); ++stage) {  // one copy of the code for coarse and fine samples
+        asm volatile("" : "+r"(stage));  // or the compiler copies the loop's body
+#if KF > 0
+        if (stage == 1) {
+          interval_weights<K, false>(t, raw, weight, nullptr, nullptr);
+          places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
+        }
 #endif
-      int first = stage * K;
-      evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, color + first * COLOR_ROW);
-    }
-    float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
-    for (int k = lane; k < N && kept; k += 32) kept[k] = raw[k];
+        int first = stage * K;
+        evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, color + first * COLOR_ROW);
+      }
+      float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
+      for (int k = lane; k < N && kept; k += 32) kept[k] = raw[k];
 #if KF > 0
 #pragma unroll
-    for (int i = 0; i < ALL_ROUNDS; ++i) {
-      int k = sample_of(i), place = place_of(places, i);
-      if (k < 0) continue;
-      sorted_t[place] = t[k];
-      sorted_raw[place] = raw[k];
-    }
-    __syncwarp();
-    ordered_t = sorted_t;
-    ordered_raw = sorted_raw;
-    weight = t + 1;  // no longer needed
+      for (int i = 0; i < ALL_ROUNDS; ++i) {
+        int k = sample_of(i), place = place_of(places, i);
+        if (k < 0) continue;
+        sorted_t[place] = t[k];
+        sorted_raw[place] = raw[k];
+      }
+      __syncwarp();
+      ordered_t = sorted_t;
+      ordered_raw = sorted_raw;
+      weight = t + 1;  // no longer needed
 #endif
-    interval_weights<N, false>(ordered_t, ordered_raw, weight, nullptr, nullptr);
-    if (lane == 0) weight[-1] = weight[N - 1] = 0.f;
-    __syncwarp();
-    Totals sum = totals<N>(ordered_t, weight);
-    // A sample gets half of each of its intervals' weights.
-    __syncwarp();
-    int *last = (int *)sorted_t;  // samples whose colors are kept
+      interval_weights<N, false>(ordered_t, ordered_raw, weight, nullptr, nullptr);
+      if (lane == 0) weight[-1] = weight[N - 1] = 0.f;
+      __syncwarp();
+      Totals sum = totals<N>(ordered_t, weight);
+      // A sample gets half of each of its intervals' weights.
+      __syncwarp();
+      int *last = (int *)sorted_t;  // samples whose colors are kept
 #pragma unroll
-    for (int i = 0; i < ALL_ROUNDS; ++i) {
-      int k = sample_of(i), place = place_of(places, i);
-      if (k < 0) continue;
-      share[k] = 0.5f * (weight[place - 1] + weight[place]);
-      if (place % 16 == 15) last[place / 16] = k;
-    }
-    __syncwarp();
-    for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = color[min((u32)last[i / OUT], (u32)N - 1) * COLOR_ROW + i % OUT];
-    // PARTS groups of lanes share the samples; a lane of a group has a color.
-    constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
-    int channel = lane % WIDTH;
-    float seen = 0.f;
-    if (channel < OUT)
-      for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], color[k * COLOR_ROW + channel], seen);
+      for (int i = 0; i < ALL_ROUNDS; ++i) {
+        int k = sample_of(i), place = place_of(places, i);
+        if (k < 0) continue;
+        share[k] = 0.5f * (weight[place - 1] + weight[place]);
+        if (place % 16 == 15) last[place / 16] = k;
+      }
+      __syncwarp();
+      for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = color[min((u32)last[i / OUT], (u32)N - 1) * COLOR_ROW + i % OUT];
+      // PARTS groups of lanes share the samples; a lane of a group has a color.
+      constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
+      int channel = lane % WIDTH;
+      float seen = 0.f;
+      if (channel < OUT)
+        for (int k = lane / WIDTH; k < N; k += PARTS) seen = fmaf(share[k], color[k * COLOR_ROW + channel], seen);
 #pragma unroll
-    for (int d = WIDTH; d < 32; d <<= 1) seen += __shfl_xor_sync(ALL, seen, d);
-    if (lane < OUT) features[lane] = 2.f * (seen + (1.f - sum.opacity) * background[lane]) - 1.f;
-    if (lane == 0) {
-      p.depth[index] = sum.depth;
-      p.opacity[index] = sum.opacity;
+      for (int d = WIDTH; d < 32; d <<= 1) seen += __shfl_xor_sync(ALL, seen, d);
+      if (lane < OUT) add_part(features + lane, 2.f * (seen + (1.f - sum.opacity) * background[lane]) - 1.f, part);
+      if (lane == 0) {
+        add_part(p.depth + pixel, sum.depth, part);
+        add_part(p.opacity + pixel, sum.opacity, part);
+      }
+      __syncwarp();
     }
-    __syncwarp();
   }
 }

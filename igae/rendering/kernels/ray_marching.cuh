@@ -49,13 +49,14 @@ struct Ray {
 
 DEV Ray make_ray(const Params &p, int index) {
   Ray ray;
-  int pixels = p.height * p.width, view = index / pixels;
-  ray.pixel = index - view * pixels;
+  int pixels = p.height * p.width, place = index / RAYS, view = place / pixels, part = index - place * RAYS;
+  ray.pixel = place - view * pixels;
   ray.scene = (int)p.scene[view];
   ray.scale = (float)p.resolution / p.box;
   int i = ray.pixel / p.width, j = ray.pixel - i * p.width;
   const float *k = p.intrinsics + view * 9, *m = p.cam2world + view * 16;
-  float u = ((float)j + 0.5f) / (float)p.width, v = ((float)i + 0.5f) / (float)p.height;
+  float below = ((float)(part / SIDE) + 0.5f) / SIDE, right = ((float)(part % SIDE) + 0.5f) / SIDE;
+  float u = ((float)j + right) / (float)p.width, v = ((float)i + below) / (float)p.height;
   float y = (v - k[5]) / k[4], x = (u - k[2] - k[1] * y) / k[0], square = 0.f;
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
