@@ -113,7 +113,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         torch.manual_seed(77)
         noise = torch.randn(net.encode(torch.cat([x, y])).latent_dist.mean.shape)
         z_x, z_y = z_x + dist_x.std * noise[:5], z_y + dist_y.std * noise[5:]
-    features, depth, _ = rendered(model, rows, given, SEED)
+    features, depth = rendered(model, rows, given, SEED)[:2]
     r = features.permute(0, 3, 1, 2)
     inverse = torch.atanh(r.clamp(-0.999, 0.999)) / SCALE
     normal = torch.distributions.Normal(dist_y.mean, dist_y.std)

@@ -170,7 +170,7 @@ class IGAE(nn.Module):
         cameras = Cameras(views.cam2world, views.intrinsics, self.latent_shape[1:])
         # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
         with torch.autocast(planes.device.type, enabled=False):
-            features, depth, opacity = render(
+            features, depth, opacity, _ = render(
                 planes,
                 self.mlp,
                 cameras,
