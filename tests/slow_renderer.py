@@ -114,13 +114,13 @@ def render(
     background: Array,
     scene: Sequence[int],
     noise: tuple[Array, Array],
-) -> tuple[Array, Array, Array]:
-    """Features [B, h, w, c], depth and opacity [B, h, w]; the arguments are those of igae.rendering.render."""
+) -> tuple[Array, Array, Array, Array]:
+    """Features [B, h, w, c], depth, opacity and distortion [B, h, w]; arguments are those of igae.rendering.render."""
     height, width = size
     box, coarse = options["box"], options["coarse_samples"]
     side = options.get("rays_per_pixel", 1)
     features = np.zeros((len(cam2world), height, width, background.shape[-1]))
-    depths, opacities = np.zeros(features.shape[:3]), np.zeros(features.shape[:3])
+    depths, opacities, distortions = (np.zeros(features.shape[:3]) for _ in range(3))
     for b, i, j, row, column in np.ndindex(*features.shape[:3], side, side):
         ray = (((b * height + i) * width + j) * side + row) * side + column
         u, v = (j + (column + 0.5) / side) / width, (i + (row + 0.5) / side) / height
@@ -160,4 +160,9 @@ def render(
         # Between "nothing" (the end of the ray) and the weighted mean, as the opacity goes from 0 to 1e-6.
         beyond = sum(w * ((a + c) / 2 - t[-1]) for w, a, c in zip(weights, t, t[1:], strict=False))
         depths[b, i, j] += min(max(t[-1] + beyond / max(opacity, 1e-6), t[0]), t[-1]) / side**2
-    return features, depths, opacities
+        middles = [(a + c) / 2 for a, c in zip(t, t[1:], strict=False)]
+        pairs = list(zip(weights, middles, strict=True))
+        distortion = sum(w * v * abs(m - n) for w, m in pairs for v, n in pairs)
+        distortion += sum(w * w * (c - a) / 3 for w, a, c in zip(weights, t, t[1:], strict=False))
+        distortions[b, i, j] += distortion / box / side**2
+    return features, depths, opacities, distortions

@@ -56,6 +56,7 @@ def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: 
         {"deterministic": True},
         {"side": 2},
         {"side": 3},
+        {"side": 2, "distortion": True},
     ],
     ids=[
         "default",
@@ -66,6 +67,7 @@ def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: 
         "deterministic",
         "2 x 2 rays",
         "3 x 3 rays",
+        "distortion",
     ],
 )
 def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ def test_every_supported_size_fits_every_architecture() -> None:
             for colors in (1, 7, 8, 31, 32):
                 for samples in (2, 128):
                     for kernel in KERNELS:
-                        variant = build.Variant(features, colors, samples, samples)
+                        variant = build.Variant(features, colors, samples, samples, fp32=True, distortion=True)
                         limit = {80: 163, 90: 227, 100: 227}.get(arch, 99) * 1024
                         assert build.shape(kernel, variant, arch).shared <= limit
 

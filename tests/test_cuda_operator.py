@@ -80,18 +80,18 @@ class Library(kernels.Library):
         assert p.background_stride in (0, made.colors)
         background = tensor_at(p.background, *(size if p.background_stride else ()), made.colors)
         seed = (None, p.seed_value, p.jitter == 2 and tensor_at(p.seed, dtype=torch.int64))[p.jitter]
-        images = render_torch(leaves["planes"], decode, cameras, options, background, scene, seed)  # type: ignore[arg-type]
+        images = render_torch(leaves["planes"], decode, cameras, options, background, scene, seed, made.distortion)  # type: ignore[arg-type]
         kept = tensor_at(p.kept, p.rays, build.kept_size(made)) if p.kept else None
         if name == "render_forward":
-            for address, image in zip((p.features, p.depth, p.opacity), images, strict=True):
+            for address, image in zip((p.features, p.depth, p.opacity, p.distortion), images, strict=True):
+                if image is None:
+                    continue
                 tensor_at(address, *image.shape).copy_(image.detach())
             if kept is not None:
                 kept.fill_(1)
             return
         assert kept is not None and (kept == 1).all()  # the forward pass kept it
-        given = [
-            (address, image) for address, image in zip((p.g_features, p.g_depth, p.g_opacity), images, strict=True)
-        ]
+        given = zip((p.g_features, p.g_depth, p.g_opacity, p.g_distortion), images, strict=True)
         pairs = [(image, tensor_at(address, *image.shape)) for address, image in given if address]
         outputs, cotangents = zip(*pairs, strict=True)
         g_planes, *rest = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
@@ -122,9 +122,10 @@ def setup(**options: Any) -> dict[str, Any]:
 
 def everything(out: Any, args: dict[str, Any]) -> list[Tensor]:
     """Images and all gradients."""
-    loss = out.features.square().sum() + out.depth.sum() + out.opacity.square().sum()
+    images = [image for image in out if image is not None]
+    loss = sum(image.square().sum() for image in images)
     leaves = [args["planes"], args["background"], *args["mlp"].parameters()]
-    return [*out, *torch.autograd.grad(loss, leaves)]
+    return [*images, *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,9 @@ def everything(out: Any, args: dict[str, Any]) -> list[Tensor]:
     ids=["default", "published", "numbers", "areas"],
 )
 @pytest.mark.parametrize("jitter", ["none", "number", "negative", "tensor"])
-def test_arguments_and_gradients_arrive(options: dict[str, Any], jitter: str) -> None:
-    args = setup(**options)
+@pytest.mark.parametrize("distortion", [False, True])
+def test_arguments_and_gradients_arrive(options: dict[str, Any], jitter: str, distortion: bool) -> None:
+    args = setup(**options) | {"distortion": distortion}
     how: dict[str, Any] = {
         "none": {}, "number": {"seed": 2**40 + 5}, "negative": {"seed": -3}, "tensor": {"seed": torch.tensor(9)},
     }[jitter]  # fmt: skip
@@ -157,7 +159,7 @@ def test_background_images_get_their_gradient() -> None:
 
 
 def test_compiles_to_one_graph_with_its_gradients() -> None:
-    args = setup()
+    args = setup() | {"distortion": True}
     seed = torch.tensor(7)
     compiled = torch.compile(
         lambda seed: render(**args, seed=seed, backend="cuda"), fullgraph=True, backend="aot_eager"
@@ -171,7 +173,7 @@ def test_operator_passes_torch_checks() -> None:
     args = setup()
     inputs = call_of(args, 1, ("planes", "w1", "b1", "w2", "b2", "background"))
     found = torch.ops.igae.render(*inputs)[:3]
-    assert all(torch.equal(a, b) for a, b in zip(found, render(**args, seed=1, backend="cuda"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, render(**args, seed=1, backend="cuda")[:3], strict=True))
     names = [argument.name for argument in torch.ops.igae.render.default._schema.arguments]
     assert tuple(names) == cuda.Call._fields
     torch.library.opcheck(torch.ops.igae.render.default, tuple(inputs))
@@ -179,9 +181,11 @@ def test_operator_passes_torch_checks() -> None:
 
 def test_only_one_result_is_used() -> None:
     args = setup()
-    for which in ("features", "depth", "opacity"):
+    for which in ("features", "depth", "opacity", "distortion"):
         found = [
-            torch.autograd.grad(getattr(render(**args, backend=backend), which).sum(), args["planes"])[0]
+            torch.autograd.grad(getattr(render(**args, backend=backend, distortion=True), which).sum(), args["planes"])[
+                0
+            ]
             for backend in ("cuda", "torch")
         ]
         torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)

@@ -37,6 +37,7 @@ ALL = {
     "planes_tv": 0.4,
     "depth_tv": 0.6,
     "opacity": 0.9,
+    "distortion": 0.8,
 }
 
 
@@ -106,6 +107,7 @@ def rendered(model: IGAE, rows: Tensor, given: Views, seed: int | None) -> Rende
         background=model.background,
         scene=given.index,
         seed=seed,
+        distortion=True,
     )
 
 
@@ -124,7 +126,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         torch.manual_seed(77)
         noise = torch.randn(net.encode(torch.cat([x, y])).latent_dist.mean.shape)
         z_x, z_y = z_x + dist_x.std * noise[:5], z_y + dist_y.std * noise[5:]
-    features, depth, opacity = rendered(model, rows, given, SEED)
+    features, depth, opacity, distortion = rendered(model, rows, given, SEED)
     r = features.permute(0, 3, 1, 2)
     inverse = torch.atanh(r.clamp(-0.999, 0.999)) / SCALE
     normal = torch.distributions.Normal(dist_y.mean, dist_y.std)
@@ -149,6 +151,7 @@ def test_every_loss_is_its_formula(model: IGAE, sample: bool) -> None:
         "planes_tv": tv(rows[given.index], 2, 3),
         "depth_tv": tv(depth, 1, 2),
         "opacity": outside.square().mean(),
+        "distortion": distortion.mean(),
     }
     assert found.keys() == {*expected, "total"} and expected.keys() == set(NAMES)
     for name, value in expected.items():
@@ -190,6 +193,7 @@ REACHES = {
     "planes_tv": {"rows"},
     "depth_tv": {"rows", "mlp"},
     "opacity": {"rows", "mlp"},
+    "distortion": {"rows", "mlp"},
 }
 
 

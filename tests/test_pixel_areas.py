@@ -28,7 +28,7 @@ def test_an_area_is_the_mean_of_a_finer_image(side: int, options: dict[str, Any]
     }
     leaves = [args["planes"].requires_grad_(), args["background"].requires_grad_(), *args["mlp"].parameters()]
     fine["background"] = args["background"].repeat_interleave(side, 0).repeat_interleave(side, 1)
-    images = [mean_of_parts(image, side) for image in render(**fine)], render(**args)
+    images = [mean_of_parts(image, side) for image in render(**fine, distortion=True)], render(**args, distortion=True)
     found = []
     for some in images:
         loss = sum((image * torch.linspace(-1, 1, image.numel()).view(image.shape)).sum() for image in some)

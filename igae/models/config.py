@@ -79,6 +79,9 @@ class LossWeights(Section):
     """Mean square of how far the rendered opacity is from the views' masks: their alpha or, without alpha, what differs
     from the background (a part of the view in its color counts as empty if it reaches the border)."""
 
+    distortion: float = Field(default=0.0, ge=0)
+    """How far apart along a ray its opacity is (Barron et al., Mip-NeRF 360, equation 15), in units of the box."""
+
     @property
     def needs_images(self) -> bool:
         """Whether scene views are needed as images: latents alone don't do."""

@@ -14,7 +14,7 @@ from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, ort
 from igae.models.lpips import LPIPS
 from igae.models.views import Views, to_signed
 from igae.ranks import derive_seed
-from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
+from igae.rendering import Cameras, DecodingMLP, Rendered, RenderOptions, render
 from igae.scenes import BasePlanes, PlanesConfig
 
 Losses = dict[str, Tensor]
@@ -145,7 +145,7 @@ class IGAE(nn.Module):
         Args:
             seed: of the sample positions; None for the fixed ones of evaluation.
         """
-        return self.render_planes(self.planes_of(rows)[0], views, seed, self.background)
+        return self.render_planes(self.planes_of(rows)[0], views, seed, self.background)[:3]
 
     def planes_of(self, rows: Tensor, orthogonal: bool = False) -> tuple[Tensor, Tensor | None]:
         """Planes [S, 3, R, R, C] of scenes' rows; with ``orthogonal`` that loss of the base planes."""
@@ -156,14 +156,15 @@ class IGAE(nn.Module):
         return fused
 
     def render_planes(
-        self, planes: Tensor, views: Views, seed: int | None, background: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As :meth:`render`, of planes [S, 3, R, R, C] and of the size of the background [h, w, c]."""
+        self, planes: Tensor, views: Views, seed: int | None, background: Tensor, distortion: bool = False
+    ) -> Rendered:
+        """As :meth:`render`, of planes [S, 3, R, R, C] and of the size of the background [h, w, c]; with distortion
+        [B, h g, w g] where that is asked for."""
         g = self.options.patch
         cameras = Cameras(views.cam2world, views.intrinsics, (g * background.shape[0], g * background.shape[1]))
         # Positions and transmittance need fp32 also where the autoencoder runs in bf16.
         with torch.autocast(planes.device.type, enabled=False):
-            features, depth, opacity = render(
+            rendered = render(
                 planes,
                 self.mlp,
                 cameras,
@@ -172,9 +173,10 @@ class IGAE(nn.Module):
                 scene=views.index,
                 seed=seed,
                 backend=self.renderer,
+                distortion=distortion,
             )
-            features = features if self.head is None else self.head(features)
-        return features.permute(0, 3, 1, 2), depth, opacity
+            latents = rendered.features if self.head is None else self.head(rendered.features)
+        return rendered._replace(features=latents.permute(0, 3, 1, 2))
 
     def forward(
         self,
@@ -251,7 +253,8 @@ class IGAE(nn.Module):
         planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
         if base_loss is not None:
             losses["base_orthogonality"] = base_loss
-        rendered, depth, opacity = self.render_planes(planes, views, seed, self.background)
+        wanted = planes, views, seed, self.background, weights.distortion > 0
+        rendered, depth, opacity, distortion = self.render_planes(*wanted)
         if weights.latent > 0:
             assert latents is not None
             losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalize(latents))
@@ -268,6 +271,8 @@ class IGAE(nn.Module):
                 assert views.masks is not None and views.has_alpha is not None
                 coverage = coverage_bounds(views.masks, views.has_alpha, opacity.shape[1:])
             losses["opacity"] = opacity_loss(opacity, coverage)
+        if distortion is not None:
+            losses["distortion"] = distortion.mean()
         return rendered, losses
 
     def _decode_losses(self, given: dict[str, tuple[Tensor, Tensor]], weights: LossWeights) -> Losses:

@@ -30,6 +30,7 @@ def render(
     scene: Tensor | None = None,
     seed: int | Tensor | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
+    distortion: bool = False,
 ) -> Rendered:
     """Render B views of S tri-planes.
 
@@ -44,6 +45,7 @@ def render(
         seed: makes the samples' jitter, together with the ray's place in the batch: an integer, or a 0-d int64 tensor.
             None: every jitter is 1/2.
         backend: "auto" takes cuda where it can, and says in the log, once, which it took and why.
+        distortion: whether to render that too.
 
     Gradients flow to planes, mlp and background; cameras and positions of samples get none. Under autocast only the
     MLP runs in the lower precision (torch backend), or nothing does (cuda backend: see RenderOptions.precision).
@@ -75,7 +77,7 @@ def render(
             log_once(f"the renderer uses {chosen}: {why or 'the kernels support this'}")
     if chosen == "torch" and planes.dtype == torch.bfloat16:
         raise ValueError("planes are torch.bfloat16, which only the cuda backend takes")
-    return BACKENDS[chosen](planes, mlp, cameras, options, background, scene, seed)
+    return BACKENDS[chosen](planes, mlp, cameras, options, background, scene, seed, distortion)
 
 
 def _check_shapes(planes: Tensor, mlp: DecodingMLP, cameras: Cameras, background: Tensor) -> None:

@@ -41,9 +41,12 @@ class Variant(NamedTuple):
     deterministic: bool | int = False
     side: int = 1
     """A pixel has side x side rays."""
+    distortion: bool | int = False
 
 
-MACROS = ("C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC", "SIDE")
+MACROS = (
+    "C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC", "SIDE", "DISTORTION",
+)  # fmt: skip
 """Their names in the sources, in this order."""
 
 
@@ -70,6 +73,8 @@ def shape(kernel: Pass, variant: Variant, arch: int) -> Shape:
         weights += words * 256 * (chunks + pairs)
         matrices = 2 * words * (4 * HIDDEN + 64 * chunks + 32 * pairs) + 8 * words
         per_warp = 4 * (samples + 2) + matrices + 72 * tiles + 72
+        if variant.distortion:
+            per_warp += -(-(samples + 2) // 4) * 4
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
@@ -112,7 +117,7 @@ def build_main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
     parser.add_argument("--rays-per-pixel", type=int, default=1, help="along each side of a pixel")
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
-    switches = ("eg3d", "product", "disparity", "bf16", "deterministic")
+    switches = ("eg3d", "product", "disparity", "bf16", "deterministic", "distortion")
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args(argv)

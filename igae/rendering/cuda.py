@@ -30,7 +30,8 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "planes w1 b1 w2 b2 cam2world intrinsics background scene seed".split()),
-        *((name, ctypes.c_void_p) for name in "features depth opacity kept g_features g_depth g_opacity".split()),
+        *((name, ctypes.c_void_p) for name in "features depth opacity distortion kept".split()),
+        *((name, ctypes.c_void_p) for name in "g_features g_depth g_opacity g_distortion".split()),
         *((name, ctypes.c_void_p) for name in "g_planes partial largest".split()),
         ("seed_value", ctypes.c_uint64),
         *((name, ctypes.c_int) for name in "rays height width resolution background_stride jitter".split()),
@@ -106,6 +107,7 @@ def render_cuda(
     background: Tensor,
     scene: Tensor,
     seed: int | Tensor | None,
+    distortion: bool = False,
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments. Results are float32, also of bfloat16 planes.
 
@@ -120,7 +122,7 @@ def render_cuda(
     variant = [
         planes.shape[4], mlp.out_channels, options.coarse_samples, options.fine_samples, options.axes == "eg3d",
         product, options.spacing == "disparity", planes.dtype == torch.bfloat16, options.precision == "fp32" or product,
-        deterministic, options.rays_per_pixel,
+        deterministic, options.rays_per_pixel, distortion,
     ]  # fmt: skip
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
@@ -146,8 +148,8 @@ def render_cuda(
     )
     # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
     run: Any = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply
-    features, depth, opacity, _ = run(*call)
-    return Rendered(features, depth, opacity)
+    features, depth, opacity, spread, _ = run(*call)
+    return Rendered(features, depth, opacity, spread if distortion else None)
 
 
 @functools.cache
@@ -187,35 +189,42 @@ def _prepare(name: build.Pass, call: Call) -> tuple[Params, int, Callable[[], No
     return params, blocks, lambda: library.launch(f"render_{name}", blocks, 32 * warps, params)
 
 
-def _empty_results(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(call: Call) -> tuple[Tensor, ...]:
     images, variant = (call.cam2world.shape[0], call.height, call.width), build.Variant(*call.variant)
     rays = math.prod(images) * variant.side**2 if call.keep else 0
     new = call.cam2world.new_empty
-    return new((*images, variant.colors)), new(images), new(images), new(rays, build.kept_size(variant))
+    spread = new(images if variant.distortion else 0)
+    return new((*images, variant.colors)), new(images), new(images), spread, new(rays, build.kept_size(variant))
 
 
-def _forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, and what the backward pass needs of each ray if `keep`: see KEPT in kernels/common.cuh."""
+def _forward(*flat: Any) -> tuple[Tensor, ...]:
+    """Images, that of distortion empty if it is not asked for, and what the backward pass needs of each ray if `keep`:
+    see KEPT in kernels/common.cuh."""
     call = Call(*flat)
     with torch.cuda.device_of(call.planes):
         params, _, launch = _prepare("forward", call)
         results = _empty_results(call)
-        params.features, params.depth, params.opacity, kept = map(pointer, results)
+        params.features, params.depth, params.opacity, params.distortion, kept = map(pointer, results)
         params.kept = kept if call.keep else None
         launch()
     return results
 
 
 def _gradients(
-    g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, kept: Tensor, *flat: Any
+    g_features: Tensor | None,
+    g_depth: Tensor | None,
+    g_opacity: Tensor | None,
+    g_distortion: Tensor | None,
+    kept: Tensor,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of planes (float32) and of w1, b1, w2, b2, one after the other in one tensor."""
     call = Call(*flat)
     planes, variant = call.planes, build.Variant(*call.variant)
-    given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity)]
+    given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity, g_distortion)]
     with torch.cuda.device_of(planes):
         params, blocks, launch = _prepare("backward", call)
-        params.g_features, params.g_depth, params.g_opacity = map(pointer, given)
+        params.g_features, params.g_depth, params.g_opacity, params.g_distortion = map(pointer, given)
         params.kept = pointer(kept)
         params.partials = blocks if variant.deterministic else min(blocks, PARTIALS)
         partial = call.w1.new_zeros(params.partials, build.partial_size(variant))
@@ -236,26 +245,26 @@ def _gradients(
 
 
 def _fake_gradients(*flat: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*flat[4:])
+    call = Call(*flat[-len(Call._fields) :])
     size = build.partial_size(build.Variant(*call.variant))
     return torch.empty_like(call.planes, dtype=torch.float32), call.w1.new_empty(size)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
+    _, _, opacity, _, kept = output
+    ctx.save_for_backward(*inputs[:TENSORS], opacity, kept)
     ctx.numbers = inputs[TENSORS:]
 
 
-def _backward(
-    run: Any, ctx: Any, g_features: Tensor | None, g_depth: Tensor | None, g_opacity: Tensor | None, _: Tensor | None
-) -> Any:
+def _backward(run: Any, ctx: Any, *grads: Tensor | None) -> Any:
+    g_features = grads[0]
     *inputs, opacity, kept = ctx.saved_tensors
     weights, background = inputs[1:5], inputs[7]
     g_planes: Any = None
     g_mlp: Any = (None,) * 4
     if any(ctx.needs_input_grad[:5]):
-        g_planes, flat = run(g_features, g_depth, g_opacity, kept, *inputs, *ctx.numbers)
+        g_planes, flat = run(*grads[:-1], kept, *inputs, *ctx.numbers)
         parts = flat.split([weight.numel() for weight in weights])
         g_mlp = tuple(part.view_as(weight) for part, weight in zip(parts, weights, strict=True))
     g_background = None
@@ -267,7 +276,7 @@ def _backward(
 
 class _Render(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
@@ -281,11 +290,12 @@ _operator_backward = torch.library.custom_op(
     "igae::render_backward",
     _gradients,
     mutates_args=(),
-    schema=f"(Tensor? g_features, Tensor? g_depth, Tensor? g_opacity, Tensor kept, {SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"(Tensor? g_features, Tensor? g_depth, Tensor? g_opacity, Tensor? g_distortion, Tensor kept, {SCHEMA})"
+    " -> (Tensor, Tensor)",
 )
 _operator_backward.register_fake(_fake_gradients)
 _operator = torch.library.custom_op(
-    "igae::render", _forward, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "igae::render", _forward, mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _operator.register_fake(lambda *flat: _empty_results(Call(*flat)))
 _operator.register_autograd(

@@ -34,6 +34,8 @@ class Rendered(NamedTuple):
     """[B, h, w] mean distance along the rays; the end of the ray's samples where there is nothing to see."""
     opacity: Tensor
     """[B, h, w] in [0, 1]."""
+    distortion: Tensor | None = None
+    """[B, h, w] how far from each other along the rays what is seen lies, in sides of the box; None: not asked for."""
 
 
 def render_torch(
@@ -44,6 +46,7 @@ def render_torch(
     background: Tensor,
     scene: Tensor,
     seed: int | Tensor | None,
+    distortion: bool = False,
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments."""
     dtype, device = planes.dtype, planes.device
@@ -74,8 +77,10 @@ def render_torch(
         fine_density, fine_color = field(fine_t)
         t = torch.cat((t, fine_t), 1)
         density, color = torch.cat((density, fine_density), 1), torch.cat((color, fine_color), 1)
-    seen, depth, opacity = (result.unflatten(0, shape).mean(3) for result in composite(t, density, color))
-    return Rendered(2 * (seen + (1 - opacity[..., None]) * background.to(dtype)) - 1, depth, opacity)
+    results = composite(t, density, color, distortion)
+    seen, depth, opacity, *spread = (result.unflatten(0, shape).mean(3) for result in results if result is not None)
+    features = 2 * (seen + (1 - opacity[..., None]) * background.to(dtype)) - 1
+    return Rendered(features, depth, opacity, spread[0] / options.box if distortion else None)
 
 
 def coarse_depths(near: Tensor, far: Tensor, jitter: Tensor, spacing: str) -> Tensor:
@@ -132,8 +137,22 @@ def interval_weights(t: Tensor, density: Tensor) -> Tensor:
     return -torch.expm1(-optical_depth) * F.pad(passed, (1, 0)).exp()
 
 
-def composite(t: Tensor, density: Tensor, color: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples in any order ([N, K], [N, K], [N, K, c]) -> sum of w * color [N, c], depth [N], opacity [N]."""
+def distortion_of(t: Tensor, w: Tensor) -> Tensor:
+    """sum_ij w_i w_j |m_i - m_j| + sum_i w_i^2 d_i / 3 [N], of weights w [N, K - 1], middles m, lengths d of intervals.
+
+    These lie between sorted samples t [N, K], whose unit is that of the result.
+    """
+    # Two middles are as far apart as the steps from each one to the next between them: a step counts for all in front
+    # of it and all behind it.
+    front = w.cumsum(1)
+    steps = (t[:, 2:] - t[:, :-2]) * front[:, :-1] * (front[:, -1:] - front[:, :-1])
+    return steps.sum(1) + (w.square() * t.diff(dim=1)).sum(1) / 3
+
+
+def composite(
+    t: Tensor, density: Tensor, color: Tensor, distortion: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Samples in any order ([N, K], [N, K], [N, K, c]) -> sum of w * color [N, c], depth, opacity, distortion [N]."""
     t, order = t.sort(dim=1, stable=True)
     w = interval_weights(t, density.gather(1, order))
     opacity = w.sum(1)
@@ -142,9 +161,10 @@ def composite(t: Tensor, density: Tensor, color: Tensor) -> tuple[Tensor, Tensor
     end = t[:, -1]
     depth = end + (sample_weight * (t - end[:, None])).sum(1) / opacity.clamp(min=FAINT)
     depth = torch.minimum(torch.maximum(depth, t[:, 0]), end)
+    spread = distortion_of(t, w) if distortion else None
     # Weights go back to the samples' own order, which is cheaper than bringing the colors into theirs.
     sample_weight = torch.zeros_like(sample_weight).scatter(1, order, sample_weight)
-    return (sample_weight[..., None] * color).sum(1), depth, opacity
+    return (sample_weight[..., None] * color).sum(1), depth, opacity, spread
 
 
 def importance_probabilities(weights: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ class StageConfig(Section):
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
         views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv + weights.opacity
+        views += weights.distortion
         if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
             raise ValueError(
                 "batch_size is 0, so only losses of natural images (natural_*) can have a weight, not even latent"
@@ -80,7 +81,7 @@ class StageConfig(Section):
             raise ValueError("a loss of natural images (natural_*) has a weight but natural_images is 0")
         if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
-        rendered = weights.latent + weights.rgb + weights.depth_tv + weights.opacity
+        rendered = weights.latent + weights.rgb + weights.depth_tv + weights.opacity + weights.distortion
         reached = {
             "encoder": weights.latent + weights.ae + natural_losses,
             "decoder": weights.rgb + weights.ae + weights.natural_ae + weights.natural_lpips,

@@ -69,7 +69,7 @@ def draw(
         background = F.interpolate(background.permute(2, 0, 1)[None], (height, width), mode="area")[0].permute(1, 2, 0)
     index = torch.zeros(1, dtype=torch.int64, device=scene.planes.device)
     views = Views(index, cam2world[None].to(scene.planes), intrinsics[None].to(scene.planes))
-    latents, depth, opacity = model.render_planes(scene.planes, views, None, background)
+    latents, depth, opacity, _ = model.render_planes(scene.planes, views, None, background)
     image = to_uint8(model.autoencoder.decode(model.autoencoder.denormalize(latents))[0]) if decode else None
     return Drawn(latents[0], depth[0], opacity[0], image)
 

@@ -3,10 +3,11 @@
 // from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile
 // they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
 // whole kernel: of its own tile before it waits for the others, then of theirs.
+#include "distortion.cuh"
 #include "mlp_gradient.cuh"
 #include "scatter.cuh"
 
-constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + BACK_FLOATS, ARRAYS = 4 * ROW;
+constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + BACK_FLOATS, ARRAYS = 4 * ROW + (DISTORTION ? (ROW + 3) / 4 * 4 : 0);
 constexpr int KEPT_PLACE = ARRAYS + TILE_FLOATS + GRADIENT_FLOATS;
 constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOR_TILES + 40, WARP_FLOATS = BIASES_PLACE + BIAS_FLOATS;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
@@ -18,7 +19,7 @@ DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + war
 struct RayGradient {
   float color[8 * COLOR_TILES];  // of the sum of w * color
   float opacity, moment, end;      // of the opacity (the background's part included), of sum w (t - end); last t
-  float depth;
+  float depth, distortion;         // the latter in units of t
 };
 
 // A warp's ray is kept in shared memory: there are no registers for it.
@@ -34,9 +35,9 @@ struct Kept {
 };
 static_assert(KEPT_PLACE + sizeof(Kept) / 4 <= BIASES_PLACE, "it fits");
 
-// Gradients of a ray's results: of this lane's color, of opacity and depth. It has an equal part in its pixel.
+// Gradients of a ray's results: of this lane's color, of opacity, depth, distortion. It has an equal part in its pixel.
 struct Given {
-  float color, opacity, depth;
+  float color, opacity, depth, distortion;
 };
 DEV Given find_given(const Params &p, int index) {
   constexpr float part = 1.f / RAYS;
@@ -44,13 +45,15 @@ DEV Given find_given(const Params &p, int index) {
   const float *colors = p.g_features + (long long)pixel * OUT;
   asm("" : "+l"(colors));  // as in the kernel
   return {p.g_features && lane_id() < OUT ? part * colors[lane_id()] : 0.f, p.g_opacity ? part * p.g_opacity[pixel] : 0.f,
-          p.g_depth ? part * p.g_depth[pixel] : 0.f};
+          p.g_depth ? part * p.g_depth[pixel] : 0.f,
+          DISTORTION && p.g_distortion ? part / p.box * p.g_distortion[pixel] : 0.f};
 }
 
 // This lane's part of a bound of what the weight of one of a ray's intervals can be worth.
 DEV float worth_bound(const Params &p, const Given &given) {
   float length = p.far > 0.f ? p.far : 1.75f * p.box;
-  return fmaxf(4 * OUT * fabsf(given.color), fmaxf(fabsf(given.opacity), length * fabsf(given.depth)));
+  float bound = fmaxf(4 * OUT * fabsf(given.color), fmaxf(fabsf(given.opacity), length * fabsf(given.depth)));
+  return DISTORTION ? fmaxf(bound, 2 * length * fabsf(given.distortion)) : bound;
 }
 
 // A power of two for gradients, so that none that goes through float16 is too large for it, and as few as can be too small.
@@ -101,6 +104,7 @@ DEV void find_gradient(const Params &p, const Ray &ray, int index, Kept &kept) {
   if (lane_id() == 0) {
     kept.grad.opacity = unit * given.opacity - behind;
     kept.grad.depth = unit * given.depth;
+    if (DISTORTION) kept.grad.distortion = unit * given.distortion;
     kept.rest = 1.f / unit;
     kept.share = kept.unit / unit;
   }
@@ -147,9 +151,9 @@ DEV void find_last_worth(const float *colors, Kept &kept) {
 }
 
 // Compositing, backward, goes along the ray from its end. Gradients of a tile's samples, from first on: w[row] of their
-// colors, d[row] of their raw densities.
-DEV void composite_backward(const float *t, const float *weight, const float *direct, const float *hidden, Kept &kept,
-                            int first, const float (&worth)[2], float (&w)[2], float (&d)[2]) {
+// colors, d[row] of their raw densities. bent: gradients of the weights by way of the distortion.
+DEV void composite_backward(const float *t, const float *weight, const float *direct, const float *hidden,
+                            const float *bent, Kept &kept, int first, const float (&worth)[2], float (&w)[2], float (&d)[2]) {
   const RayGradient &grad = kept.grad;
   int r = lane_id() & 15, k = first + r - 1;  // the interval before sample first + r
   bool inside = k >= 0 && k < N - 1;
@@ -159,6 +163,7 @@ DEV void composite_backward(const float *t, const float *weight, const float *di
   last = r == 0 ? kept.worth[max(first / 16 - 1, 0)] : last;
   float part = inside ? weight[k] : 0.f;
   float gradient = 0.501f * (own + last) + fmaf(grad.moment, 0.5f * (t[k] + t[k + 1]) - grad.end, grad.opacity);
+  if (DISTORTION) gradient += bent[k];
   float sum = inside ? gradient * part : 0.f;
 #pragma unroll
   for (int step = 1; step < 16; step <<= 1) {
@@ -260,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   int warp = warp_id(), lane = lane_id(), g = lane >> 2, q = lane & 3;
   float *tile = tile_of(shared, warp), *t = shared + BLOCK_FLOATS + warp * WARP_FLOATS;
   float *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
-  float *weight = t + 1, *direct = raw, *hidden = sorted_raw;  // what is in these places later
+  float *weight = t + 1, *direct = raw, *hidden = sorted_raw, *bent = sorted_raw + ROW;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
   float *draws = tile, *colors = tile + ROW, *gradients = tile + TILE_FLOATS;
   Runs &runs = *(Runs *)tile;
@@ -306,6 +311,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
       __syncwarp();
       interval_weights<N, true>(sorted_t, sorted_raw, weight, direct, hidden);
       Totals sum = totals<N>(sorted_t, weight);
+      if (DISTORTION) distortion<N, true>(sorted_t, weight, sum.depth, grad.distortion, bent);
       if (lane == 0) {
         weight[-1] = weight[N - 1] = kept.sum_behind = kept.slope_behind = 0.f;
         float g_moment = grad.depth * sum.free / fmaxf(sum.opacity, FAINT);
@@ -333,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
         mlp_forward<true, true>(mlp, packed, tile, slope, out);
         find_worth(grad, out, worth);
-        composite_backward(sorted_t, weight, direct, hidden, kept, first, worth, w, d);
+        composite_backward(sorted_t, weight, direct, hidden, bent, kept, first, worth, w, d);
         tile_backward(mlp, slope, out, kept, w, d, tile, g_f, biases);
         if (!PRODUCT) store_gradients(gradients, g_f);
         __syncwarp();

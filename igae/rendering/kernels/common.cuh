@@ -3,7 +3,7 @@
 //
 // The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, SIDE (a pixel is the mean of
 // SIDE x SIDE rays, which have successive indices), and the switches EG3D, PRODUCT, DISPARITY, BF16 (planes), FP32 (products
-// of float32 numbers, else of float16), DETERMINISTIC. No CUDA header is included: NVRTC has none.
+// of float32 numbers, else of float16), DETERMINISTIC, DISTORTION (a fourth image). No CUDA header is included: NVRTC has none.
 //
 // One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:
 // it holds rows g and g + 8, and of each 16 features the four from 4 q on, which is a 16-byte read.
@@ -32,9 +32,9 @@ struct Params {
   const void *planes;
   const float *w1, *b1, *w2, *b2, *cam2world, *intrinsics, *background;
   const long long *scene, *seed;
-  float *features, *depth, *opacity;                                  // forward: results
+  float *features, *depth, *opacity, *distortion;                     // forward: results, the last if DISTORTION
   float *kept;                                                        // [rays, KEPT], see there; or null: nothing is kept
-  const float *g_features, *g_depth, *g_opacity;                      // backward: their gradients, or null
+  const float *g_features, *g_depth, *g_opacity, *g_distortion;       // backward: their gradients, or null
   void *g_planes;                                                     // float, or 64-bit integers if DETERMINISTIC
   float *partial;                                                     // [partials, PARTIAL] sums of the MLP's gradients
   u32 *largest;                                                       // DETERMINISTIC: bits of the largest addend

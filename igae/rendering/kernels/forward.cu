@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward pass: one warp a pixel, whose rays it marches one after the other. Images are written, and what a backward pass
 // needs of each ray.
+#include "distortion.cuh"
 #include "mlp.cuh"
 #include "ray_marching.cuh"
 
@@ -63,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
         if (lane == 0) {
           add_part(p.depth + pixel, ray.near, part);
           add_part(p.opacity + pixel, 0.f, part);
+          if (DISTORTION) add_part(p.distortion + pixel, 0.f, part);
           if (p.kept) p.kept[(long long)index * KEPT] = __uint_as_float(0x7fc00000u);  // NaN: there is nothing
         }
         continue;
@@ -103,6 +105,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
       if (lane == 0) weight[-1] = weight[N - 1] = 0.f;
       __syncwarp();
       Totals sum = totals<N>(ordered_t, weight);
+#if DISTORTION
+      float spread = distortion<N, false>(ordered_t, weight, sum.depth, 1.f / p.box, nullptr);
+      if (lane == 0) add_part(p.distortion + pixel, spread, part);
+#endif
       // A sample gets half of each of its intervals' weights.
       __syncwarp();
       int *last = (int *)sorted_t;  // samples whose colors are kept
