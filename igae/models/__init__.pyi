@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-from .augment import NUMBERS as NUMBERS
-from .augment import augment as augment
-from .augment import augment_numbers as augment_numbers
+from .augmentation import NUMBERS as NUMBERS
+from .augmentation import augment as augment
+from .augmentation import augment_numbers as augment_numbers
 from .autoencoder import Autoencoder as Autoencoder
 from .autoencoder import load_autoencoder as load_autoencoder
 from .config import AugmentConfig as AugmentConfig
