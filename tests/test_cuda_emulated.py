@@ -224,9 +224,8 @@ def test_a_visit_leaves_rows_as_they_are_and_a_step_makes_what_they_owe() -> Non
 
 
 @pytest.mark.usefixtures("emulated_adam")
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_padding_is_no_row(mode: str) -> None:
-    row_adam.test_padding_is_no_row(mode)
+def test_padding_is_no_row() -> None:
+    row_adam.test_padding_is_no_row()
 
 
 @pytest.mark.usefixtures("emulated_adam", "all_on_the_device")
