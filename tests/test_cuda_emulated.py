@@ -119,11 +119,6 @@ def small(emulated: type[emulated_cuda.Library], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("small")
-def test_planes_in_bfloat16() -> None:
-    renderer.test_planes_in_bfloat16("sum")
-
-
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_nan_in_planes_is_seen(precision: str) -> None:
     renderer.test_nan_in_planes_is_seen(precision)
