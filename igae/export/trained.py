@@ -11,14 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from igae import config
-from igae.checkpoint import (
-    LEARNING_RATES,
-    Checkpoint,
-    is_complete,
-    list_complete,
-    load_checkpoint,
-    saved_config,
-)
+from igae.checkpoint import LEARNING_RATES, Checkpoint, is_complete, list_complete, load_checkpoint, saved_config
 from igae.config import Section
 from igae.data import DataConfig, Manifest
 from igae.errors import did_you_mean, redact

@@ -91,13 +91,7 @@ class RowAdam:
 
     @torch.no_grad()
     def step(
-        self,
-        rows: Tensor,
-        gradient: Tensor,
-        lr: float | Tensor,
-        *,
-        scale: float = 1.0,
-        apply: Tensor | None = None,
+        self, rows: Tensor, gradient: Tensor, lr: float | Tensor, *, scale: float = 1.0, apply: Tensor | None = None
     ) -> None:
         """One Adam step of the whole tensor, of which only some rows have a gradient.
 

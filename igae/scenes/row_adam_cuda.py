@@ -165,13 +165,7 @@ class CudaRowAdam(RowAdam):
 
     @torch.no_grad()
     def step(
-        self,
-        rows: Tensor,
-        gradient: Tensor,
-        lr: float | Tensor,
-        *,
-        scale: float = 1.0,
-        apply: Tensor | None = None,
+        self, rows: Tensor, gradient: Tensor, lr: float | Tensor, *, scale: float = 1.0, apply: Tensor | None = None
     ) -> None:
         """See :meth:`RowAdam.step`. Raises RuntimeError where a graph is captured and nothing was reserved."""
         wanted = [len(rows), *self.parameters.shape[1:]]
@@ -257,16 +251,11 @@ class CudaRowAdam(RowAdam):
         self._at_most = len(rates)
 
 
-def make_row_adam(
-    parameters: Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    backend: Literal["auto", "cuda", "torch"] = "auto",
-) -> RowAdam:
+def make_row_adam(parameters: Tensor, backend: Literal["auto", "cuda", "torch"] = "auto") -> RowAdam:
     """The optimizer of rows: `CudaRowAdam` where it can do it (``auto``), or the one that is asked for.
 
-    Raises ValueError where ``cuda`` is asked for and can't do it, and where `RowAdam` does.
+    Raises ValueError where ``cuda`` is asked for and can't do it.
     """
-    if backend == "torch" or (backend == "auto" and unsupported(parameters, betas) is not None):
-        return RowAdam(parameters, betas, eps)
-    return CudaRowAdam(parameters, betas, eps)
+    if backend == "torch" or (backend == "auto" and unsupported(parameters) is not None):
+        return RowAdam(parameters)
+    return CudaRowAdam(parameters)
