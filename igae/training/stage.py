@@ -95,7 +95,7 @@ class Stage:
         ]
         self.engine.prepare(model, [(name, params) for name, params, rate in groups if params and rate > 0])
         self.engine.load_optimizer_state(state.optimizer)
-        self.store.start_optimizer(train.plane_optimizer, train.kernels)
+        self.store.start_optimizer(train.kernels)
         self.store.load_state_dict(state.scenes)
 
     def _make_step(self) -> TrainingStep | CapturedStep:
