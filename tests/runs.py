@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from scene_files import write_data
+from scene_files import cut_out, write_data
 
 from igae.data import PackOptions, pack
 from igae.models.autoencoder import Autoencoder, load_autoencoder
@@ -42,28 +42,42 @@ autoencoder:
     norm_num_groups: 4
   scale: auto
 planes: {resolution: 8, features: 8}
-render: {coarse_samples: 6, fine_samples: 6}
+render: {coarse_samples: 4, fine_samples: 2, patch: 2}
 train:
   warmup:
     epochs: 4
     batch_size: 4
     learning_rates: {planes: 1.0e-2, mlp: 1.0e-2}
-    weights: {latent: 1, planes_tv: 1.0e-4}
+    augment: {shift: 2, zoom: 1.1, rotate: 10, variants: 2}
+    weights: {latent: 1, planes_tv: 1.0e-4, opacity: 0.1, distortion: 1.0e-3}
   joint:
     epochs: 4
     batch_size: 4
     natural_images: 2
     learning_rates: {encoder: 1.0e-4, decoder: 1.0e-4, planes: 1.0e-2, mlp: 1.0e-3}
-    weights: {latent: 1, rgb: 1, ae: 0.1, natural_ae: 0.1, natural_tv: 1.0e-5, natural_kl: 1.0e-6, planes_tv: 1.0e-4}
+    augment: {shift: 2, zoom: 1.1, rotate: 10}
+    weights:
+      {latent: 1, rgb: 1, ae: 0.1, natural_ae: 0.1, natural_tv: 1.0e-5, natural_kl: 1.0e-6, planes_tv: 1.0e-4,
+       opacity: 0.1, distortion: 1.0e-3}
 checkpoint: {every: 4}
 evaluation: {views: 1, pictures: 0, orbits: 0, natural_images: 4}
 tracking: {every: 3}
 """
+NOT_AUGMENTED = [f"train.{stage}.augment={{}}" for stage in ("warmup", "joint")]
+NO_MASKS = [f"train.{stage}.weights.{loss}=0" for stage in ("warmup", "joint") for loss in ("opacity", "distortion")]
+PLAIN = ["render.patch=1", *NOT_AUGMENTED, *NO_MASKS]
+"""Overrides of the recipe that leave out what is off by default."""
 
 
 def packed_data(folder: Path) -> str:
-    """Pack four scenes (35 training and 3 held-out views) and 11 natural images; returns the shards' folder."""
+    """Pack four scenes (34 training and 4 held-out views) and 11 natural images; returns the shards' folder.
+
+    Scene 0 has alpha, scene 3 is in front of white without, and the others fill their views.
+    """
     source = write_data(folder / "source", images=11)
+    for scene, alpha in (("scene_0", True), ("scene_3", False)):
+        for image in (source / "scenes" / "square16" / scene / "images").iterdir():
+            cut_out(image, alpha)
     pack(
         str(folder / "shards"),
         PackOptions(scenes=str(source / "scenes"), subset="square16", images=str(source / "natural_images")),

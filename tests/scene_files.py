@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from igae.data import (
@@ -33,6 +34,26 @@ def picture(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> 
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
+
+
+def cut_out(path: Path, alpha: bool) -> None:
+    """Make an image that of a disk in front of nothing: with alpha, half transparent at its edge, or without, in front
+    of white."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    side = len(pixels)
+    y, x = np.mgrid[:side, :side] + 0.5 - side / 2
+    cover = np.clip(0.36 * side - np.hypot(x, y), 0, 1)[..., None]
+    if alpha:
+        pixels = np.concatenate([pixels, np.rint(255 * cover).astype(np.uint8)], 2)
+    else:
+        pixels = np.where(cover > 0.5, pixels, np.uint8(255))
+    Image.fromarray(pixels).save(path)
+
+
+def over_white(path: Path) -> NDArray[np.float64]:
+    """An image file in front of white, whole numbers [H, W, 3]."""
+    pixels = np.asarray(Image.open(path).convert("RGBA")).astype(np.float64)
+    return np.rint(255 + (pixels[..., :3] - 255) * pixels[..., 3:] / 255)
 
 
 def write_scene(folder: Path, views: int = 12, seed: int = 0, size: int = 16, opengl: bool = False) -> dict[str, Any]:

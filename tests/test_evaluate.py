@@ -16,7 +16,7 @@ import runs
 import torch
 from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
-from PIL import Image
+from scene_files import over_white
 from torch import Tensor
 
 from igae.cli import evaluate
@@ -133,7 +133,7 @@ def test_metrics_are_those_of_numpy(folder: Path, alone: dict[str, Any]) -> None
         described = json.loads((source / "transforms_opencv.json").read_text())
         of_scene: dict[str, list[float]] = expected.setdefault(name, {})
         for frame in described["frames"][:count]:
-            truth = np.asarray(Image.open(source / frame["file_path"]).convert("RGB")).astype(np.float64) / 127.5 - 1
+            truth = over_white(source / frame["file_path"]) / 127.5 - 1
             latent = net.encode(torch.from_numpy(truth).permute(2, 0, 1)[None].float()).latent_dist.mean
             pose = torch.tensor(frame["transform_matrix"])
             rendered = export.scene(name).render(pose, lens(described))[0]

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from runs import create_autoencoder as create
+from scene_files import over_white
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -45,20 +46,52 @@ def evaluator(data: Path, workers: int = 0, **values: Any) -> Evaluator:
     return Evaluator(settings, DataConfig(root=root, workers=workers), manifest, scenes, owned, CPU, Channel())
 
 
-def build(autoencoder: Autoencoder | None = None) -> tuple[IGAE, SceneStore]:
-    options = RenderOptions(coarse_samples=5, fine_samples=5)
+def build(autoencoder: Autoencoder | None = None, patch: int = 1) -> tuple[IGAE, SceneStore]:
+    options = RenderOptions(coarse_samples=5, fine_samples=5, patch=patch)
     autoencoder = autoencoder or create("AutoencoderKL", scale=0.2)
     planes = PlanesConfig(resolution=6, features=8, init_std=2.0)
     model = IGAE(autoencoder, planes, options, (16, 16), seed=3).eval()
     model.mlp.b2.data[0] += 2.0  # so that there are surfaces
+    if model.head is not None:
+        model.head.weight.data.normal_(generator=torch.Generator().manual_seed(4)).mul_(0.1)
     model.refresh_background()
     return model, SceneStore(planes, range(4), 0, CPU)
 
 
 def raw(data: Path, scene: int, view: int) -> Pixels:
     """A view as it was before packing, [H, W, 3] in [-1, 1]."""
-    path = data / "source" / "scenes" / "square16" / f"scene_{scene}" / "images" / f"{view:03d}.png"
-    return np.asarray(Image.open(path)).astype(np.float64) / 127.5 - 1
+    return over_white(file(data, scene, view)) / 127.5 - 1
+
+
+def file(data: Path, scene: int, view: int) -> Path:
+    return data / "source" / "scenes" / "square16" / f"scene_{scene}" / "images" / f"{view:03d}.png"
+
+
+def background_and_object(path: Path, side: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the side x side equal parts of a view show nothing, and which nothing else than an object, for sure.
+
+    Where the image has alpha, this says so. Without, parts that are white are background if a way over such parts leads
+    to the border, and parts are object whose pixels, and all around these, are not white.
+    """
+    image = Image.open(path)
+    alpha, size = image.mode == "RGBA", image.height // side
+    seen = np.asarray(image)[..., 3] if alpha else (np.asarray(image) != 255).any(-1)
+    if alpha:
+        parts = seen.reshape(side, size, side, size)
+        return (parts == 0).all((1, 3)), (parts == 255).all((1, 3))
+    around = np.pad(seen, 1, constant_values=True)  # nothing is known of what is beyond the border
+    objects, empty = np.zeros((side, side), np.bool_), np.zeros((side, side), np.bool_)
+    for i, j in np.ndindex(side, side):
+        objects[i, j] = around[size * i : size * (i + 1) + 2, size * j : size * (j + 1) + 2].all()
+        empty[i, j] = not seen[size * i : size * (i + 1), size * j : size * (j + 1)].any()
+    reached = np.zeros_like(empty)
+    todo = [(i, j) for i, j in np.ndindex(side, side) if {i, j} & {0, side - 1}]
+    while todo:
+        i, j = todo.pop()
+        if 0 <= i < side and 0 <= j < side and empty[i, j] and not reached[i, j]:
+            reached[i, j] = True
+            todo += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+    return reached, objects
 
 
 def pixels(image: Tensor) -> Pixels:
@@ -109,8 +142,9 @@ def test_number_of_scenes_views_and_natural_images(data: Path) -> None:
 
 
 @torch.no_grad()
-def test_metrics_are_those_of_other_implementations(data: Path) -> None:
-    model, bank = build()
+@pytest.mark.parametrize("patch", [1, 2])
+def test_metrics_are_those_of_other_implementations(data: Path, patch: int) -> None:
+    model, bank = build(patch=patch)
     found = evaluator(data, views=3, natural_images=6)
     metrics = found.measure(model, bank)
     net = model.autoencoder.net
@@ -146,6 +180,10 @@ def test_metrics_are_those_of_other_implementations(data: Path) -> None:
             if split == "heldout":
                 others = [v for v in range((12, 5, 1, 20)[scene]) if (scene, v) not in HELDOUT]
                 note("heldout/baseline_psnr", decibels(np.mean([raw(data, scene, v) for v in others], axis=0), truth))
+                sure = background_and_object(file(data, scene, view), 8 * patch)
+                for name, which in zip(("background", "object"), sure, strict=True):
+                    for value in opacity[0][torch.from_numpy(which)].tolist():
+                        note(f"heldout/opacity_{name}", value)
         for images in pairs.values():
             std = np.std([target for _, target in images], axis=(0, 1, 2))
             for value, target in images:
@@ -158,7 +196,7 @@ def test_metrics_are_those_of_other_implementations(data: Path) -> None:
         note("natural/ae_ssim", similarity(clamped, pixels(image[0])))
     for scene, of_scene in maps["heldout"].items():
         views, others = (
-            DepthMaps(Cameras(cam2world, intrinsics, (8, 8)), depth, opacity)
+            DepthMaps(Cameras(cam2world, intrinsics, (8 * patch, 8 * patch)), depth, opacity)
             for part in (of_scene, maps["train"][scene])
             for cam2world, intrinsics, depth, opacity in [[torch.cat(x) for x in zip(*part, strict=True)]]
         )
@@ -168,6 +206,8 @@ def test_metrics_are_those_of_other_implementations(data: Path) -> None:
     assert metrics.keys() == expected.keys()
     for name, values in expected.items():
         assert metrics[name] == pytest.approx(np.mean(values), abs=1e-5), name  # dB and SSIM; measured 3e-7
+    numbers = {name: len(expected[f"heldout/opacity_{name}"]) for name in ("background", "object")}
+    assert all(50 * patch**2 < number < 0.8 * 4 * 64 * patch**2 for number in numbers.values()), numbers
     assert all(6 < metrics[f"{split}/{name}_psnr"] < 30 for split in ("heldout", "train") for name in ("rgb", "ae"))
 
 
@@ -193,7 +233,7 @@ def test_identity_scenes_have_no_autoencoder_metrics(data: Path) -> None:
     assert metrics.keys() == {
         *(f"{split}/{name}" for split in ("heldout", "train") for name in ("latent_psnr", "rgb_psnr", "rgb_ssim")),
         *("heldout/baseline_psnr", "heldout/latent_error", "train/latent_error", "gap/rgb_psnr"),
-        "heldout/depth_error",
+        *("heldout/depth_error", "heldout/opacity_background", "heldout/opacity_object"),
     }
     # Latents are the images; only decoded ones are clamped, and colors may overshoot by 0.002.
     assert metrics["heldout/rgb_psnr"] == pytest.approx(metrics["heldout/latent_psnr"], abs=0.05)
@@ -231,7 +271,8 @@ def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
     changed = {name for name in before if before[name] != after[name]}
     kinds = ("latent_psnr", "rgb_psnr", "rgb_ssim", "rgb_ae_psnr", "rgb_ae_ssim", "latent_error")
     of_both = {f"{split}/{kind}" for split in ("heldout", "train") for kind in kinds}
-    assert changed == {*of_both, "gap/rgb_psnr", "heldout/depth_error"}
+    opacity = {"heldout/opacity_background", "heldout/opacity_object"}
+    assert changed == {*of_both, *opacity, "gap/rgb_psnr", "heldout/depth_error"}
 
 
 def test_every_metric_has_a_definition_and_old_names_are_known() -> None:

@@ -26,7 +26,7 @@ import train
 from igae import checkpoint
 from igae.cli.export import main
 from igae.data import orbit
-from igae.export import Content, Export, load_model, read_run, write
+from igae.export import Content, Export, load_model, load_trained, read_run, write
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
 from igae.scenes import PlanesConfig, RowAdam
@@ -72,7 +72,8 @@ def last(made: Made) -> Path:
 
 
 def expected_latents(made: Made) -> Tensor:
-    """Renders [4 scenes x 3 cameras, c, h, w] by the renderer and the files of the checkpoint alone."""
+    """Renders [4 scenes x 3 cameras, c, h, w] by the renderer, the definition of latent pixels of patches of 2 x 2
+    rendered ones, and the files of the checkpoint alone."""
     shared, scenes = load_file(last(made) / "shared.safetensors"), load_file(last(made) / "scenes-00000.safetensors")
     mlp = DecodingMLP(8, 4)
     mlp.load_state_dict({name[4:]: value for name, value in shared.items() if name.startswith("mlp.")})
@@ -80,12 +81,16 @@ def expected_latents(made: Made) -> Tensor:
     rendered = render(
         planes,
         mlp,
-        Cameras(CAMERAS.repeat(4, 1, 1), LENS.expand(12, 3, 3), (8, 8)),
-        RenderOptions(coarse_samples=6, fine_samples=6),
-        background=shared["background"],
+        Cameras(CAMERAS.repeat(4, 1, 1), LENS.expand(12, 3, 3), (16, 16)),
+        RenderOptions(coarse_samples=4, fine_samples=2),
+        background=shared["background"].repeat_interleave(2, 0).repeat_interleave(2, 1),
         scene=torch.arange(4).repeat_interleave(3),
     )
-    return rendered.features.permute(0, 3, 1, 2).detach()
+    patches = rendered.features.detach().unfold(1, 2, 2).unfold(2, 2, 2)  # [12, h, w, c, 2, 2]
+    mean, weight = patches.mean((4, 5)), shared["head.weight"].view(4, 2, 2, 4)
+    assert weight.abs().max() > 1e-3  # it was trained
+    latents = mean + torch.einsum("bhwkij,cijk->bhwc", patches - mean[..., None, None], weight)
+    return latents.permute(0, 3, 1, 2)
 
 
 def expected_images(made: Made) -> Tensor:
@@ -155,11 +160,20 @@ def test_the_model_is_that_of_the_checkpoint(made: Made) -> None:
     shared = load_file(last(made) / "shared.safetensors")
     assert model.state_dict().keys() == shared.keys()
     assert all(torch.equal(value, shared[name]) for name, value in model.state_dict().items())
-    assert model.options == RenderOptions(coarse_samples=6, fine_samples=6)
+    assert model.options == RenderOptions(coarse_samples=4, fine_samples=2, patch=2)
     with torch.no_grad():  # and can go on being trained: the background follows from the autoencoder
         model.background.zero_()
     model.refresh_background()
     torch.testing.assert_close(model.background, shared["background"])
+
+
+def test_images_are_those_of_the_run_to_the_last_bit(made: Made) -> None:
+    run, export = load_trained(str(made.run)), Export(str(made.export))
+    assert run.render.patch == export.render.patch == 2 and run.names == export.names
+    for name in ("scene_0", "scene_3"):
+        assert torch.equal(run.scene(name).image(CAMERAS, LENS), export.scene(name).image(CAMERAS, LENS))
+        for of_run, exported in zip(*(t.scene(name).render(CAMERAS, LENS) for t in (run, export)), strict=True):
+            assert torch.equal(of_run, exported)
 
 
 def test_the_export_is_an_autoencoder_to_train_with(made: Made) -> None:
@@ -280,7 +294,7 @@ def test_scenes_that_share_base_planes(made: Made, tmp_path: Path) -> None:
     # The same as a scene with planes of its own.
     own = PlanesConfig(resolution=8, features=8)
     plain = IGAE(export.model.autoencoder, own, export.model.options, (16, 16))
-    plain.mlp, plain.background = export.model.mlp, export.model.background
+    plain.mlp, plain.head, plain.background = export.model.mlp, export.model.head, export.model.background
     write(Content(plain, (1.0, 1.0, 1.0), ["a"], own, lambda a, b: scene.planes[None], ""), str(tmp_path / "plain"))
     image = Export(str(tmp_path / "plain")).scene("a").image(CAMERAS, LENS)
     difference = image.int() - scene.image(CAMERAS, LENS).int()

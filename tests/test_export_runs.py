@@ -86,10 +86,10 @@ def test_one_loader_for_runs_checkpoints_and_exports(folder: Path, run: Path, tm
         trained = load_trained(str(where))
         assert trained.where == (end if where != f"{tmp_path}/out/" else f"{tmp_path}/out") == find_model(str(where))
         assert trained.names == ["scene_0", "scene_1", "scene_2", "scene_3"]
-        assert (trained.planes.features, trained.render.fine_samples) == (8, 6)
+        assert (trained.planes.features, trained.render.fine_samples, trained.render.patch) == (8, 2, 2)
         settings: dict[str, dict[str, object]] = {"render": {"fine_samples": 9}}
         trained.complete(settings)
-        assert settings["render"]["fine_samples"] == 9 and settings["render"]["coarse_samples"] == 6
+        assert settings["render"] == {**settings["render"], "fine_samples": 9, "coarse_samples": 4, "patch": 2}
         assert load_autoencoder(AutoencoderConfig(**settings["autoencoder"])).net is not None  # type: ignore[arg-type]
         text = sentence(lambda found=trained: found.complete({"planes": {"features": 9}}))  # type: ignore[misc]
         assert text.startswith("planes.features is the model's") and "of planes only init_std can be set" in text

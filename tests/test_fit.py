@@ -329,7 +329,8 @@ def test_a_background_of_another_color_is_taken_anew(folder: Path) -> None:
 def test_settings_come_from_the_model(folder: Path) -> None:
     recipe = load_fit(folder, "autoencoder.latents=mean", "render.fine_samples=3")
     assert recipe.planes.base_planes == 3 and recipe.planes.bias and recipe.fits_in_waves
-    assert (recipe.autoencoder.latents, recipe.render.fine_samples, recipe.render.coarse_samples) == ("mean", 3, 6)
+    assert (recipe.autoencoder.latents, recipe.render.fine_samples, recipe.render.coarse_samples) == ("mean", 3, 4)
+    assert recipe.render.patch == 2
     end = checkpoint.list_complete(str(folder / "outputs/model/checkpoints"))[-1]
     assert end.endswith("step-00000040-end")
     assert recipe.model == end

@@ -27,7 +27,9 @@ def small_recipe(folder: Path, *overrides: str) -> Recipe:
     # The published learning rates: larger ones amplify rounding, by Adam's division of small gradients by small ones.
     rates = {"encoder": 5e-5, "decoder": 5e-5, "mlp": 1e-4, "planes": 1e-4}
     settings = [f"train.joint.learning_rates.{part}={rate}" for part, rate in rates.items()]
-    settings += ["train.joint.decay=1.0", "autoencoder.latents=mean", "autoencoder.scale=0.3", *overrides]
+    settings += ["train.joint.decay=1.0", "autoencoder.latents=mean", "autoencoder.scale=0.3"]
+    # How a view is moved depends, as the noise of samples does, on its place in a batch and on the rank that has it.
+    settings += [*runs.NOT_AUGMENTED, *overrides]
     return config.load(Recipe, str(folder / "recipe.yaml"), settings)
 
 
@@ -237,6 +239,7 @@ def test_batches_that_are_taken_one_after_another_count_as_one(folder: Path, str
 
 
 BASE_PLANES = (
+    "render.patch=1",
     "planes={resolution: 8, features: 8, base_planes: 3, micro_features: 3, macro_features: 5, bias: true}",
     "train.joint.learning_rates.base_planes=1e-4",
     "train.joint.weights.base_orthogonality=0.1",

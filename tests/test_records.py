@@ -24,7 +24,7 @@ from igae.training import Meter, Outcome, Recipe, Stage, StageName, Trainer
 PREFIXES = {
     "encoder": ("autoencoder.net.encoder.", "autoencoder.net.quant_conv."),
     "decoder": ("autoencoder.net.decoder.", "autoencoder.net.post_quant_conv."),
-    "mlp": ("mlp.",),
+    "mlp": ("mlp.", "head."),
     "base_planes": ("base.",),
 }
 SHORT = ["train.warmup.epochs=0.5", "train.joint.epochs=0.5", "tracking.every=1"]

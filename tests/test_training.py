@@ -68,7 +68,7 @@ def test_every_trainable_parameter_moves_in_each_stage(recipe_file: str) -> None
     rows = store.rows.clone()
     trainer.run("warmup")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in names if name.startswith("mlp.")}
+    assert moved == {name for name in names if name.startswith(("mlp.", "head."))}
     # One step of four views touches at least one scene, and exactly the touched scenes move.
     assert (store.rows != rows).flatten(1).any(1).sum() >= 1
 
@@ -80,8 +80,10 @@ def test_every_trainable_parameter_moves_in_each_stage(recipe_file: str) -> None
     assert (store.rows != rows).flatten(1).any(1).sum() >= 1
 
 
-def test_five_and_five_steps_equal_ten(recipe_file: str) -> None:
+@pytest.mark.parametrize("settings", [[], runs.PLAIN], ids=["all on", "plain"])
+def test_five_and_five_steps_equal_ten(recipe_file: str, settings: list[str]) -> None:
     options = [
+        *settings,
         "train.warmup.epochs=1.25",
         "train.joint.epochs=1.25",
         "checkpoint.every=5",
@@ -175,7 +177,8 @@ def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.C
 
 
 def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = ["train.warmup.epochs=12", "tracking.trackers=[tensorboard]"]
+    # Views of noise can only be memorized, so they must not move.
+    arguments = ["train.warmup.epochs=12", "tracking.trackers=[tensorboard]", *runs.PLAIN]
     arguments += ["evaluation.pictures=2", "evaluation.orbits=1", "evaluation.orbit_frames=4"]
     assert _run(recipe_file, *arguments) == 0
     run = Path(recipe_file).parent / "outputs" / "run"
@@ -197,7 +200,7 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     AutoencoderKL.from_pretrained(run / "autoencoder")
     page = (run / "report.html").read_text()
     wrong = problems(json.loads((run / "metrics.json").read_text())["warmup"])
-    assert wrong and all(text in caplog.text and text not in page for text in wrong)  # no longer at the end
+    assert wrong and all(text in caplog.text and text not in page for text in wrong)  # it shows the end
     assert f"{figures['heldout/rgb_psnr']:.5g}" in page and torch.__version__ in page
     assert (page.count("<img "), page.count("<video ")) == (4, 1)
     # A report that can't be written, and a run that has ended well.
@@ -241,8 +244,8 @@ def test_asynchronous_steps_compute_the_same(recipe_file: str) -> None:
 
 
 def test_the_step_that_is_captured_computes_the_same(recipe_file: str) -> None:
-    """Its padded rows, and what it is told in one tensor; the CUDA graph itself is tested on a GPU."""
-    short = ["train.warmup.epochs=3", "train.joint.epochs=0", "tracking.every=7"]
+    """Its padded rows, what it is told in one tensor, and moved views; the CUDA graph itself is tested on a GPU."""
+    short = ["train.warmup.epochs=2", "train.joint.epochs=1", "tracking.every=7"]
     Trainer(config.load(Recipe, recipe_file, [*short, "experiment=plain"])).run()
     trainer = runs.StaticTrainer(config.load(Recipe, recipe_file, [*short, "experiment=captured"]))
     _stop_after(trainer, 7)
@@ -312,7 +315,9 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
             "autoencoder={create: {_class_name: AutoencoderTiny, encoder_block_out_channels: [8, 8], "
             "decoder_block_out_channels: [8, 8], num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}, scale: auto}"
         ],
-        ["autoencoder={path: identity}", "train.joint.epochs=0"],
+        ["autoencoder={path: identity}", "render.patch=1", "train.joint.epochs=0"],
+        runs.PLAIN,
+        ["render.rays_per_pixel=2", "train.joint.augment={zoom: 2.0}", "train.warmup.augment={rotate: 180}"],
         [
             "train.warmup.epochs=0",
             "train.joint.batch_size=0",
@@ -320,7 +325,18 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
             "train.joint.learning_rates={encoder: 1.0e-4, decoder: 1.0e-4}",
         ],
     ],
-    ids=["alternate", "bf16", "depth", "decoder-only", "render", "tiny", "rgb", "natural_images-only"],
+    ids=[
+        "alternate",
+        "bf16",
+        "depth",
+        "decoder-only",
+        "render",
+        "tiny",
+        "rgb",
+        "plain",
+        "areas",
+        "natural_images-only",
+    ],
 )
 def test_options_train(recipe_file: str, overrides: list[str]) -> None:
     short = [f"train.{s}.epochs=0.5" for s in ("warmup", "joint") if not any(f"{s}.epochs" in o for o in overrides)]
@@ -341,6 +357,7 @@ def test_options_train(recipe_file: str, overrides: list[str]) -> None:
         (["autoencoder={path: /nowhere/vae}"], "autoencoder.path: /nowhere/vae"),
         (["train.joint.natural_images=0"], "natural_images is 0"),
         (["data.categories={bus: [0, 3]}"], "bus"),
+        (["render.patch=3"], "render.patch is 3: it must divide the autoencoder's downscale 2"),
         (["train.joint.weights.natural_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
         (["--resume", "/nowhere/step-00000001"], "has no state.json"),
     ],

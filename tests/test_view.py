@@ -199,6 +199,8 @@ def test_views_and_fewer_pixels(viewed: Made) -> None:
     whole = draw(subject.model, scene, subject.front, LENS)
     half = draw(subject.model, scene, subject.front, LENS, 0.5)
     assert half.latents.shape == (4, 4, 4) and half.image is not None and half.image.shape == (8, 8, 3)
+    # Latent pixels of patches of 2 x 2 rendered ones, in both.
+    assert [drawn.depth.shape for drawn in (whole, half)] == [(16, 16), (8, 8)] and subject.model.head is not None
     assert draw(subject.model, scene, subject.front, LENS, 0.01).latents.shape == (4, 4, 4)  # never fewer than 4
     # Opacity of half the pixels is about the mean of the four that each stands for.
     means = torch.nn.functional.avg_pool2d(whole.opacity[None], 2)[0]
