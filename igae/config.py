@@ -45,10 +45,18 @@ class Section(BaseModel):
 
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
+    REMOVED: ClassVar[Mapping[str, Any]] = {}
+    """Keys of the last version -> what they always mean now. With that value they are accepted, too."""
 
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, data: Any) -> Any:
+        for key, value in cls.REMOVED.items() if isinstance(data, dict) else ():
+            if key in data:
+                if data[key] != value:
+                    raise ValueError(f"{key} is always {value} now: leave it out, and use a new experiment=NAME")
+                log.warning("the key %s is always %s now: remove it", key, value)
+                del data[key]  # and is not told again
         return {_current([cls], key): value for key, value in data.items()} if isinstance(data, dict) else data
 
     @field_validator("*", mode="wrap")

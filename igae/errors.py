@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -156,13 +156,7 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-class Command(Protocol):
-    """What :func:`command` makes."""
-
-    def __call__(self, argv: list[str] | None = None) -> int: ...
-
-
-def command(body: Callable[[list[str] | None], int | None]) -> Command:
+def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Make a command's body a function of its arguments (None: those of the process) that returns its exit code.
 
     0: done; 1: it failed, told in one sentence or with a traceback; 2: wrong input, one sentence; 130: Ctrl-C.
@@ -278,10 +272,7 @@ def _position(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
 
 
 def origin_of(key: Key, origins: Mapping[Key, str], fallback: str) -> str:
-    for length in range(len(key), 0, -1):
-        if key[:length] in origins:
-            return origins[key[:length]]
-    return fallback
+    return next((origins[key[:n]] for n in range(len(key), 0, -1) if key[:n] in origins), fallback)
 
 
 def kind_of(value: Any) -> str:

@@ -102,6 +102,3 @@ class Channel:
         if self._group is not None:
             self._dist.all_reduce(total, group=self._group)
         return total
-
-    def barrier(self) -> None:
-        self.gather(None)

@@ -124,10 +124,12 @@ def test_a_fit_has_a_recipe_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_old_keys_are_accepted_with_their_new_names(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    own.write_text("base: igae.yaml\ntrain: {joint: {photos: 5}, run_ahead: false}\n")
+    own.write_text("base: igae.yaml\ntrain: {joint: {photos: 5}, run_ahead: false, plane_optimizer: exact}\n")
     for overrides, expected in (([], 5), (["train.joint.photos=7"], 7), (["train.joint.natural_images=8"], 8)):
         script = [sys.executable, str(ROOT / "train.py"), "--config", str(own), "--print-config", *overrides]
         done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
         train = yaml.safe_load(done.stdout)["train"]
         assert train["joint"]["natural_images"] == expected and train["async_steps"] is False
+        assert "plane_optimizer" not in train
+        assert done.stderr.count("the key plane_optimizer is always exact now: remove it") == 1
         assert "the key photos is called natural_images now" in done.stderr

@@ -49,7 +49,6 @@ def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: 
     "change",
     [
         {},
-        {"bf16": True},
         {"colors": 3},
         {"colors": 12, "disparity": True},
         {"coarse": 96, "fine": 0},
@@ -60,7 +59,6 @@ def test_default_kernels_do_not_spill(kernel: build.Pass, arch: int, precision: 
     ],
     ids=[
         "default",
-        "bf16",
         "three colors",
         "twelve colors",
         "coarse only",
@@ -85,10 +83,9 @@ def test_many_backward_blocks_run_at_once_on_90(change: dict[str, Any]) -> None:
         {"features": 8, "colors": 1, "coarse": 16, "fine": 0},
         {"features": 24, "colors": 3, "coarse": 17, "fine": 33, "eg3d": True, "product": True, "disparity": True},
         {"features": 64, "colors": 32, "coarse": 128, "fine": 128},
-        {"bf16": True},
         {"deterministic": True},
     ],
-    ids=["smallest", "uneven", "largest", "bf16", "deterministic"],
+    ids=["smallest", "uneven", "largest", "deterministic"],
 )
 @pytest.mark.parametrize("arch", [80, 86])
 def test_variants_compile(change: dict[str, Any], arch: int) -> None:

@@ -85,7 +85,7 @@ def test_resume_inside_a_part(packed, start, length, batch, step):
     loader = open_images(root, manifest, workers=0, **options)
     for _ in range(step):
         next(loader)
-    assert loader.state == state and loader.samples == len(part)
+    assert loader.state == state and loader.plan.samples == len(part)
     loader.close()
     assert read(root, manifest, 2, state=state, **options) == whole[step * batch : (step + 2) * batch]
 

@@ -76,7 +76,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     "keep": ({"checkpoint.keep": 1}, "checkpoint.keep", "2"),
     "checkpoint every 0": ({"checkpoint.every": 0}, "checkpoint.every", "1"),
     "precision": ({"train.precision": "fp16"}, "train.precision", "bf16"),
-    "plane optimizer": ({"train.plane_optimizer": "sgd"}, "train.plane_optimizer", "lazy"),
+    "plane optimizer of 0.1.0": ({"train.plane_optimizer": "lazy"}, "train: plane_optimizer is always exact", "NAME"),
     "max_skipped": ({"train.max_skipped": 0}, "train.max_skipped", "1"),
     "experiment with a slash": ({"experiment": "../evil"}, "experiment", "../evil"),
     "empty experiment": ({"experiment": ""}, "experiment", ""),

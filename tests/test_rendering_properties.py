@@ -128,7 +128,8 @@ def test_coarse_depths_ascend_in_their_steps(spacing: str, seed: int, count: int
     else:
         rate = 1 / far - 1 / near
         low, high = 1 / (1 / near + step * rate), 1 / (1 / near + (step + 1 / (count - 1)).clamp(max=1) * rate)
-    assert (t >= low * (1 - 1e-5)).all() and (t <= high * (1 + 1e-5)).all()
+    rounding = 1e-5 + 2e-7 * far / near  # of a difference of inverses; measured 1.6e-5 where far / near is 172
+    assert (t >= low * (1 - rounding)).all() and (t <= high * (1 + rounding)).all()
 
 
 @given(st.integers(0, 2**32), st.integers(2, 30), st.integers(1, 30), st.floats(0, 6))
@@ -348,7 +349,7 @@ def test_mlp_initialization_and_ranges() -> None:
         ({"seed": torch.tensor(0.5)}, "seed is torch.float32"),
         ({"backend": "metal"}, "backend is 'metal'"),
         ({"backend": "cuda"}, "backend is cuda, but planes are on cpu"),
-        ({"planes": torch.zeros(2, 3, 6, 6, 4).bfloat16()}, "torch.bfloat16, which only the cuda backend takes"),
+        ({"planes": torch.zeros(2, 3, 6, 6, 4).bfloat16()}, "torch.bfloat16; they must be torch.float32 or"),
     ],
 )
 def test_render_refuses(change: dict[str, Any], message: str) -> None:

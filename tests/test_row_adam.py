@@ -54,18 +54,16 @@ def dense(dtype: torch.dtype, moves: list[tuple[Tensor, Tensor, float]]) -> list
     return after
 
 
-def run(
-    moves: list[tuple[Tensor, Tensor, float]], mode: str = "exact", parameters: Tensor | None = None
-) -> tuple[Tensor, RowAdam]:
+def run(moves: list[tuple[Tensor, Tensor, float]], parameters: Tensor | None = None) -> tuple[Tensor, RowAdam]:
     parameters = start() if parameters is None else parameters
-    adam = RowAdam(parameters, mode=mode)  # type: ignore[arg-type]
+    adam = RowAdam(parameters)
     for rows, gradient, rate in moves:
         adam.catch_up(rows)
         adam.step(rows, gradient, rate)
     return parameters, adam
 
 
-def test_exact_rows_move_as_under_dense_adam() -> None:
+def test_rows_move_as_under_dense_adam() -> None:
     moves = history()
     gaps = [step for step, (rows, _, _) in enumerate(moves) if 3 in rows]
     assert max(b - a for a, b in zip(gaps, gaps[1:], strict=False)) > RowAdam(start()).horizon > 100
@@ -304,21 +302,20 @@ def test_betas_out_of_range_are_refused(betas: tuple[float, float]) -> None:
 
 
 @functools.cache
-def long_run(mode: str) -> tuple[list[tuple[Tensor, Tensor, float]], Tensor, RowAdam]:
+def long_run() -> tuple[list[tuple[Tensor, Tensor, float]], Tensor, RowAdam]:
     moves = history(3, 1040)  # more than the rates that are allocated at first
-    parameters, adam = run(moves, mode)
+    parameters, adam = run(moves)
     adam.catch_up()
     return moves, parameters, adam
 
 
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
 @pytest.mark.parametrize("at", [0, 250, 1024, 1030])
-def test_a_saved_state_changes_no_bit(mode: str, at: int) -> None:
-    moves, plain, adam = long_run(mode)
-    before, saved = run(moves[:at], mode)
+def test_a_saved_state_changes_no_bit(at: int) -> None:
+    moves, plain, adam = long_run()
+    before, saved = run(moves[:at])
     state = {name: value.clone() for name, value in saved.state().items()}
     parameters = before.clone()
-    other = RowAdam(parameters, mode=mode)  # type: ignore[arg-type]
+    other = RowAdam(parameters)
     other.load_state(state)
     for rows, gradient, rate in moves[at:]:
         other.catch_up(rows)
@@ -333,25 +330,8 @@ def test_a_state_of_other_planes_is_refused() -> None:
         RowAdam(start()).load_state(RowAdam(start()[:3].clone()).state())
 
 
-def test_lazy_rows_have_an_adam_of_their_own() -> None:
-    moves = history()
-    found, _ = run(moves, "lazy")
-    for row in range(ROWS):
-        parameter = start()[row].double().requires_grad_()
-        adam = torch.optim.Adam([parameter], lr=1.0)
-        for rows, gradient, rate in moves:
-            if row in rows:
-                adam.param_groups[0]["lr"] = rate
-                parameter.grad = gradient[rows.tolist().index(row)].double()
-                adam.step()
-        assert (
-            found[row] - parameter.detach()
-        ).abs().max() < 6e-6  # measured 2.6e-6 in the row that is visited 2000 times
-
-
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_a_step_touches_only_its_rows(mode: str) -> None:
-    parameters, adam = run(history(1, 60), mode)
+def test_a_step_touches_only_its_rows() -> None:
+    parameters, adam = run(history(1, 60))
     adam.catch_up()
     rows = torch.tensor([5, 0])
     rest = [row for row in range(ROWS) if row not in rows]
@@ -372,12 +352,11 @@ def test_rows_may_come_in_any_order() -> None:
     assert (plain - turned).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_visits_padding_scales_and_steps_that_are_not_made(mode: str) -> None:
+def test_visits_padding_scales_and_steps_that_are_not_made() -> None:
     moves = history(13, 60)
-    plain, adam = run(moves, mode)
+    plain, adam = run(moves)
     parameters = start()
-    other = RowAdam(parameters, mode=mode)  # type: ignore[arg-type]
+    other = RowAdam(parameters)
     for rows, gradient, rate in moves:
         padded, more = torch.cat([rows, torch.tensor([-1])]), torch.cat([gradient, torch.full((1, *SHAPE), torch.nan)])
         copies = other.visit(padded)

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 import torch
@@ -72,11 +71,10 @@ def stepped(own: SceneStore, steps: int, seed: int = 0) -> None:
         own.step(rows, leaf.grad, 1e-2)
 
 
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_a_store_moves_its_rows_as_the_optimizer_of_all_rows_does(mode: Literal["exact", "lazy"]) -> None:
+def test_a_store_moves_its_rows_as_the_optimizer_of_all_rows_does() -> None:
     own, other = store([5, 3, 8, 1]), store([5, 3, 8, 1])
-    own.start_optimizer(mode, "torch")
-    adam = make_row_adam(other.rows, mode=mode, backend="torch")
+    own.start_optimizer("torch")
+    adam = make_row_adam(other.rows, backend="torch")
     generator = torch.Generator().manual_seed(1)
     for step in range(6):
         rows, index = own.locate(torch.tensor([[5, 3, 3], [8, 8, 8], [1, 5, 1]][step % 3]))

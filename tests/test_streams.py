@@ -152,7 +152,7 @@ def test_resume_everywhere(packed, batch):
         states.append(loader.state)
     loader.close()
     whole = keys(batches)
-    assert loader.samples == 42
+    assert loader.plan.samples == 42
     for step, state in enumerate(states[:-1]):
         state = StreamState(**json.loads(json.dumps(vars(state))))
         assert (state.epoch, state.position) == divmod(step * batch, 42)

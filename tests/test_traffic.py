@@ -59,17 +59,17 @@ def bytes_of_steps(folder: str, strategy: str) -> tuple[dict[int, int], int, int
         stage.refresh_every = 5
         for step in range(STEPS + 3):
             if step == 3:  # after all that is done once, also by the other ranks
-                channel.barrier()
+                channel.gather(None)
                 before = bytes_sent()
             assert stage.step(step).read() == (True, False)
         found[scenes] = bytes_sent() - before
-        channel.barrier()
+        channel.gather(None)
         stage.close()
         engine.finish()
     before = bytes_sent()
     dist.all_reduce(torch.ones(250_000))
     counted = bytes_sent() - before
-    channel.barrier()
+    channel.gather(None)
     engine.close()
     return found, shared, counted
 

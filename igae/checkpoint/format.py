@@ -41,17 +41,11 @@ class Progress:
     format: int = FORMAT
 
 
-@dataclass
-class FileEntry:
-    """A file of a checkpoint: its size, the checksum that its writer gave, and the number of its scenes, if any."""
+@dataclass(frozen=True)
+class FileEntry(Stamp):
+    """A file of a checkpoint: its stamp, and the number of its scenes, if any."""
 
-    bytes: int
-    crc32: int
     rows: int | None = None
-
-    @property
-    def stamp(self) -> Stamp:
-        return Stamp(self.bytes, self.crc32)
 
 
 _PROGRESS, _FILES = TypeAdapter(Progress), TypeAdapter(dict[str, FileEntry])

@@ -93,7 +93,7 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
     progress, files, config = read_head(folder)
 
     def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
-        file = TensorFile(join(folder, name), files[name].stamp)
+        file = TensorFile(join(folder, name), files[name])
         return file, file.tensors()
 
     names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
@@ -121,7 +121,7 @@ def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
             progress, files = parse_state(state)
         config = _read(folder, CONFIG)
         with named_errors(join(folder, CONFIG)):
-            if (len(config), zlib.crc32(config)) != files[CONFIG].stamp:
+            if FileEntry(len(config), zlib.crc32(config)) != files[CONFIG]:
                 raise Damaged("its checksum differs")
         return progress, files, config.decode()
 

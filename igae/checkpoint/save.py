@@ -207,7 +207,7 @@ def write_files(folder: str, files: Files) -> dict[str, FileEntry]:
         rows = {key: tensor for key, tensor in tensors.items() if "ids" in tensors and key != "ids"}
         whole = {key: tensor for key, tensor in tensors.items() if key not in rows}
         stamp = write_tensors(join(folder, name), whole, rows)
-        entries[name] = FileEntry(*stamp, rows=len(tensors["ids"]) if "ids" in tensors else None)
+        entries[name] = FileEntry(stamp.bytes, stamp.crc32, len(tensors["ids"]) if "ids" in tensors else None)
     return entries
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `igae`: one name for all commands. Each is a module of this folder, imported when it is called."""
+"""The command `igae`: one name for all commands. Each is a module, imported when it is called."""
 
 import importlib
 import sys
@@ -22,6 +22,8 @@ COMMANDS = {
     "kernels": "compile the CUDA kernels ahead of time",
     "reference": "print all configuration keys as Markdown",
 }
+TOOLS = {"demo": "make_demo", "render": "render_objects"}
+"""Commands that are scripts of data_tools/, which come with the package."""
 
 
 @command  # for what happens while a command is imported, which takes seconds: Ctrl-C, or a library that is missing
@@ -39,7 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: there is no command {name}{did_you_mean(name, COMMANDS)}; igae --help lists them")
         return 2
     sys.argv[0] = f"igae {name}"  # what usage texts call the program
-    module = importlib.import_module(f"igae.cli.{name}")
+    if name in TOOLS:
+        from igae import config
+
+        # There its neighbors are found, also by the processes that it starts.
+        sys.path.insert(0, str(config.shipped("data_tools")))
+    module = importlib.import_module(TOOLS.get(name, f"igae.cli.{name}"))
     run: Callable[[list[str]], int] = module.main
     return run(arguments[1:])
 

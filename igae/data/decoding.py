@@ -16,11 +16,9 @@ from torch.utils.data import Dataset
 from igae.data.shards import RawSample, ShardError, damaged_shard
 
 
-def to_device(tensor: Tensor, device: torch.device | str, non_blocking: bool = True) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to another device; pinned first, because a copy from pageable memory blocks on the device."""
-    if non_blocking and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=non_blocking)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclass
@@ -46,9 +44,9 @@ class ViewBatch:
     masks: Tensor
     has_alpha: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewBatch":
+    def to(self, device: torch.device | str) -> "ViewBatch":
         """The batch on another device."""
-        return ViewBatch(**{name: to_device(value, device, non_blocking) for name, value in vars(self).items()})
+        return ViewBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 B = TypeVar("B", ViewBatch, Tensor)

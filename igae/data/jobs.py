@@ -143,11 +143,7 @@ def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) 
 
 
 def _write_views(
-    job: Job,
-    order: Sequence[tuple[RawScene, View]],
-    out: ShardWriter,
-    result: JobResult,
-    progress: ProgressCallback,
+    job: Job, order: Sequence[tuple[RawScene, View]], out: ShardWriter, result: JobResult, progress: ProgressCallback
 ) -> None:
     """Adds views to a shard, and to the result their focal lengths and what is wrong; one bad view ends the writing."""
     contents = read_files((scene.ref.folder, view.file) for scene, view in order)

@@ -238,11 +238,6 @@ class Loader(Generic[B]):
         """A copy of the state; a new loader with it yields what this one would yield next."""
         return replace(self._state)
 
-    @property
-    def samples(self) -> int:
-        """Number of samples of an epoch."""
-        return self.plan.samples
-
     def __iter__(self) -> "Loader[B]":
         return self
 

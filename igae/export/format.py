@@ -25,18 +25,6 @@ _SCENE_FILE = re.compile(r"scenes-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """Size and CRC-32 of a file (that of :class:`igae.storage.Stamp` for tensors)."""
-
-    bytes: int
-    crc32: int
-
-    @property
-    def stamp(self) -> Stamp:
-        return Stamp(self.bytes, self.crc32)
-
-
-@dataclass(frozen=True)
 class Description:
     """What ``igae.json`` says."""
 
@@ -52,7 +40,7 @@ class Description:
     render: RenderOptions
     scenes: int
     """How many there are."""
-    files: dict[str, FileSum]
+    files: dict[str, Stamp]
 
     @property
     def autoencoder_files(self) -> list[str]:

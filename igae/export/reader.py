@@ -28,7 +28,7 @@ from igae.export.format import (
 from igae.export.model import Trained
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.scenes import PlanesConfig
-from igae.storage import Missing, StoreError, TensorFile, join, read_whole
+from igae.storage import Missing, Stamp, StoreError, TensorFile, join, read_whole
 
 HIDDEN = 64
 """Hidden features of the decoding MLP."""
@@ -47,10 +47,7 @@ class Export(Trained):
     """
 
     def __init__(
-        self,
-        url: str,
-        device: str | torch.device = "cpu",
-        renderer: Literal["auto", "cuda", "torch"] = "torch",
+        self, url: str, device: str | torch.device = "cpu", renderer: Literal["auto", "cuda", "torch"] = "torch"
     ) -> None:
         self.where, self.device, self.renderer = url, torch.device(device), renderer
         data = read_small(join(url, INDEX))
@@ -107,7 +104,7 @@ class Export(Trained):
 
     def _shared(self) -> dict[str, Tensor]:
         """Tensors of igae.safetensors."""
-        return TensorFile(join(self.where, SHARED), self.description.files[SHARED].stamp).tensors()
+        return TensorFile(join(self.where, SHARED), self.description.files[SHARED]).tensors()
 
     @cached_property
     def _places(self) -> dict[str, tuple[SceneFile, int]]:
@@ -130,7 +127,7 @@ class Export(Trained):
         data = read_small(join(self.where, name), file.bytes)
         if data is None:
             raise ValueError(f"{where} is missing")
-        if len(data) != file.bytes or zlib.crc32(data) != file.crc32:
+        if Stamp(len(data), zlib.crc32(data)) != file:
             raise ValueError(f"{where} is damaged: its checksum differs")
         return data
 

@@ -11,14 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from igae import config
-from igae.checkpoint import (
-    LEARNING_RATES,
-    Checkpoint,
-    is_complete,
-    list_complete,
-    load_checkpoint,
-    saved_config,
-)
+from igae.checkpoint import LEARNING_RATES, Checkpoint, is_complete, list_complete, load_checkpoint, saved_config
 from igae.config import Section
 from igae.data import DataConfig, Manifest
 from igae.errors import did_you_mean, redact
@@ -170,11 +163,12 @@ class TrainedRun(Trained):
 
     def _read_rows(self, names: Sequence[str]) -> Tensor:
         ids = [self._places[name] for name in names]
-        if self.loaded.progress.finished:
+        lazy = self.settings.train.get("plane_optimizer") == "lazy"  # of 0.1.0: nothing was deferred
+        if self.loaded.progress.finished or lazy:
             return self.loaded.rows(ids, {"planes"})["planes"]
         # In the middle of a stage, scenes that recent steps did not visit still have updates pending.
         store, saved = SceneStore(self.planes, ids, None, torch.device("cpu")), self._with_moments
-        store.start_optimizer(self.settings.train.get("plane_optimizer", "exact"), "torch")
+        store.start_optimizer("torch")
         store.load_state_dict({**saved.rows(ids), "learning_rates": saved.optimizer[LEARNING_RATES]})
         return store.read(ids)
 

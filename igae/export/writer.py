@@ -25,14 +25,13 @@ from igae.export.format import (
     SCENES,
     SHARED,
     Description,
-    FileSum,
     SceneFile,
     dump_description,
     dump_scenes,
 )
 from igae.export.model import Content
 from igae.export.reader import shared_tensors
-from igae.storage import file_system, join, reason, write_tensors
+from igae.storage import Stamp, file_system, join, reason, write_tensors
 
 FILE_BYTES = 256 << 20
 _HUB = re.compile(r"hf://(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
@@ -112,14 +111,14 @@ class _Files:
         self.fs, self.path = file_system(target)
         self.target, self.begun = target, list[str]()
 
-    def put(self, name: str, data: bytes) -> FileSum:
+    def put(self, name: str, data: bytes) -> Stamp:
         self.begun.append(name)
         self.fs.pipe_file(join(self.path, name), data)
-        return FileSum(len(data), zlib.crc32(data))
+        return Stamp(len(data), zlib.crc32(data))
 
-    def put_tensors(self, name: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> FileSum:
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Stamp:
         self.begun.append(name)
-        return FileSum(*write_tensors(join(self.target, name), tensors, rows))
+        return write_tensors(join(self.target, name), tensors, rows)
 
 
 def _write(content: Content, target: str, name: str, file_bytes: int) -> Description:
@@ -143,7 +142,7 @@ def _write(content: Content, target: str, name: str, file_bytes: int) -> Descrip
 
 def _write_files(content: Content, files: _Files, name: str, file_bytes: int) -> Description:
     """Write all files, ``igae.json`` last."""
-    model, sums = content.model, dict[str, FileSum]()
+    model, sums = content.model, dict[str, Stamp]()
     with tempfile.TemporaryDirectory() as folder:
         model.autoencoder.save(Path(folder))
         for source in sorted(Path(folder).iterdir()):

@@ -35,7 +35,7 @@ def render(
     """Render B views of S tri-planes.
 
     Args:
-        planes: [S, 3, R, R, C], float32, float64 (torch backend) or bfloat16 (cuda backend). Axes: scene, plane, row,
+        planes: [S, 3, R, R, C], float32, or float64 (torch backend). Axes: scene, plane, row,
             column, feature; of plane axes (a, b) the coordinate a runs along columns and b along rows.
         mlp: from C features to a density and c color channels.
         cameras: of the B views.
@@ -75,8 +75,6 @@ def render(
         chosen = "cuda" if why is None else "torch"
         if not torch.compiler.is_compiling():
             log_once(f"the renderer uses {chosen}: {why or 'the kernels support this'}")
-    if chosen == "torch" and planes.dtype == torch.bfloat16:
-        raise ValueError("planes are torch.bfloat16, which only the cuda backend takes")
     return BACKENDS[chosen](planes, mlp, cameras, options, background, scene, seed, distortion)
 
 
@@ -84,8 +82,8 @@ def _check_shapes(planes: Tensor, mlp: DecodingMLP, cameras: Cameras, background
     shape, (cam2world, intrinsics, size) = list(planes.shape), cameras
     if planes.ndim != 5 or shape[1] != 3 or shape[2] != shape[3] or 0 in shape:
         raise ValueError(f"planes are {shape}; they must be [scenes, 3, R, R, C]")
-    if planes.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(f"planes are {planes.dtype}; they must be torch.float32, torch.float64 or torch.bfloat16")
+    if planes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"planes are {planes.dtype}; they must be torch.float32 or torch.float64")
     if shape[4] != mlp.in_channels:
         raise ValueError(f"planes are {shape} with {shape[4]} features and the MLP takes {mlp.in_channels}")
     if cam2world.ndim != 3 or cam2world.shape[1:] != (4, 4) or cam2world.shape[0] == 0:

@@ -34,8 +34,6 @@ class Variant(NamedTuple):
     eg3d: bool | int = False
     product: bool | int = False
     disparity: bool | int = False
-    bf16: bool | int = False
-    """Planes in bfloat16, not float32."""
     fp32: bool | int = False
     """Matrix products of float32 numbers (three TF32 ones for one), not of float16."""
     deterministic: bool | int = False
@@ -45,7 +43,7 @@ class Variant(NamedTuple):
 
 
 MACROS = (
-    "C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "BF16", "FP32", "DETERMINISTIC", "SIDE", "DISTORTION",
+    "C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "FP32", "DETERMINISTIC", "SIDE", "DISTORTION",
 )  # fmt: skip
 """Their names in the sources, in this order."""
 
@@ -117,7 +115,7 @@ def build_main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, nargs=2, default=[48, 48], metavar=("COARSE", "FINE"))
     parser.add_argument("--rays-per-pixel", type=int, default=1, help="along each side of a pixel")
     parser.add_argument("--precision", nargs="+", choices=["fp16", "fp32"], default=["fp16"])
-    switches = ("eg3d", "product", "disparity", "bf16", "deterministic", "distortion")
+    switches = ("eg3d", "product", "disparity", "deterministic", "distortion")
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args(argv)

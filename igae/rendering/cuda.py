@@ -41,7 +41,7 @@ class Params(ctypes.Structure):
 
 
 class Call(NamedTuple):
-    """A render as the operators take it. Tensors are contiguous, and float32 but for planes, scene and seed."""
+    """A render as the operators take it. Tensors are contiguous, and float32 but for scene and seed."""
 
     planes: Tensor
     w1: Tensor
@@ -80,8 +80,8 @@ def unsupported(planes: Tensor, mlp: torch.nn.Module, options: RenderOptions, pi
     why = unavailable("planes", planes)
     if why is not None:
         return why
-    if planes.dtype not in (torch.float32, torch.bfloat16):
-        return f"planes are {planes.dtype}; the kernels take torch.float32 and torch.bfloat16"
+    if planes.dtype != torch.float32:
+        return f"planes are {planes.dtype}; the kernels take torch.float32"
     if not isinstance(mlp, DecodingMLP) or type(mlp).forward is not DecodingMLP.forward or mlp.hidden != build.HIDDEN:
         return f"the kernels know only a DecodingMLP of {build.HIDDEN} hidden units"
     if mlp.w1.shape != (build.HIDDEN, features) or mlp.w1.device != planes.device:
@@ -109,10 +109,7 @@ def render_cuda(
     seed: int | Tensor | None,
     distortion: bool = False,
 ) -> Rendered:
-    """See `igae.rendering.render`, which checks the arguments. Results are float32, also of bfloat16 planes.
-
-    Raises ValueError with the sentence of `unsupported`.
-    """
+    """See `igae.rendering.render`, which checks the arguments. Raises ValueError with the sentence of `unsupported`."""
     why = unsupported(planes, mlp, options, len(cameras.cam2world) * math.prod(cameras.size))
     if why is not None:
         raise ValueError(f"backend is cuda, but {why}")
@@ -121,8 +118,8 @@ def render_cuda(
     # Products of planes have a range that float16 has not.
     variant = [
         planes.shape[4], mlp.out_channels, options.coarse_samples, options.fine_samples, options.axes == "eg3d",
-        product, options.spacing == "disparity", planes.dtype == torch.bfloat16, options.precision == "fp32" or product,
-        deterministic, options.rays_per_pixel, distortion,
+        product, options.spacing == "disparity", options.precision == "fp32" or product, deterministic,
+        options.rays_per_pixel, distortion,
     ]  # fmt: skip
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
@@ -218,7 +215,7 @@ def _gradients(
     kept: Tensor,
     *flat: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of planes (float32) and of w1, b1, w2, b2, one after the other in one tensor."""
+    """Gradients of planes and of w1, b1, w2, b2, one after the other in one tensor."""
     call = Call(*flat)
     planes, variant = call.planes, build.Variant(*call.variant)
     given = [None if g is None else g.float().contiguous() for g in (g_features, g_depth, g_opacity, g_distortion)]
@@ -230,7 +227,7 @@ def _gradients(
         partial = call.w1.new_zeros(params.partials, build.partial_size(variant))
         params.partial = pointer(partial)
         if not variant.deterministic:
-            g_planes = torch.zeros_like(planes, dtype=torch.float32)
+            g_planes = torch.zeros_like(planes)
             params.g_planes = pointer(g_planes)
             launch()
             return g_planes, partial.sum(0)
@@ -247,7 +244,7 @@ def _gradients(
 def _fake_gradients(*flat: Any) -> tuple[Tensor, Tensor]:
     call = Call(*flat[-len(Call._fields) :])
     size = build.partial_size(build.Variant(*call.variant))
-    return torch.empty_like(call.planes, dtype=torch.float32), call.w1.new_empty(size)
+    return torch.empty_like(call.planes), call.w1.new_empty(size)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -26,7 +26,7 @@ FAINT = 1e-6
 
 
 class Rendered(NamedTuple):
-    """Images of B views, h x w pixels, c channels, in the dtype of the planes (float32 for bfloat16 ones)."""
+    """Images of B views, h x w pixels, c channels, in the dtype of the planes."""
 
     features: Tensor
     """[B, h, w, c] in [-1, 1], up to the 0.002 by which colors may overshoot."""

@@ -2,7 +2,6 @@
 """Adam over the rows of a large tensor, at the cost of the rows that a step touches."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +25,11 @@ def horizon_of(betas: tuple[float, float]) -> int:
 class RowAdam:
     """Adam (Kingma & Ba, ICLR 2015) for a tensor of which each step has gradients of a few rows only.
 
-    ``exact`` computes what ``torch.optim.Adam`` over the whole tensor computes. There momentum goes on updating a row
-    without gradient. Here these updates are deferred and applied on access, all in one go (see :func:`quadrature`), to
+    It computes what ``torch.optim.Adam`` over the whole tensor computes. There momentum goes on updating a row without
+    gradient. Here these updates are deferred and applied on access, all in one go (see :func:`quadrature`), to
     6e-8 of their sum or better: about float32's rounding. After ``horizon`` steps without a gradient the momentum is
     below float32's resolution, and the row rests. Equal calls give equal bits, but updates that are applied in two
     parts may differ in the last bits from those applied at once: runs are equal only if they catch up at equal steps.
-
-    ``lazy`` leaves a row as it is between its visits; its bias correction counts its own visits.
 
     Rows are int64 [S], distinct; entries of -1 are padding and stand for no row. No method waits for the device, but
     :meth:`state` and :meth:`load_state` and what is given rows, a learning rate or a flag there. For planes on a GPU
@@ -44,19 +41,13 @@ class RowAdam:
             be well below the root of the second, as Adam's analysis does.
     """
 
-    def __init__(
-        self,
-        parameters: Tensor,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        mode: Literal["exact", "lazy"] = "exact",
-    ) -> None:
+    def __init__(self, parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.horizon = horizon_of(betas)
-        self.parameters, self.betas, self.eps, self.mode = parameters, betas, eps, mode
+        self.parameters, self.betas, self.eps = parameters, betas, eps
         self.exp_avg = torch.zeros_like(parameters)
         self.exp_avg_sq = torch.zeros_like(parameters)
         # On the CPU: they decide what is launched, and reading them must not wait for the device.
-        self.updated = torch.zeros(len(parameters), dtype=torch.int64)  # exact: last step applied; lazy: its visits
+        self.updated = torch.zeros(len(parameters), dtype=torch.int64)  # last step applied
         self.visited = torch.zeros(len(parameters), dtype=torch.int64)  # step of the last gradient, 0 = never
         self._rates = torch.zeros(1024, dtype=torch.float64)  # learning rate of every step so far, grown by doubling
         self._steps = 0
@@ -74,13 +65,11 @@ class RowAdam:
 
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
-        """Apply the deferred updates of rows, up to the current step (exact mode; nothing to do in lazy mode).
+        """Apply the deferred updates of rows, up to the current step.
 
         Args:
             rows: None for all rows.
         """
-        if self.mode == "lazy":
-            return
         rows = torch.arange(len(self.parameters)) if rows is None else rows.cpu()
         rows = rows[rows >= 0]
         until = (self.visited[rows] + self.horizon).clamp(max=self._steps)
@@ -102,19 +91,13 @@ class RowAdam:
 
     @torch.no_grad()
     def step(
-        self,
-        rows: Tensor,
-        gradient: Tensor,
-        lr: float | Tensor,
-        *,
-        scale: float = 1.0,
-        apply: Tensor | None = None,
+        self, rows: Tensor, gradient: Tensor, lr: float | Tensor, *, scale: float = 1.0, apply: Tensor | None = None
     ) -> None:
         """One Adam step of the whole tensor, of which only some rows have a gradient.
 
         Args:
-            rows: in exact mode they must have been caught up since the last step: their gradient was taken where they
-                stand now. What the gradient is of padding doesn't matter.
+            rows: caught up since the last step, as their gradient was taken where they stand now. What the gradient is
+                of padding doesn't matter.
             gradient: [S, ...], of the loss times 1 / scale.
             lr: learning rate of this step, a number or 0-d.
             scale: factor of the gradient.
@@ -132,13 +115,9 @@ class RowAdam:
             self.reserve(max(1024, 2 * self._steps))
         self._rates[self._steps] = rate
         self._steps += 1
-        if self.mode == "exact":
-            steps = torch.full_like(rows, self._steps)
-            # Steps beyond the horizon updated nothing, but the moments decayed in them.
-            decayed = torch.where(self.visited[rows] > 0, self._steps - self.updated[rows], 1)
-        else:
-            steps = self.updated[rows] + 1
-            decayed = torch.ones_like(rows)
+        steps = torch.full_like(rows, self._steps)
+        # Steps beyond the horizon updated nothing, but the moments decayed in them.
+        decayed = torch.where(self.visited[rows] > 0, self._steps - self.updated[rows], 1)
         size, root = self._factors(steps, torch.full(rows.shape, rate, dtype=torch.float64))
         self._update(rows, size[None], root[None], decayed, gradient)
         self.updated[rows] = steps

@@ -29,7 +29,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "count size slots capacity horizon".split()),
         *((name, ctypes.c_double) for name in "lr_value log1 log2".split()),
         *((name, ctypes.c_float) for name in "eps scale new1 new2".split()),
-        *((name, ctypes.c_int) for name in "parts lazy settle".split()),
+        *((name, ctypes.c_int) for name in "parts settle".split()),
     ]
 
 
@@ -97,14 +97,8 @@ class CudaRowAdam(RowAdam):
         ValueError: with the sentence of `unsupported`.
     """
 
-    def __init__(
-        self,
-        parameters: Tensor,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        mode: Literal["exact", "lazy"] = "exact",
-    ) -> None:
-        super().__init__(parameters, betas, eps, mode)
+    def __init__(self, parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(parameters, betas, eps)
         why = unsupported(parameters, betas)
         if why is not None:
             raise ValueError(f"optimizer of the planes: {why}")
@@ -132,8 +126,7 @@ class CudaRowAdam(RowAdam):
             eps=eps,
             new1=1 - betas[0],
             new2=1 - betas[1],
-            parts=most_parts(betas, self.horizon) if mode == "exact" else 1,
-            lazy=mode == "lazy",
+            parts=most_parts(betas, self.horizon),
         )
 
     @property
@@ -155,11 +148,10 @@ class CudaRowAdam(RowAdam):
     def catch_up(self, rows: Tensor | None = None) -> None:
         """See :meth:`RowAdam.catch_up`."""
         self._visit = None
-        if self.mode == "exact":
-            with torch.cuda.device_of(self.parameters):
-                plan = self._find(rows, settle=True)
-                self._params.copies = None
-                self._launch("catch_up", plan.slots)
+        with torch.cuda.device_of(self.parameters):
+            plan = self._find(rows, settle=True)
+            self._params.copies = None
+            self._launch("catch_up", plan.slots)
 
     @torch.no_grad()
     def visit(self, rows: Tensor) -> Tensor:
@@ -173,13 +165,7 @@ class CudaRowAdam(RowAdam):
 
     @torch.no_grad()
     def step(
-        self,
-        rows: Tensor,
-        gradient: Tensor,
-        lr: float | Tensor,
-        *,
-        scale: float = 1.0,
-        apply: Tensor | None = None,
+        self, rows: Tensor, gradient: Tensor, lr: float | Tensor, *, scale: float = 1.0, apply: Tensor | None = None
     ) -> None:
         """See :meth:`RowAdam.step`. Raises RuntimeError where a graph is captured and nothing was reserved."""
         wanted = [len(rows), *self.parameters.shape[1:]]
@@ -265,17 +251,11 @@ class CudaRowAdam(RowAdam):
         self._at_most = len(rates)
 
 
-def make_row_adam(
-    parameters: Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    mode: Literal["exact", "lazy"] = "exact",
-    backend: Literal["auto", "cuda", "torch"] = "auto",
-) -> RowAdam:
+def make_row_adam(parameters: Tensor, backend: Literal["auto", "cuda", "torch"] = "auto") -> RowAdam:
     """The optimizer of rows: `CudaRowAdam` where it can do it (``auto``), or the one that is asked for.
 
-    Raises ValueError where ``cuda`` is asked for and can't do it, and where `RowAdam` does.
+    Raises ValueError where ``cuda`` is asked for and can't do it.
     """
-    if backend == "torch" or (backend == "auto" and unsupported(parameters, betas) is not None):
-        return RowAdam(parameters, betas, eps, mode)
-    return CudaRowAdam(parameters, betas, eps, mode)
+    if backend == "torch" or (backend == "auto" and unsupported(parameters) is not None):
+        return RowAdam(parameters)
+    return CudaRowAdam(parameters)

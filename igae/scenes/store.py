@@ -65,12 +65,10 @@ class SceneStore:
         rows, index = torch.unique(self._rows_of(scenes.tolist()), return_inverse=True)
         return rows, index
 
-    def start_optimizer(
-        self, mode: Literal["exact", "lazy"] = "exact", backend: Literal["auto", "cuda", "torch"] = "auto"
-    ) -> None:
+    def start_optimizer(self, backend: Literal["auto", "cuda", "torch"] = "auto") -> None:
         """Drop the optimizer state, if there is some, and start with moments of zero; see `make_row_adam`."""
         self._adam = None  # first: moments are as large as the rows
-        self._adam = make_row_adam(self.rows, mode=mode, backend=backend)
+        self._adam = make_row_adam(self.rows, backend=backend)
 
     @property
     def can_be_captured(self) -> bool:

@@ -13,6 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,8 +42,9 @@ MAX_HEADER = 100_000_000  # the library's own limit
 Indices = Sequence[int] | NDArray[np.int64]
 
 
-class Stamp(NamedTuple):
-    """What a file is recognized by: its size, and the CRC-32 of all of it but the tensors with sums of their own."""
+@dataclass(frozen=True)
+class Stamp:
+    """What a file is recognized by: its size and its CRC-32, but for tensors with sums of their own."""
 
     bytes: int
     crc32: int
@@ -165,13 +167,6 @@ class TensorFile:
     def row_names(self) -> list[str]:
         """Names of the tensors with checksums for rows."""
         return [name for name in self.entries if self._has_sums(name)]
-
-    def rows(self, name: str, index: Indices) -> Tensor:
-        """Rows of a tensor [N, ...], in the order asked: [len(index), ...]."""
-        entry = self.entries[name]
-        out = torch.empty((len(index), *entry.shape[1:]), dtype=entry.dtype)
-        self.rows_into(name, index, out, np.arange(len(index)))
-        return out
 
     def rows_into(self, name: str, index: Indices, out: Tensor, places: NDArray[np.int64]) -> None:
         """Write rows of a tensor into rows of another, which must be contiguous: ``out[places] = tensor[index]``."""

@@ -144,8 +144,5 @@ class Meter:
     def _memory(self) -> dict[str, float]:
         if self._device.type != "cuda":
             return {}
-        allocated, reserved = (
-            torch.cuda.max_memory_allocated(self._device),
-            torch.cuda.max_memory_reserved(self._device),
-        )
-        return {"gpu_memory/allocated": allocated / GIB, "gpu_memory/reserved": reserved / GIB}
+        measured = {"allocated": torch.cuda.max_memory_allocated, "reserved": torch.cuda.max_memory_reserved}
+        return {f"gpu_memory/{name}": measure(self._device) / GIB for name, measure in measured.items()}

@@ -37,3 +37,13 @@ def check_memory(needed: int, device: torch.device, instead: str = "train fewer 
             f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
             f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or {instead}"
         )
+
+
+def check_latents(needed: int, device: torch.device, name: StageName, variants: int) -> None:
+    """Refuse cached latents of a stage, ``needed`` bytes, that the GPU has no room for."""
+    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+        what = f"train.{name}.augment.variants (now {variants})" if variants > 1 else "the number of scenes"
+        raise ValueError(
+            f"the cached latents of {name} need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
+            f"lower {what}, or train on more GPUs"
+        )

@@ -111,6 +111,7 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     RENAMED = {"run_ahead": "async_steps"}
+    REMOVED = {"plane_optimizer": "exact"}
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
@@ -130,8 +131,6 @@ class TrainConfig(Section):
     Faster together with compile, slower without."""
     warmup: StageConfig
     joint: StageConfig
-    plane_optimizer: Literal["exact", "lazy"] = "exact"
-    """`exact`: planes move as under a dense Adam, also between visits; `lazy`: only when visited."""
     scale_learning_rates: bool = False
     """Multiply the learning rates of what the ranks share (autoencoder, MLP) by their number; those of planes never."""
     timeout: int = Field(default=600, ge=10)

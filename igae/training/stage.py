@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage of training: its data, its optimizers, its steps."""
 
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor
 
 from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
-from igae.models import IGAE, NUMBERS, Views, augment, coverage_bounds, to_signed
+from igae.models import IGAE
 from igae.ranks import derive_seed
 from igae.scenes import SceneStore
+from igae.training.encoding import encode_views
 from igae.training.meter import Meter, Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageConfig, StageName
 from igae.training.step import CapturedStep, StepInputs, TrainingStep
 
-ENCODE_BATCH = 64
 BACKGROUND_EVERY = 50
 """Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time."""
 
@@ -82,44 +81,8 @@ class Stage:
         return streams
 
     def encode_views(self) -> LatentCache:
-        """Latents of the training views that this rank owns; those of a view are the same in each run on any rank."""
-        recipe, model, device = self.recipe, self.model, self.engine.device
-
-        config, fill = self.config, self._background
-        wants_masks, variants = config.weights.opacity > 0, config.augment.variants if config.augment.is_on else 1
-
-        @torch.no_grad()
-        def encode(batch: ViewBatch, variant: int) -> dict[str, Tensor]:
-            count, noise = len(batch.scene), torch.empty(len(batch.scene), *model.latent_shape)
-            numbers, generator = torch.empty(count, NUMBERS), torch.Generator()
-            for i, (scene, view) in enumerate(zip(batch.scene.tolist(), batch.view.tolist(), strict=True)):
-                generator.manual_seed(derive_seed(recipe.seed, "encode", scene, view, *([variant] * (variant > 0))))
-                noise[i].normal_(generator=generator)
-                numbers[i].uniform_(generator=generator)
-            whole = batch.to(device)
-            views = Views(
-                whole.scene,
-                whole.cam2world,
-                whole.intrinsics,
-                whole.images,
-                masks=whole.masks if wants_masks else None,
-                has_alpha=whole.has_alpha,
-            )
-            if config.augment.is_on:
-                views = augment(views, config.augment, fill, numbers.to(device))
-            assert views.images is not None
-            with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
-                posterior = model.autoencoder.posterior(to_signed(views.images))
-            sampled = recipe.autoencoder.latents == "sample"
-            latents = posterior.sample(noise.to(device)) if sampled else posterior.mean
-            kept = {"latents": latents, "cam2world": views.cam2world, "intrinsics": views.intrinsics}
-            if views.masks is not None:
-                size = [recipe.render.patch * side for side in model.latent_shape[1:]]
-                kept["coverage"] = coverage_bounds(views.masks, whole.has_alpha, size).half()
-            return kept
-
-        with closing(self.data.open_views(ENCODE_BATCH, repeat=False)) as views:
-            return LatentCache(views, encode, variants)
+        """What the steps train on instead of images."""
+        return encode_views(self.recipe, self.name, self.model, self.data, self._background)
 
     def _prepare_optimizers(self, state: StageState) -> None:
         rates, model, train = self.config.learning_rates, self.model, self.recipe.train
@@ -132,7 +95,7 @@ class Stage:
         ]
         self.engine.prepare(model, [(name, params) for name, params, rate in groups if params and rate > 0])
         self.engine.load_optimizer_state(state.optimizer)
-        self.store.start_optimizer(train.plane_optimizer, train.kernels)
+        self.store.start_optimizer(train.kernels)
         self.store.load_state_dict(state.scenes)
 
     def _make_step(self) -> TrainingStep | CapturedStep:

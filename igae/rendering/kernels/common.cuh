@@ -2,7 +2,7 @@
 // What both kernels share: arguments, warp primitives, activations, tensor-core products, the decoding MLP's weights.
 //
 // The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, SIDE (a pixel is the mean of
-// SIDE x SIDE rays, which have successive indices), and the switches EG3D, PRODUCT, DISPARITY, BF16 (planes), FP32 (products
+// SIDE x SIDE rays, which have successive indices), and the switches EG3D, PRODUCT, DISPARITY, FP32 (products
 // of float32 numbers, else of float16), DETERMINISTIC, DISTORTION (a fourth image). No CUDA header is included: NVRTC has none.
 //
 // One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:

@@ -261,18 +261,8 @@ DEV Places importance_depths(const Params &p, int index, const float *t, float *
 
 // --- the planes ---
 
-// Four features of a texel.
-DEV float4 read_texel(const void *at) {
-#if BF16
-  uint2 v = __ldg((const uint2 *)at);
-  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
-          __uint_as_float(v.y & 0xffff0000u)};
-#else
-  return __ldg((const float4 *)at);
-#endif
-}
-
-DEV const void *advance(const void *base, long long elements) { return (const char *)base + elements * (BF16 ? 2 : 4); }
+// In bytes: compilers make another code of sums of float pointers, with other registers.
+DEV const void *advance(const void *base, long long elements) { return (const char *)base + elements * 4; }
 
 // A sample's cells: where, in elements, the lower corner of its 2 x 2 texels begins in each plane; and its weights, which
 // are zero outside, along x, y, z: a corner is moved into the plane (of at least 2 x 2 texels), and its weights with it.
@@ -340,7 +330,7 @@ DEV void gather(const Params &p, const void *base, const Cells *cells, float (&f
 #pragma unroll
             for (int tap = 0; tap < 4; ++tap) {
               float w = weight[row_axis(plane)][tap >> 1] * weight[column_axis(plane)][tap & 1];
-              float4 v = read_texel(advance(rows[tap >> 1], (tap & 1) * C + 32 * i));
+              float4 v = __ldg((const float4 *)advance(rows[tap >> 1], (tap & 1) * C + 32 * i));
               part[i][0] = fmaf(w, v.x, part[i][0]);
               part[i][1] = fmaf(w, v.y, part[i][1]);
               part[i][2] = fmaf(w, v.z, part[i][2]);

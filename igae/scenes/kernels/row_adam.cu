@@ -43,7 +43,7 @@ struct Params {
   i64 count, size, slots, capacity, horizon;
   double lr_value, log1, log2;   // logarithms of the decays of the moments
   float eps, scale, new1, new2;  // 1 - decays
-  int parts, lazy, settle;       // settle: what `plan` finds will be written
+  int parts, settle;             // settle: what `plan` finds will be written
 };
 
 DEV Record *record_of(const Params &a, i64 slot) { return a.records + slot * (2 + a.parts); }
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(32) plan(const Params a) {
   Record *record = record_of(a, slot);
   int lane = threadIdx.x, parts = 0;
   i64 done = row >= 0 ? a.updated[row] : 0;
-  if (row >= 0 && !a.lazy && a.visited[row] > 0) {
+  if (row >= 0 && a.visited[row] > 0) {
     i64 until = min(a.visited[row] + a.horizon, *a.steps);
     if (done < until) {
       Steps steps;
@@ -223,9 +223,10 @@ extern "C" __global__ void __launch_bounds__(1024) begin(const Params a) {
     Record *record = record_of(a, slot);
     record->head.row = wanted ? row : -1;
     if (row < 0 || !wanted) continue;
-    i64 updated = record->head.done, step = a.lazy ? updated + 1 : now;
+    i64 updated = record->head.done, step = now;
+    asm("" : "+l"(step));  // else what it is used for is kept through the loop, in more registers than there are
     // Steps beyond the horizon updated nothing, but the moments decayed in them.
-    i64 decayed = a.lazy || a.visited[row] == 0 ? 1 : now - updated;
+    i64 decayed = a.visited[row] == 0 ? 1 : now - updated;
     record[1 + record->head.parts].part = {float(lr / (1 - exp(a.log1 * step))), 0, 0, float(exp(a.log1 * decayed)),
                       float(rsqrt(1 - exp(a.log2 * step))), 0, 0, float(exp(a.log2 * decayed))};
     a.updated[row] = step;

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of all views, encoded once: what a stage whose autoencoder is frozen trains on."""
+
+import functools
+import logging
+import math
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from igae.data import LatentCache, ViewBatch
+from igae.models import IGAE, NUMBERS, Views, augment, coverage_bounds, to_signed
+from igae.ranks import derive_seed
+from igae.training.preflight import check_latents
+from igae.training.rank_data import RankData
+from igae.training.recipe import Recipe, StageName
+
+BATCH = 64
+log = logging.getLogger("igae")
+log_once = functools.cache(log.info)  # waves of a fit are alike
+
+
+class ViewEncoder:
+    """Encodes batches of views, each as a number of variants; the same for a view in each run on any rank.
+
+    Attributes:
+        variants: of each view; 1 where views don't move.
+        seen, cut: views so far, and those of them whose objects reach the border.
+    """
+
+    def __init__(self, recipe: Recipe, name: StageName, model: IGAE, background: Tensor) -> None:
+        self.recipe, self.config, self.model, self.background = recipe, recipe.train.stages[name], model, background
+        self.variants = self.config.augment.variants if self.config.augment.is_on else 1
+        self.wants_masks = self.config.weights.opacity > 0
+        self.size = [recipe.render.patch * side for side in model.latent_shape[1:]]
+        self.seen = self.cut = 0
+
+    @property
+    def bytes_of_a_view(self) -> int:
+        """Of what is kept: float32 latents and cameras, uint8 coverage."""
+        coverage = 2 * math.prod(self.size) if self.wants_masks else 0
+        return self.variants * (4 * (math.prod(self.model.latent_shape) + 25) + coverage)
+
+    @torch.no_grad()
+    def __call__(self, batch: ViewBatch, variant: int) -> dict[str, Tensor]:
+        """Latents of a variant of views, its cameras, and coverage where opacity is trained."""
+        recipe, model, device = self.recipe, self.model, self.background.device
+        noise, numbers = torch.empty(len(batch.scene), *model.latent_shape), torch.empty(len(batch.scene), NUMBERS)
+        generator = torch.Generator()
+        for i, (scene, view) in enumerate(zip(batch.scene.tolist(), batch.view.tolist(), strict=True)):
+            generator.manual_seed(derive_seed(recipe.seed, "encode", scene, view, *([variant] * (variant > 0))))
+            noise[i].normal_(generator=generator)
+            numbers[i].uniform_(generator=generator)
+        if variant == 0:
+            edges = batch.masks[:, :: batch.masks.shape[1] - 1].amax((1, 2)), batch.masks[..., [0, -1]].amax((1, 2))
+            self.seen, self.cut = self.seen + len(noise), self.cut + int(torch.maximum(*edges).count_nonzero())
+        here = batch.to(device)
+        masks = here.masks if self.wants_masks else None
+        views = Views(here.scene, here.cam2world, here.intrinsics, here.images, None, masks, here.has_alpha)
+        if self.config.augment.is_on:
+            views = augment(views, self.config.augment, self.background, numbers.to(device))
+        assert views.images is not None
+        with torch.autocast(device.type, torch.bfloat16, enabled=model.bf16):
+            posterior = model.autoencoder.posterior(to_signed(views.images))
+        latents = posterior.sample(noise.to(device)) if recipe.autoencoder.latents == "sample" else posterior.mean
+        kept = {"latents": latents, "cam2world": views.cam2world, "intrinsics": views.intrinsics}
+        if views.masks is not None:
+            coverage = coverage_bounds(views.masks, here.has_alpha, self.size)
+            kept["coverage"] = (255 * coverage).round().to(torch.uint8)
+        return kept
+
+
+def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, background: Tensor) -> LatentCache:
+    """Latents of the training views that this rank owns.
+
+    Args:
+        background: uint8 [3], of the views.
+
+    Raises:
+        ValueError: the GPU has no room for them.
+    """
+    encode = ViewEncoder(recipe, name, model, background)
+    needed = encode.bytes_of_a_view * sum(scene.views for scene in data.owned)
+    check_latents(needed, background.device, name, encode.variants)
+    with closing(data.open_views(BATCH, repeat=False)) as views:
+        cache = LatentCache(views, encode, encode.variants)
+    log_once(f"{name}: {len(cache)} views, {cache.variants} cached latents of each, {needed / 2**30:.2f} GiB")
+    if encode.config.augment.is_on and encode.cut > 0.1 * encode.seen:
+        log.warning(
+            "%.0f %% of the views show something at their border, and train.%s.augment fills what comes in from beyond "
+            "it with the background: set shift and rotate to 0, or data.background to that of the views",
+            100 * encode.cut / encode.seen,
+            name,
+        )
+    return cache
