@@ -300,56 +300,6 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        ["train.joint.alternate=true"],
-        ["train.precision=bf16", "train.channels_last=true"],
-        ["train.joint.weights.depth_tv=0.01", "autoencoder.latents=mean", "autoencoder.scale=0.5"],
-        [
-            "train.joint.learning_rates={decoder: 1.0e-4}",
-            "train.joint.schedule=multistep",
-            "train.joint.milestones=[1]",
-        ],
-        ["render.axes=eg3d", "render.reduce=product", "render.near=0.7", "render.far=1.9", "data.workers=0"],
-        [
-            "autoencoder={create: {_class_name: AutoencoderTiny, encoder_block_out_channels: [8, 8], "
-            "decoder_block_out_channels: [8, 8], num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}, scale: auto}"
-        ],
-        ["autoencoder={path: identity}", "render.patch=1", "train.joint.epochs=0"],
-        runs.PLAIN,
-        ["render.rays_per_pixel=2", "train.joint.augment={zoom: 2.0}", "train.warmup.augment={rotate: 180}"],
-        [
-            "train.warmup.epochs=0",
-            "train.joint.batch_size=0",
-            "train.joint.weights={latent: 0, natural_ae: 1}",
-            "train.joint.learning_rates={encoder: 1.0e-4, decoder: 1.0e-4}",
-        ],
-    ],
-    ids=[
-        "alternate",
-        "bf16",
-        "depth",
-        "decoder-only",
-        "render",
-        "tiny",
-        "rgb",
-        "plain",
-        "areas",
-        "natural_images-only",
-    ],
-)
-def test_options_train(recipe_file: str, overrides: list[str]) -> None:
-    short = [f"train.{s}.epochs=0.5" for s in ("warmup", "joint") if not any(f"{s}.epochs" in o for o in overrides)]
-    recipe = config.load(Recipe, recipe_file, [*short, *overrides])
-    trainer = Trainer(recipe)
-    before = trainer.store.rows.clone()
-    figures = trainer.run()
-    assert figures and all(value == value for value in figures.values())
-    assert trainer.progress.finished and trainer.progress.skipped == 0
-    assert torch.equal(before, trainer.store.rows) == ("train.joint.batch_size=0" in overrides)
-
-
-@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["train.joint.batchsize=3"], "did you mean train.joint.batch_size"),
