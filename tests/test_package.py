@@ -33,7 +33,7 @@ MODULES = FLOORS[0]
 # `python -m igae.NAME` of version 0.1: each hands on to a command.
 FRONTS = {"export/__main__.py"}
 
-# Of Python in igae/: it may only fall. 10,500 would be right.
+# Of Python in igae/: only a feature may raise it. 10,500 would be right.
 MOST_LINES = 14_735
 # Longer than 60 lines or with more than 8 parameters, and why.
 EXCEPTIONS: dict[str, str] = {"rendering/api.py:render": "what is rendered, and how: nothing would share an object"}
