@@ -231,6 +231,12 @@ def test_latents_from_a_cache_replace_the_encoder(model: IGAE, monkeypatch: pyte
     found = model(rows, views(latents=latents), None, wanted, False, SEED)
     assert found.keys() == expected.keys()
     assert all(found[name] == expected[name] for name in found)
+    # And bounds of their coverage, in steps of 1/255, replace their masks.
+    expected = model(rows, given, None, weights(opacity=1.0), False, SEED)
+    assert given.masks is not None and given.has_alpha is not None
+    coverage = coverage_bounds(given.masks, given.has_alpha, model.latent_shape[1:]).mul(255).round().to(torch.uint8)
+    found = model(rows, views(latents=latents, coverage=coverage), None, weights(opacity=1.0), False, SEED)
+    assert found["opacity"].item() == pytest.approx(expected["opacity"].item(), rel=5e-3)  # measured 1.5e-3
 
 
 @torch.no_grad()

@@ -112,5 +112,5 @@ def test_resharding(tmp_path: Path, chain: list[tuple[int, str]]) -> None:
     assert fallen > 0
     for end in ends[:-1]:
         last, first = sum(curve[end - 3 : end]) / 3, sum(curve[end : end + 3]) / 3
-        # Measured: 3 to 9 % of what the loss had fallen by then.
+        # Measured: 2 to 20 % of what the loss had fallen by then: views move, and there are masks in some alone.
         assert abs(first - last) < 0.3 * fallen, (curve, end)
