@@ -83,7 +83,7 @@ def test_samples_and_requests(packed, log, tmp_path):
         (lambda root, **more: open_images(root, manifest, **arguments, **more), "images"),
     ):
         plain, kept = make(root), make(f"far://{root}", cache=folder)
-        for _ in range(3 * plain.samples // 4):
+        for _ in range(3 * plain.plan.samples // 4):
             one, other = next(plain), next(kept)
             if name == "scenes":
                 one, other = one.images, other.images

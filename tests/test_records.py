@@ -124,7 +124,8 @@ def test_a_captured_step_records_the_same(recipe_file: str) -> None:
         assert a.keys() == b.keys() and {"grad_norm/mlp", "grad_norm/planes"} <= a.keys()
         for name in a:
             if name.startswith(("loss/", "grad_norm/")):
-                assert a[name] == b[name]
+                # Rows are padded to the batch there, so planes_tv has one more addend, 0: measured 9e-8.
+                assert a[name] == pytest.approx(b[name], rel=1e-6), name
         assert b["views_per_second"] > 0 and not any(name.startswith("gpu_memory") for name in a)
 
 

@@ -68,6 +68,7 @@ def bytes_of_steps(folder: str, strategy: str) -> tuple[dict[int, int], int, int
         engine.finish()
     before = bytes_sent()
     dist.all_reduce(torch.ones(250_000))
+    channel.gather(None)  # the other rank has received what this one has sent
     counted = bytes_sent() - before
     channel.gather(None)
     engine.close()
