@@ -2,6 +2,7 @@
 """Settings of all tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,6 +38,22 @@ def viewed(tmp_path_factory: pytest.TempPathFactory) -> "Made":
     found = make(tmp_path_factory.mktemp("view"))
     AcceleratorState._reset_state(reset_partial_state=True)
     return found
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the shards that small runs train on."""
+    import runs
+
+    return runs.packed_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, shards: str) -> str:
+    """The recipe of small runs, whose outputs are the test's own."""
+    import runs
+
+    return str(runs.recipe_file(tmp_path, shards))
 
 
 @pytest.fixture

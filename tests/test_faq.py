@@ -64,11 +64,6 @@ def test_other_quoted_messages_are_in_the_source() -> None:
         assert inside, f"no text of the source is like: {quote}"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
 Call = Callable[[Path, str, pytest.MonkeyPatch], object]
 
 

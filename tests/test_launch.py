@@ -20,11 +20,6 @@ FILES = ROOT / "launch" / "accelerate"
 SHORT = ["train.warmup.epochs=1", "train.joint.epochs=1"]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, shards: str) -> str:
     return str(runs.recipe_file(tmp_path, shards))

@@ -213,11 +213,6 @@ def test_losses_are_those_of_the_planes_that_rows_stand_for(name: str) -> None:
 # --- In training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
 def recipe(folder: Path, shards: str, name: str, *overrides: str) -> Recipe:
     planes = {"resolution": 8, "features": 8, **VARIANTS[name]}
     rates = [f"train.{stage}.learning_rates.base_planes=1e-2" for stage in ("warmup", "joint")]

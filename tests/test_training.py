@@ -31,16 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_run_a_process")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, shards: str) -> str:
-    return str(runs.recipe_file(tmp_path, shards))
-
-
 def _run(recipe_file: str, *arguments: str) -> int:
     return train.main(["--config", recipe_file, *arguments])
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small runs with other settings than the recipe's train."""
 
-from pathlib import Path
-
 import pytest
 import runs
 import torch
@@ -11,16 +9,6 @@ from igae import config
 from igae.training import Recipe, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return runs.packed_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, shards: str) -> str:
-    return str(runs.recipe_file(tmp_path, shards))
 
 
 @pytest.mark.parametrize(
