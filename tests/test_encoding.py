@@ -53,6 +53,9 @@ def test_objects_at_the_border_are_warned_of(made: tuple[Path, str], caplog: pyt
             len(warnings) == 1 and "something at their border" in warnings[0] and "set shift and rotate" in warnings[0]
         )
         caplog.clear()
+        encode(made[1], *runs.NOT_AUGMENTED)  # masks take all of them for objects
+        assert [r.levelno for r in caplog.records if "something at their border" in r.message] == [logging.WARNING]
+        caplog.clear()
         encode(made[1], *runs.PLAIN)  # nothing moves, nothing comes in
         assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 

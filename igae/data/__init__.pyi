@@ -8,6 +8,7 @@ from .config import DataConfig as DataConfig
 from .config import PackOptions as PackOptions
 from .decoding import ViewBatch as ViewBatch
 from .decoding import decode_image as decode_image
+from .decoding import pixel_of as pixel_of
 from .decoding import to_device as to_device
 from .latents import LatentCache as LatentCache
 from .latents import LatentLoader as LatentLoader

@@ -52,6 +52,11 @@ class ViewBatch:
 B = TypeVar("B", ViewBatch, Tensor)
 
 
+def pixel_of(color: Sequence[float]) -> np.ndarray:
+    """An RGB color in [0, 1] as the uint8 [3] of a pixel."""
+    return np.asarray([round(255 * channel) for channel in color], dtype=np.uint8)
+
+
 def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Decodes an image file to uint8 [H, W, 3] and its alpha, uint8 [H, W], or None; transparent pixels show
     `background`, uint8 [3].
@@ -85,7 +90,7 @@ class Decoder(Dataset[B], Generic[B]):
         self, root: str, size: tuple[int, int], background: Sequence[float], ids: dict[str, int] | None
     ) -> None:
         self._root, self._size, self._ids = root, size, ids
-        self._background = np.asarray([round(255 * channel) for channel in background], dtype=np.uint8)
+        self._background = pixel_of(background)
 
     def __getitems__(self, samples: list[RawSample]) -> B | ShardError:
         height, width = self._size

@@ -253,8 +253,9 @@ class IGAE(nn.Module):
         planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
         if base_loss is not None:
             losses["base_orthogonality"] = base_loss
-        wanted = planes, views, seed, self.background, weights.distortion > 0
-        rendered, depth, opacity, distortion = self.render_planes(*wanted)
+        rendered, depth, opacity, distortion = self.render_planes(
+            planes, views, seed, self.background, weights.distortion > 0
+        )
         if weights.latent > 0:
             assert latents is not None
             losses["latent"] = F.mse_loss(rendered, self.autoencoder.normalize(latents))

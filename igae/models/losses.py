@@ -85,5 +85,5 @@ def _spread(reached: Tensor, free: Tensor, dim: int) -> Tensor:
 def opacity_loss(opacity: Tensor, coverage: Tensor) -> Tensor:
     """Mean squared distance of opacities [B, h, w] to the bounds [B, 2, h, w] of their coverage (a scalar); bounds may
     be uint8, in units of 1/255."""
-    least, most = (coverage if coverage.dtype == opacity.dtype else coverage / 255).unbind(1)
+    least, most = (coverage / 255 if coverage.dtype == torch.uint8 else coverage).unbind(1)
     return ((least - opacity).clamp(min=0) + (opacity - most).clamp(min=0)).square().mean()

@@ -86,10 +86,10 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
     with closing(data.open_views(BATCH, repeat=False)) as views:
         cache = LatentCache(views, encode, encode.variants)
     log_once(f"{name}: {len(cache)} views, {cache.variants} cached latents of each, {needed / 2**30:.2f} GiB")
-    if encode.config.augment.is_on and encode.cut > 0.1 * encode.seen:
+    if (encode.config.augment.is_on or encode.wants_masks) and encode.cut > 0.1 * encode.seen:
         log.warning(
-            "%.0f %% of the views show something at their border, and train.%s.augment fills what comes in from beyond "
-            "it with the background: set shift and rotate to 0, or data.background to that of the views",
+            "%.0f %% of the views show something at their border: if it is the background, set data.background to its "
+            "color; if it is an object, set shift and rotate of train.%s.augment to 0: background is what they fill in",
             100 * encode.cut / encode.seen,
             name,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch
+from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch, pixel_of
 from igae.models import IGAE
 from igae.ranks import derive_seed
 from igae.scenes import SceneStore
@@ -59,7 +59,7 @@ class Stage:
         self.steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         self.refresh_every = BACKGROUND_EVERY if self.config.learning_rates.encoder > 0 else 0
         self.consumed = {"views": 0, "natural_images": 0} | state.consumed
-        self._background = ((model.plain[0, :, 0, 0] + 1) * 127.5).round().to(torch.uint8)
+        self._background = torch.from_numpy(pixel_of(recipe.data.background)).to(engine.device)
         # Before the engine takes the model apart: cached latents are encoded with it.
         self.cache = self.encode_views() if self.config.uses_cached_latents else None
         self.streams = self._open_streams()
