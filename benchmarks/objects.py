@@ -17,7 +17,8 @@ planes together (stage 1); the others are fitted to that, with all of it frozen,
 
 Each variant is some runs of train.py, whose commands are printed and which are in FOLDER/runs. Finished runs are not
 made again and one that was stopped goes on, so several calls, each with some variants, make one table: it has all that
-is finished with these settings. Stage 1 is short (STAGE1); --stage1, --fit and key=value (all runs) set anything else.
+is finished with these settings. Stage 1 is igae_improved.yaml, shortened (STAGE1); fits are fit.yaml. --stage1, --fit
+and key=value (all runs) set anything else.
 """
 
 import argparse
@@ -45,13 +46,10 @@ from igae.scenes import PlanesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "macro", "light", "micro", "rgb")
-JOINT_SHARE = 0.1  # of a fit's epochs on latents: those that align decoded renders (fit.yaml: 4 and 40)
-# As many steps as the experiments with the published recipe's successor have had on this many views.
-STAGE1 = [
-    *("train.warmup.epochs=12", "train.warmup.batch_size=32", "train.warmup.schedule=cosine"),
-    *("train.joint.epochs=3", "train.joint.batch_size=12", "train.joint.schedule=cosine", "train.joint.milestones=[]"),
-    "train.joint.learning_rates.mlp=1.0e-3",
-]
+JOINT_SHARE = 0.6  # of a fit's epochs on latents: those that align decoded renders (fit.yaml: 12 and 20)
+# Weights of LPIPS are a download.
+STAGE1 = ["train.warmup.epochs=15", "train.joint.epochs=15", "train.joint.weights.natural_lpips=0"]
+NO_NATURAL_IMAGES = [f"train.joint.{key}=0" for key in ("natural_images", "weights.natural_ae", "weights.natural_tv")]
 QUIET = ["evaluation.scenes=null", "evaluation.natural_images=0", "evaluation.orbits=0", "evaluation.pictures=0"]
 
 
@@ -120,11 +118,12 @@ def jobs_of(variant: str, arguments: argparse.Namespace, shards: str, manifest: 
     planes = planes_of(variant, arguments.resolution, arguments.base_planes, arguments.micro)
     autoencoder = {"path": str(arguments.autoencoder), "scale": arguments.scale}
     settings = [f"autoencoder={json.dumps(autoencoder)}", f"planes={json.dumps(planes)}", *STAGE1]
-    if "base_planes" not in planes:
-        settings += [f"train.{stage}.learning_rates.base_planes=0" for stage in ("warmup", "joint")]
+    settings += [] if manifest.images else NO_NATURAL_IMAGES
+    if "base_planes" in planes:
+        settings += [f"train.{stage}.learning_rates.base_planes=1.0e-2" for stage in ("warmup", "joint")]
     model = Job(
         f"stage1-{variant}",
-        "fused_planes_stage1.yaml",
+        "igae_improved.yaml",
         (*common(first), *settings, *arguments.stage1, *arguments.overrides),
         "joint",
     )
@@ -281,13 +280,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", default="auto", help="of its normalizer (default: auto)")
     parser.add_argument("--output", type=Path, required=True, help="folder of shards, runs and logs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--lengths", nargs="+", type=float, default=[40.0], help="epochs of fits on latents")
+    parser.add_argument("--lengths", nargs="+", type=float, default=[20.0], help="epochs of fits on latents")
     parser.add_argument("--scenes", type=int, help="take only the first so many scenes")
     parser.add_argument("--learn", type=int, help="scenes of stage 1 (default: half of all)")
     parser.add_argument("--resize", type=int, help="pixels that images are brought to when they are packed")
     parser.add_argument("--base-planes", type=int, default=16)
     parser.add_argument("--micro", type=int, default=10, help="of 32 features, a scene's own (default: 10)")
-    parser.add_argument("--resolution", type=int, default=16, help="of latent planes (default: 16)")
+    parser.add_argument("--resolution", type=int, default=48, help="of latent planes (default: 48)")
     parser.add_argument("--rgb-resolution", type=int, default=64, help="of RGB planes (default: 64)")
     parser.add_argument("--parallel", type=int, default=1, help="variants at once on the GPU; changes their times")
     parser.add_argument("--stage1", nargs="+", default=[], metavar="key=value", help="settings of stage 1 alone")

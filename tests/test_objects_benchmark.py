@@ -83,8 +83,8 @@ def test_runs_are_recipes_of_disjoint_scenes_and_equal_views(tmp_path: Path) -> 
             assert all(fit.fits_in_waves and fit.fit.wave == 7 and fit.seed == 0 for fit in fits)
             assert [fit.model for fit in fits] == [str(Path(first.outputs) / first.experiment)] * 2
         seen |= {round(fit.train.warmup.epochs + fit.train.joint.epochs, 6) for fit in fits}
-    assert seen == {11.0, 22.0}
-    side = 3 * 16 * 16
+    assert seen == {16.0, 32.0}
+    side = 3 * 48 * 48
     assert rows == {
         "plain": side * 32,
         "macro": side * 8 + 5 + 1,
@@ -133,9 +133,9 @@ def test_the_table_has_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFi
         (variant, epochs, value) for variant in psnr for epochs, value in zip((10, 20), psnr[variant], strict=True)
     ]
     assert all(row["seconds_per_object"] == pytest.approx(2.0) for row in rows)
-    assert all(row["views"] == pytest.approx(1.1 * 4 * row["epochs"]) for row in rows)
-    assert [row["bytes"] for row in rows] == [98304] * 2 + [4 * (7680 + 17)] * 2 + [4 * 393216] * 2
-    assert "macro, 20 epochs: -0.40 dB to plain, which has 3.19x its bytes a scene" in text
+    assert all(row["views"] == pytest.approx(1.6 * 4 * row["epochs"]) for row in rows)
+    assert [row["bytes"] for row in rows] == [884736] * 2 + [4 * (69120 + 17)] * 2 + [4 * 393216] * 2
+    assert "macro, 20 epochs: -0.40 dB to plain, which has 3.20x its bytes a scene" in text
     assert "macro: flat within 0.1 dB from 10 epochs on: 2.000 s an object" in text
     assert "rgb: not flat within 0.1 dB at 20 epochs" in text
     # The same name with other settings is not taken for it.
