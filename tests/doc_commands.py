@@ -172,7 +172,6 @@ TABLE: dict[str, How] = {
     "ruff *": Left("make test starts it"),
     "mypy igae": Left("make test starts it"),
     # -- what docs/experiments measured
-    "python data_tools/make_demo.py --output /tmp/demo *": MEASURES,
     "SETTINGS=*": Left("names settings (`test_keys` looks at them)"),
     "python train.py --config * $SETTINGS*": MEASURES,
     "python data_tools/pack_shards.py --scenes DEV/*": MEASURES,
