@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import typing
 from collections.abc import Sequence
 
 import yaml
@@ -62,6 +63,26 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="'NAME: [START, STOP]'",
         help="scenes of dataset_map.json to pack; may be repeated; default: all",
+    )
+    parser.add_argument("--format", choices=list(data.FORMATS), help="of the scenes; default: by content")
+    parser.add_argument(
+        "--convention",
+        choices=typing.get_args(data.Convention),
+        help="of the scenes' matrices; default: as their format has it",
+    )
+    parser.add_argument(
+        "--normalize",
+        choices=typing.get_args(data.Normalize),
+        default="auto",
+        help="move and scale cameras so that what all look at is in the box: auto (default) where the format does not "
+        "say that it is there; none: leave all cameras as they are",
+    )
+    parser.add_argument(
+        "--heldout",
+        choices=typing.get_args(data.HeldOut),
+        default="auto",
+        help="which tenth of a scene's views is held out; auto (default): what the source lists, else every tenth, the "
+        "first tenth of igae-data",
     )
     parser.add_argument("--images", help="folder of natural images (searched recursively)")
     parser.add_argument("--output", help="folder or fsspec URL that the shards and manifest.json are written to")

@@ -4,7 +4,10 @@ from .cameras import normalized_intrinsics as normalized_intrinsics
 from .cameras import opengl_to_opencv as opengl_to_opencv
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
+from .config import Convention as Convention
 from .config import DataConfig as DataConfig
+from .config import HeldOut as HeldOut
+from .config import Normalize as Normalize
 from .config import PackOptions as PackOptions
 from .decoding import ViewBatch as ViewBatch
 from .decoding import decode_image as decode_image
@@ -28,6 +31,7 @@ from .shards import RawSample as RawSample
 from .shards import ShardError as ShardError
 from .shards import ShardReader as ShardReader
 from .shards import ShardWriter as ShardWriter
+from .sources import FORMATS as FORMATS
 from .sources import find_scenes as find_scenes
 from .streams import ImageLoader as ImageLoader
 from .streams import ViewLoader as ViewLoader

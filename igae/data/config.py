@@ -10,6 +10,9 @@ from pydantic import Field, field_validator
 from igae.config import Section
 
 Verify = Literal["off", "size", "sha256"]
+Convention = Literal["opencv", "opengl", "opencv-world2cam", "opengl-world2cam"]
+Normalize = Literal["auto", "cameras", "none"]
+HeldOut = Literal["auto", "first", "every", "random", "listed"]
 
 
 class DataConfig(Section):
@@ -44,6 +47,12 @@ class PackOptions:
         scenes: folder or URL of the scenes, in one of the formats of `igae.data.sources`; None: natural images only.
         subset: folder below `scenes` that has the scenes' folders (`square128`).
         categories: category -> [start, stop) in its list in dataset_map.json; None: all scenes.
+        format: key of `igae.data.sources.FORMATS`; None: by content.
+        convention: of the scenes' matrices; None: as the format has it.
+        normalize: `cameras`: what a scene's cameras look at comes into the box; `auto`: where the format does not say
+            that it is there; `none`: cameras stay as they are, and need not look at one place.
+        heldout: views that are held out, a tenth: the `first`, `every` so many in their order, `random` ones, or those
+            that the source lists; `auto`: those that it lists, else the first of igae-data's layout, else every.
         images: folder or URL of natural images; None: scenes only.
         resize: side in pixels of the square that images of other sizes are brought to; None: image bytes are copied.
         shard_size: bytes a shard should not exceed; a scene is never split.
@@ -56,6 +65,10 @@ class PackOptions:
     scenes: str | None = None
     subset: str | None = None
     categories: Mapping[str, tuple[int, int]] | None = None
+    format: str | None = None
+    convention: Convention | None = None
+    normalize: Normalize = "auto"
+    heldout: HeldOut = "auto"
     images: str | None = None
     resize: int | None = None
     shard_size: int = 500_000_000

@@ -19,8 +19,9 @@ from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
 from igae.data.shards import ShardWriter, seeded
 from igae.data.sources import read_scene
+from igae.data.sources.heldout import split
 from igae.data.sources.images import check_image, read_files
-from igae.data.sources.scene import BadInput, RawScene, SceneRef, View
+from igae.data.sources.scene import BadInput, SceneRef, View
 from igae.errors import redact
 from igae.storage import file_system, join
 
@@ -119,36 +120,35 @@ def _write_scenes(job: Job, progress: ProgressCallback) -> JobResult:
 def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) -> JobResult:
     """Writes the shards of all these scenes; with a bad one among them they are not usable."""
     result = JobResult()
-    scenes: list[RawScene] = []
+    orders: dict[ShardKind, list[tuple[SceneRef, View]]] = {"scenes": [], "heldout": []}
     for ref in refs:
         try:
-            scenes.append(read_scene(ref))
+            views = read_scene(ref)
+            training, heldout = split(ref, views, job.options.heldout, job.options.seed)
         except BadInput as error:
             result.bad[ref.name] = str(error)
-    orders: dict[ShardKind, list[tuple[RawScene, View]]] = {
-        "scenes": [(scene, view) for scene in scenes for view in scene.views[scene.heldout :]],
-        "heldout": [(scene, view) for scene in scenes for view in scene.views[: scene.heldout]],
-    }
+            continue
+        orders["scenes"] += [(ref, view) for view in training]
+        orders["heldout"] += [(ref, view) for view in heldout]
+        distances = [math.hypot(*(row[3] for row in view.cam2world[:3])) for view in views]
+        result.distances.append((min(distances), sum(distances), max(distances)))
+        result.scenes[ref.name] = (len(training), len(heldout))
     seeded(job.options.seed, f"scenes/{job.index}").shuffle(orders["scenes"])
     for kind, order in orders.items():
         if order:
             with job.open(kind) as out:
                 _write_views(job, order, out, result, progress)
             result.shards.append(out.entry())
-    for scene in scenes:
-        distances = [math.hypot(*(row[3] for row in view.cam2world[:3])) for view in scene.views]
-        result.distances.append((min(distances), sum(distances), max(distances)))
-        result.scenes[scene.ref.name] = (len(scene.views) - scene.heldout, scene.heldout)
     return result
 
 
 def _write_views(
-    job: Job, order: Sequence[tuple[RawScene, View]], out: ShardWriter, result: JobResult, progress: ProgressCallback
+    job: Job, order: Sequence[tuple[SceneRef, View]], out: ShardWriter, result: JobResult, progress: ProgressCallback
 ) -> None:
     """Adds views to a shard, and to the result their focal lengths and what is wrong; one bad view ends the writing."""
-    contents = read_files((scene.ref.folder, view.file) for scene, view in order)
-    for (scene, view), data in zip(order, contents, strict=True):
-        name = scene.ref.name
+    contents = read_files((ref.folder, view.file) for ref, view in order)
+    for (ref, view), data in zip(order, contents, strict=True):
+        name = ref.name
         progress(1)
         if name in result.bad:
             continue

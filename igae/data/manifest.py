@@ -2,6 +2,7 @@
 """The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Scene:
         category: most specific category that lists the scene.
         views: number of training views.
         heldout: number of held-out views; they are in no training shard.
+        normalization: x, y, z and scale: a point p of the source's world is at scale * (p - (x, y, z)) in the packed
+            scene's; None: its cameras are as the source has them.
     """
 
     id: int
@@ -40,6 +43,7 @@ class Scene:
     category: str
     views: int
     heldout: int
+    normalization: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The text of `manifest.json`; the same manifest always gives the same bytes."""
-        return _MANIFEST.dump_json(self, indent=1) + b"\n"
+        return _MANIFEST.dump_json(self, indent=1, exclude_defaults=True) + b"\n"
 
     def select(self, categories: Mapping[str, tuple[int, int]] | None = None) -> list[Scene]:
         """The scenes of some categories, each once, in the order of the manifest.
@@ -160,6 +164,10 @@ class Manifest:
         for scene in self.scenes:
             if problem := name_problem(scene.name):
                 yield f"scene {scene.name!r}: {problem}"
+            if scene.normalization and not (
+                all(map(math.isfinite, scene.normalization)) and scene.normalization[3] > 0
+            ):
+                yield f"the normalization of scene {scene.name!r}"
         if len({scene.name for scene in self.scenes}) != len(self.scenes):
             yield "two scenes have one name"
         if len({shard.name for shard in self.shards}) != len(self.shards):

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import fsspec
@@ -22,8 +22,10 @@ from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
 from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
 from igae.data.shards import ShardReader, seeded
-from igae.data.sources import find_scenes, read_scene
+from igae.data.sources import FORMATS, find_scenes, read_scene
+from igae.data.sources.heldout import split
 from igae.data.sources.images import find_images, open_image, read_files
+from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
 from igae.storage import file_system, join
@@ -74,10 +76,12 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or overwrite it")
     dataset, refs, problems = "images", list[SceneRef](), list[str]()
     if options.scenes:
-        dataset, refs, problems = find_scenes(options.scenes, options.subset, options.categories)
+        dataset, refs, problems = find_scenes(
+            options.scenes, options.subset, options.categories, options.format, options.convention
+        )
     processes = options.workers if options.workers > 1 else 0
     with ProcessPool(processes, _start, (processes,)) as pool:
-        found = _run(pool, "scanning scenes", _scan, refs)
+        found = _run(pool, "scanning scenes", _scan, [(ref, options) for ref in refs])
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
         natural_images = find_images(options.images) if options.images else {}
@@ -144,27 +148,31 @@ def _common_size(
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
-    """Checks a scene without decoding its images."""
+def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Scanned | str:
+    """Checks a scene without decoding its images, and decides how its cameras are moved."""
+    (ref, options), how = item, item[1].normalize
     progress(1)
     try:
-        scene = read_scene(ref)
+        views = read_scene(ref)
+        split(ref, views, options.heldout, options.seed)
     except BadInput as error:
         return str(error)
     try:
         fs, folder = file_system(ref.folder)
         prefix = folder.rstrip("/") + "/"
         sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
-        for view in scene.views:
+        for view in views:
             if view.file not in sizes:
                 raise BadInput(f"{view.file} is missing")
-        first = scene.views[0]
+        first = views[0]
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
         size = (image.height, image.width)
-        first.intrinsics(size)
+        check_cameras(views, size, one_place=how != "none")
+        if how == "cameras" or how == "auto" and not FORMATS[ref.format].UNIT_BOX:
+            ref = replace(ref, normalization=normalization_of(views, size))
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
-    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in scene.views), len(scene.views), size)
+    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in views), len(views), size)
 
 
 def _plan(
@@ -176,7 +184,8 @@ def _plan(
         ratio = math.prod(output.size) / math.prod(entry.size) if options.resize else 1.0
         return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
 
-    shared = PackOptions(images=options.images, resize=options.resize, seed=options.seed, skip_bad=options.skip_bad)
+    kept = {name: getattr(options, name) for name in ("images", "resize", "seed", "skip_bad", "heldout")}
+    shared = PackOptions(**kept)
     jobs = [
         Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
         for index, group in enumerate(_groups(scanned, stored, options.shard_size))
@@ -209,7 +218,7 @@ def _manifest(
 ) -> Manifest:
     counts = {name: number for result in results for name, number in result.scenes.items()}
     packed = [ref for ref in refs if ref.name in counts]
-    scenes = [Scene(i, ref.name, ref.category, *counts[ref.name]) for i, ref in enumerate(packed)]
+    scenes = [Scene(i, ref.name, ref.category, *counts[ref.name], ref.normalization) for i, ref in enumerate(packed)]
     shards = [shard for result in results for shard in result.shards]
     shards.sort(key=lambda shard: (("scenes", "heldout", "images").index(shard.kind), shard.name))
     cameras = None

@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input formats: raw data as users have it.
 
-A new format is a module of this folder with `find` and `read` (see `scene.SourceFormat`) and a line in `FORMATS`.
+A new format is a module of this folder with `UNIT_BOX`, `is_scene` and `read` (see `scene.SourceFormat`) and a line in
+`FORMATS`.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
+from igae.data.config import Convention
 from igae.data.manifest import name_problem, unknown_category
 from igae.data.sources import igae_data, transforms
-from igae.data.sources.scene import BadInput, RawScene, SceneRef, SourceFormat
+from igae.data.sources.placement import move
+from igae.data.sources.scene import BadInput, SceneRef, SourceFormat, View
 from igae.errors import redact
-from igae.storage import join
+from igae.storage import file_system, join
 
 FORMATS: dict[str, SourceFormat] = {"igae-data": igae_data, "transforms": transforms}
-"""The first that finds scenes reads them."""
+"""The first to which a folder is a scene reads it."""
+DEPTH = 4
+"""Folders below the given one that are looked at."""
 
 
 def find_scenes(
-    root: str, subset: str | None = None, categories: Mapping[str, tuple[int, int]] | None = None
+    root: str,
+    subset: str | None = None,
+    categories: Mapping[str, tuple[int, int]] | None = None,
+    format: str | None = None,
+    convention: Convention | None = None,
 ) -> tuple[str, list[SceneRef], list[str]]:
     """Lists the scenes of a data set.
 
@@ -25,6 +35,8 @@ def find_scenes(
         root: folder or URL of the data set.
         subset: folder below `root` that has the scenes' folders.
         categories: category -> [start, stop) in its list; None: all scenes.
+        format: key of `FORMATS`; None: by content.
+        convention: of the scenes' matrices; None: as the format has it.
 
     Returns:
         (name of the data set, scenes in the order of the lists, sentences about names that cannot be scenes).
@@ -33,39 +45,88 @@ def find_scenes(
         ValueError: `root` has no scenes, or is damaged, or a category is unknown.
     """
     folder = join(root, subset) if subset else root
-    found = ((name, format.find(root, folder)) for name, format in FORMATS.items())
-    name_of_format, scenes = next(((name, scenes) for name, scenes in found if scenes), ("", None))
-    if scenes is None:
-        hidden = redact(folder)
-        raise ValueError(f"no scenes in {hidden}: no folder in it has a transforms_opencv.json or transforms.json")
-    lists = scenes.categories
+    lists, places = igae_data.read_lists(root), dict[str, tuple[str, str]]()
+    if lists is None:
+        formats = FORMATS if format is None else {format: FORMATS[format]}
+        dataset, known, places = _search(root, folder, formats)
+    else:
+        dataset, known = lists.dataset, lists.categories
     # The most specific category of a scene is the shortest list that has it.
-    category = {name: key for key in sorted(lists, key=lambda key: -len(lists[key])) for name in lists[key]}
+    category = {name: key for key in sorted(known, key=lambda key: -len(known[key])) for name in known[key]}
     refs: dict[str, SceneRef] = {}
     bad: dict[str, None] = {}
-    ranges = {key: (0, len(lists[key])) for key in lists} if categories is None else categories
+    ranges = {key: (0, len(known[key])) for key in known} if categories is None else categories
     for key, (start, stop) in ranges.items():
-        if key not in lists:
-            raise unknown_category(key, lists)
+        if key not in known:
+            raise unknown_category(key, known)
         seen: set[str] = set()
-        for name in lists[key][start:stop]:
+        for name in known[key][start:stop]:
+            path, reader = places.get(name, (name, format or "igae-data"))
             if problem := name_problem(name):
                 bad[f"scene {name!r}: {problem}"] = None
             elif name in seen:
                 bad[f"scene {name!r}: it is listed twice under {key!r} in {igae_data.MAP}"] = None
             else:
-                refs.setdefault(name, SceneRef(name, category[name], join(folder, name), name_of_format))
+                where = join(folder, path) if path else folder
+                refs.setdefault(name, SceneRef(name, category[name], where, reader, convention))
             seen.add(name)
-    return scenes.dataset, list(refs.values()), list(bad)
+    return dataset, list(refs.values()), list(bad)
 
 
-def read_scene(ref: SceneRef) -> RawScene:
-    """Reads a scene's cameras and checks all that can be checked without its images.
+def _search(
+    root: str, folder: str, formats: Mapping[str, SourceFormat]
+) -> tuple[str, Mapping[str, Sequence[str]], dict[str, tuple[str, str]]]:
+    """Name of the data set, names of the scenes of each category, and path below `folder` and format of each name."""
+    found = _walk(folder, formats)
+    if not found:
+        raise ValueError(f"no scenes in {redact(folder)}: no folder in it has the files of {', '.join(formats)}")
+    dataset = file_system(root)[1].rstrip("/").rsplit("/", 1)[-1]
+    names = _names_of(found, dataset)
+    known = {dataset: list(names)}
+    for name, path in names.items():
+        above, _, below = path.partition("/")
+        if below:
+            known.setdefault(above, []).append(name)
+    return dataset, known, {name: (path, found[path]) for name, path in names.items()}
+
+
+def _walk(folder: str, formats: Mapping[str, SourceFormat]) -> dict[str, str]:
+    """The scenes at or below a folder: path relative to it -> format. Nothing below a scene is looked at."""
+    fs, root = file_system(folder)
+    if not fs.isdir(root):
+        raise ValueError(f"there is no folder {redact(folder)}")
+    found: dict[str, str] = {}
+    todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
+    while todo:
+        path, above = todo.pop()
+        entries = {
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"]
+            for entry in fs.ls(join(root, path) if path else root, detail=True)
+        }
+        names = frozenset(entries)
+        format = next((key for key, format in formats.items() if format.is_scene(names, above)), None)
+        if format is not None:
+            found[path] = format
+        elif path.count("/") < DEPTH - 1:
+            below = (f"{path}/{name}" if path else name for name, type in entries.items() if type != "file")
+            todo += [(each, names) for each in below if fs.isdir(join(root, each))]
+    return dict(sorted(found.items()))
+
+
+def _names_of(paths: Iterable[str], dataset: str) -> dict[str, str]:
+    """Names of scenes -> paths: those of their folders, or, where two would have one name, with the folders above."""
+    last = {path: path.rsplit("/", 1)[-1] or dataset for path in paths}
+    counts = Counter(last.values())
+    return {name if counts[name] == 1 else path.replace("/", "_"): path for path, name in last.items()}
+
+
+def read_scene(ref: SceneRef) -> Sequence[View]:
+    """Reads a scene's views and checks all that can be checked without its images.
 
     Raises:
         BadInput: what is wrong with it, with its name.
     """
     try:
-        return RawScene(ref, FORMATS[ref.format].read(ref.folder))
+        return move(FORMATS[ref.format].read(ref.folder), ref.convention, ref.normalization)
     except BadInput as error:
         raise BadInput(f"scene {ref.name!r}: {error}") from error

@@ -2,17 +2,37 @@
 """The layout of igae-data: `dataset_map.json` (category -> scenes), and a transforms file in each scene."""
 
 import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 
-from igae.data.sources.scene import Found
+from igae.data.sources.transforms import OPENCV
 from igae.data.sources.transforms import read as read
 from igae.errors import redact
 from igae.storage import file_system, join
 
 MAP = "dataset_map.json"
+UNIT_BOX = True
 
 
-def find(root: str, folder: str) -> Found | None:
-    """The scenes that the map lists. Its longest list names the data set if it has all scenes."""
+@dataclass(frozen=True)
+class Lists:
+    """Name of a data set, and the names of the scenes in each category, which are folders."""
+
+    dataset: str
+    categories: Mapping[str, Sequence[str]]
+
+
+def is_scene(names: Set[str], above: Set[str]) -> bool:
+    """A folder with cameras in the OpenCV convention."""
+    return OPENCV in names
+
+
+def read_lists(root: str) -> Lists | None:
+    """What the map in `root` lists, None where there is none. Its longest list names the data set if it has all scenes.
+
+    Raises:
+        ValueError: the map is damaged.
+    """
     fs, path = file_system(root)
     file = join(path, MAP)
     if not fs.exists(file):
@@ -20,8 +40,8 @@ def find(root: str, folder: str) -> Found | None:
     lists = _read_map(fs.cat_file(file), redact(join(root, MAP)))
     longest = max(lists, key=lambda key: len(lists[key]))
     if set(lists[longest]) >= {name for names in lists.values() for name in names}:
-        return Found(longest, {longest: lists[longest], **lists})
-    return Found(path.rstrip("/").rsplit("/", 1)[-1], lists)
+        return Lists(longest, {longest: lists[longest], **lists})
+    return Lists(path.rstrip("/").rsplit("/", 1)[-1], lists)
 
 
 def _read_map(text: bytes, file: str) -> dict[str, list[str]]:

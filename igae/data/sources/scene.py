@@ -2,11 +2,12 @@
 """What every input format gives: scenes by name, and of a scene its views with their cameras."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from igae.data.cameras import normalized_intrinsics
+from igae.data.config import Convention
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -15,14 +16,32 @@ class BadInput(ValueError):
     """One sentence about a scene or natural image that cannot be packed."""
 
 
+class Normalization(NamedTuple):
+    """A point x of the source's world is at `scale` * (x - (x, y, z)) in the packed scene's."""
+
+    x: float
+    y: float
+    z: float
+    scale: float
+
+
 @dataclass(frozen=True)
 class SceneRef:
-    """Where a scene is: `folder` is a path or URL, `format` a key of `igae.data.sources.FORMATS`."""
+    """Where a scene is, and how it is read.
+
+    Attributes:
+        folder: path or URL.
+        format: key of `igae.data.sources.FORMATS`.
+        convention: of the matrices in its files; None: as its format has it.
+        normalization: of its cameras; None: they stay as they are.
+    """
 
     name: str
     category: str
     folder: str
     format: str
+    convention: Convention | None = None
+    normalization: Normalization | None = None
 
 
 @dataclass(frozen=True)
@@ -32,12 +51,18 @@ class View:
     Attributes:
         cam2world: 4 rows of 4, OpenCV.
         lens: names and values that `normalized_intrinsics` reads.
+        heldout: whether the source holds it out; None: it does not say.
+        opengl: the source's matrices have OpenGL's axes.
+        mask: image (relative to the scene's folder) that is black beside the object; it becomes alpha.
     """
 
     index: int
     file: str
     cam2world: list[list[float]]
     lens: tuple[tuple[str, float | str], ...]
+    heldout: bool | None = None
+    opengl: bool = False
+    mask: str | None = None
 
     def intrinsics(self, size: tuple[int, int]) -> list[list[float]]:
         """3 rows of 3, normalized; `size` is the (height, width) of the image file.
@@ -57,36 +82,14 @@ def _intrinsics(lens: tuple[tuple[str, float | str], ...], size: tuple[int, int]
     return rows
 
 
-@dataclass(frozen=True)
-class RawScene:
-    """A scene with all its views; the first `heldout` of them are held out."""
-
-    ref: SceneRef
-    views: Sequence[View]
-
-    @property
-    def heldout(self) -> int:
-        """A tenth of the views, at least one where there is more than one."""
-        return max(len(self.views) // 10, 1) if len(self.views) > 1 else 0
-
-
-@dataclass(frozen=True)
-class Found:
-    """Scenes of a data set: its name, and the names of the scenes in each category, which are folders."""
-
-    dataset: str
-    categories: Mapping[str, Sequence[str]]
-
-
 class SourceFormat(Protocol):
-    """An input format: a module of this folder with these two functions."""
+    """An input format: a module of this folder with these names."""
 
-    def find(self, root: str, folder: str) -> Found | None:
-        """The scenes in `folder`, which is `root` or below it; None where `root` is not of this format.
+    UNIT_BOX: bool
+    """Its scenes are in the box of side 1 around the origin, so that their cameras stay as they are by default."""
 
-        Raises:
-            ValueError: it is, but is damaged.
-        """
+    def is_scene(self, names: Set[str], above: Set[str]) -> bool:
+        """Whether a folder is a scene, by the names of what is in it, and of what is in the folder above it."""
         ...
 
     def read(self, folder: str) -> list[View]:

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import fsspec
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from igae.data.cameras import RIGID_TOLERANCE, is_rigid, opengl_to_opencv
-from igae.data.sources.scene import SUFFIXES, BadInput, Found, View
+from igae.data.sources.scene import SUFFIXES, BadInput, View
 from igae.errors import redact
 from igae.storage import file_system
 
@@ -21,17 +21,12 @@ OPENCV, OPENGL = "transforms_opencv.json", "transforms.json"
 LENS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 PINHOLE = {"OPENCV", "PINHOLE", "SIMPLE_PINHOLE"}
+UNIT_BOX = False
 
 
-def find(root: str, folder: str) -> Found | None:
-    """Every folder in `folder` that has a transforms file is a scene."""
-    fs, path = file_system(folder)
-    if not fs.isdir(path):
-        raise ValueError(f"there is no folder {redact(folder)}")
-    names = sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
-    scenes = [name for name in names if _file_in(fs, f"{path.rstrip('/')}/{name}")]
-    dataset = file_system(root)[1].rstrip("/").rsplit("/", 1)[-1]
-    return Found(dataset, {dataset: scenes}) if scenes else None
+def is_scene(names: Set[str], above: Set[str]) -> bool:
+    """A folder with a transforms file."""
+    return OPENGL in names or OPENCV in names
 
 
 def read(folder: str) -> list[View]:
@@ -72,7 +67,7 @@ def _read_frames(content: Any, name: str) -> list[View]:
         values = ((key, lens[key]) for key in LENS if key in lens)
         lenses.append(tuple((key, value if isinstance(value, int | float) else repr(value)) for key, value in values))
     rows = _read_poses(frames, list(files), name)
-    return [View(i, file, rows[i], lenses[i]) for i, file in enumerate(files)]
+    return [View(i, file, rows[i], lenses[i], opengl=name == OPENGL) for i, file in enumerate(files)]
 
 
 def _read_poses(frames: Sequence[dict[str, Any]], files: Sequence[str], name: str) -> list[list[list[float]]]:
