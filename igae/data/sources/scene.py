@@ -54,6 +54,7 @@ class View:
         heldout: whether the source holds it out; None: it does not say.
         opengl: the source's matrices have OpenGL's axes.
         mask: image (relative to the scene's folder) that is black beside the object; it becomes alpha.
+        distortion: names (k1, k2, k3, k4, k5, k6, p1, p2) and values of OpenCV's model, where not zero.
     """
 
     index: int
@@ -63,6 +64,7 @@ class View:
     heldout: bool | None = None
     opengl: bool = False
     mask: str | None = None
+    distortion: tuple[tuple[str, float], ...] = ()
 
     def intrinsics(self, size: tuple[int, int]) -> list[list[float]]:
         """3 rows of 3, normalized; `size` is the (height, width) of the image file.
