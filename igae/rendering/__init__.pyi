@@ -5,5 +5,6 @@ from .config import RenderOptions as RenderOptions
 from .mlp import DecodingMLP as DecodingMLP
 from .ray_marching import Rendered as Rendered
 from .rays import Cameras as Cameras
+from .rays import box_range as box_range
 from .rays import pixel_rays as pixel_rays
 from .rng import uniform as uniform

@@ -15,6 +15,7 @@ from igae.checkpoint import Progress, WaveCheckpoint, folder_of, is_complete, lo
 from igae.evaluation import spread
 from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import SceneStore
+from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.parallel.engine import Engine
@@ -91,6 +92,7 @@ class Fit(Job):
             raise ValueError(
                 f"{folder} has scenes of other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
             )
+        check_box(self.recipe.render.box, self.data)
         finished, complete = set(self.parts.finished()), is_complete(folder)
         if self.resume == "never" and (finished or complete):
             raise ValueError(f"{folder} already has scenes: choose another name with experiment=NAME, or remove it")

@@ -8,6 +8,7 @@ from igae.checkpoint import LEARNING_RATES, CheckpointWriter, Progress
 from igae.errors import LostRank, TrainingError
 from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneStore
+from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.parallel.engine import Engine
@@ -94,6 +95,8 @@ class Trainer(Job):
             log.info("nothing is left to do in %s", self.folder)
         for name in todo:
             check_data(self.recipe, name, self.data)
+        if any(self.recipe.train.stages[name].batch_size for name in todo):
+            self.channel.on_first_rank(lambda: check_box(self.recipe.render.box, self.data))
         return todo
 
     def _run_stage(self, name: StageName) -> dict[str, float]:
