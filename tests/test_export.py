@@ -336,6 +336,17 @@ def test_scenes_are_fitted_to_an_export_as_to_its_run(made: Made, tmp_path: Path
     assert train.main(arguments) == 2
 
 
+def test_where_the_source_of_a_moved_scene_is(made: Made, tmp_path: Path) -> None:
+    content = read_run(str(made.run))
+    assert content.normalizations == {} and Export(str(made.export)).normalization("scene_0") == (0, 0, 0, 1)
+    content.normalizations["scene_1"] = (1.5, -2.0, 0.25, 3.0)
+    write(content, str(tmp_path / "moved"), file_bytes=1)  # a file a scene
+    moved = Export(str(tmp_path / "moved"))
+    assert [moved.normalization(f"scene_{i}") for i in (0, 1)] == [(0, 0, 0, 1), (1.5, -2.0, 0.25, 3.0)]
+    with pytest.raises(ValueError, match="scene_9"):
+        moved.normalization("scene_9")
+
+
 def test_rgb_scenes(tmp_path: Path) -> None:
     model = IGAE(Autoencoder(None, 1.0), PLANES, RenderOptions(), (6, 5), (0.0, 0.5, 1.0))
     model.refresh_background()

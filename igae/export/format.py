@@ -3,7 +3,7 @@
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +19,7 @@ OWN = {SCENES, SHARED, CARD, CONFIG}
 """Files beside ``igae.json`` that are none of the autoencoder's."""
 MAX_JSON = 1 << 30
 MAX_SIDE = 16384
+Moved = tuple[float, float, float, float]
 # Names in igae.json become paths: nothing but a plain name may come out of a file that anybody can write.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _SCENE_FILE = re.compile(r"scenes-\d{5,}\.safetensors")
@@ -55,6 +56,9 @@ class SceneFile:
     bytes: int
     crc32: int
     scenes: list[str]
+    normalizations: dict[str, Moved] = field(default_factory=dict)
+    """Of those whose cameras packing moved: x, y, z and scale. A point p of the scene's source is at
+    scale * (p - (x, y, z)) here."""
 
 
 T = TypeVar("T")
@@ -66,7 +70,8 @@ def dump_description(description: Description) -> bytes:
 
 
 def dump_scenes(files: list[SceneFile]) -> bytes:
-    return (json.dumps([asdict(file) for file in files], ensure_ascii=False) + "\n").encode()
+    listed = [{key: value for key, value in asdict(file).items() if value != {}} for file in files]
+    return (json.dumps(listed, ensure_ascii=False) + "\n").encode()
 
 
 def parse_description(data: bytes, where: str) -> Description:

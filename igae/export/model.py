@@ -14,6 +14,7 @@ from torch import Tensor
 
 from igae.data import Manifest
 from igae.errors import did_you_mean, redact
+from igae.export.format import Moved
 from igae.models import IGAE, AutoencoderConfig, Views
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
@@ -207,6 +208,7 @@ class Content:
         config: the run's resolved configuration, YAML without credentials.
         metrics: measured on held-out views and natural images, by names of ``metrics.json``.
         camera: distance from the origin and normalized focal length of a typical view, for the card's example.
+        normalizations: of the scenes that packing moved (see `igae.data.Scene`).
     """
 
     model: IGAE
@@ -218,3 +220,4 @@ class Content:
     config: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     camera: tuple[float, float] = (1.3, 1.1)
+    normalizations: dict[str, Moved] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igae.errors import redact
+from igae.errors import did_you_mean, redact
 from igae.export.format import (
     CONFIG,
     INDEX,
@@ -111,6 +111,12 @@ class Export(Trained):
         """Scene -> its file, and its row there."""
         files = parse_scenes(self._read(SCENES), self.description.scenes, redact(join(self.where, SCENES)))
         return {name: (file, row) for file in files for row, name in enumerate(file.scenes)}
+
+    def normalization(self, scene: str) -> tuple[float, float, float, float]:
+        """Where a scene's source is: (x, y, z, scale), so that its point p is at scale * (p - (x, y, z)) here."""
+        if scene not in self._places:
+            raise ValueError(f"{redact(self.where)} has no scene {scene}{did_you_mean(scene, self._places, 0.0)}")
+        return self._places[scene][0].normalizations.get(scene, (0.0, 0.0, 0.0, 1.0))
 
     def _file(self, scenes: SceneFile) -> TensorFile:
         if scenes.name not in self._open:

@@ -226,4 +226,5 @@ def read_run(where: str, overrides: Sequence[str] = ()) -> Content:
         run.config,
         run.metrics,
         run.camera,
+        {scene.name: scene.normalization for scene in run.manifest.scenes if scene.normalization},
     )

@@ -157,7 +157,8 @@ def _write_files(content: Content, files: _Files, name: str, file_bytes: int) ->
         assert rows.dtype == torch.float32 and rows.shape == (len(names), *content.planes.row_shape)
         file = f"scenes-{len(scenes):05d}.safetensors"
         found = files.put_tensors(file, {}, {PLANES: rows})
-        scenes.append(SceneFile(file, found.bytes, found.crc32, names))
+        moved = {name: content.normalizations[name] for name in names if name in content.normalizations}
+        scenes.append(SceneFile(file, found.bytes, found.crc32, names, moved))
     sums[SCENES] = files.put(SCENES, dump_scenes(scenes))
     if content.config is not None:
         sums[CONFIG] = files.put(CONFIG, content.config.encode())
