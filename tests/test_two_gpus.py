@@ -53,11 +53,13 @@ def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[
     """A whole run of this rank, whose weights and planes go into a file; whether the warm-up was captured, and how many
     steps were skipped."""
     ranks.send_in_buckets()
+    faulthandler.dump_traceback_later(120, exit=True)  # where it waits, if it does
     trainer = Kept(config.load(Recipe, recipe_file, [*SHORT, f"experiment={name}", *settings]))
     trainer.run()
     state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
     torch.save({**state, "planes": trainer.store.rows.cpu()}, f"{file}-{rank()}")
     trainer.engine.close()
+    faulthandler.cancel_dump_traceback_later()
     captured = [isinstance(stage.run, CapturedStep) and stage.run.is_captured for stage in trainer.opened]
     return any(captured), trainer.progress.skipped
 

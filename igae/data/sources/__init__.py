@@ -108,8 +108,9 @@ def _walk(folder: str, formats: Mapping[str, SourceFormat]) -> dict[str, str]:
         if format is not None:
             found[path] = format
         elif path.count("/") < DEPTH - 1:
-            below = (f"{path}/{name}" if path else name for name, type in entries.items() if type != "file")
-            todo += [(each, names) for each in below if fs.isdir(join(root, each))]
+            below = {f"{path}/{name}" if path else name: type for name, type in entries.items() if type != "file"}
+            # A link is neither; one that leads back ends at DEPTH.
+            todo += [(p, names) for p, type in below.items() if type == "directory" or fs.isdir(join(root, p))]
     return dict(sorted(found.items()))
 
 
