@@ -225,6 +225,6 @@ def test_settings_that_the_page_names() -> None:
         assert list(ROOT.glob(f"launch/accelerate/{name}")) or (ROOT / "configs" / name).is_file(), name
     for name in ("IGAE_MODEL", "IGAE_SHARDS"):
         assert name in text and name in (ROOT / "configs" / "fit.yaml").read_text()
-    published = "data.categories='{objaverse: [0, 500]}'"
+    published = "'data.categories={objaverse: [0, 500]}'"
     assert published in text and published in (ROOT / "configs" / "igae.yaml").read_text()
     assert documents.commands(PAGE)
