@@ -68,7 +68,6 @@ def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) ->
 def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
     settings = [
         f"data.root={shards}",
-        "data.categories=null",
         f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
         "train.joint.weights.natural_lpips=0",  # its weights are a download
         "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),

@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -47,6 +48,11 @@ class Section(BaseModel):
     """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
     REMOVED: ClassVar[Mapping[str, Any]] = {}
     """Keys of the last version -> what they always mean now. With that value they are accepted, too."""
+
+    @cached_property
+    def origins(self) -> Mapping[Key, str]:
+        """Of a configuration that was loaded: where its keys come from, a file or the command line. Not a setting."""
+        return {}
 
     @model_validator(mode="before")
     @classmethod
@@ -108,9 +114,11 @@ def load(
         _refuse_unknown_keys(cls, data, origins, path)  # at once: completing may read files from far away
         complete(data)
     try:
-        return cls.model_validate(data)
+        section = cls.model_validate(data)
     except ValidationError as error:
         raise explain(error, cls, data, origins, path) from None
+    section.__dict__["origins"] = origins
+    return section
 
 
 def _refuse_unknown_keys(cls: type[Section], data: dict[str, Any], origins: Mapping[Key, str], path: str) -> None:

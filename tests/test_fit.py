@@ -24,7 +24,7 @@ import train
 from igae import checkpoint, config
 from igae.checkpoint import Checkpoint
 from igae.data import Manifest, Scene, Shard
-from igae.export import take_settings
+from igae.export import read_run, take_settings, write
 from igae.models.igae import Views
 from igae.scenes import SceneStore
 from igae.training import Fit, Recipe, Trainer, waves
@@ -317,13 +317,20 @@ def test_what_scenes_share_may_go_on_learning(folder: Path) -> None:
     assert moved == set(trained) - encoder
 
 
-def test_a_background_of_another_color_is_taken_anew(folder: Path) -> None:
-    fit = Fit(load_fit(folder, "data.background=[0, 0.5, 1]"))
-    model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
-    now = fit.model.background.clone()
-    fit.model.refresh_background()
-    assert torch.equal(fit.model.background, now)
-    assert (now - model.shared["background"]).abs().max() > 1e-2
+def test_the_background_is_the_models(folder: Path) -> None:
+    recipe = runs.recipe_file(folder, str(folder / "shards"))
+    short = ["train.warmup.epochs=0.25", "train.joint.epochs=0"]
+    assert train.main(["--config", str(recipe), "experiment=blue", "data.background=[0, 0.5, 1]", *short]) == 0
+    run = folder / "outputs" / "blue"
+    write(read_run(str(run)), str(folder / "blue-export"))
+    for model in (run, folder / "blue-export"):
+        for override in ([], ["data.background=[0, 0.5, 1]"]):
+            assert load_fit(folder, f"model={model}", *override).data.background == (0, 0.5, 1)
+        with pytest.raises(
+            ValueError, match=r"data.background is \[1, 1, 1\] and the model.* \[0.0, 0.5, 1.0\]"
+        ) as error:
+            load_fit(folder, f"model={model}", "data.background=[1, 1, 1]")
+        assert "leave it out" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_settings_come_from_the_model(folder: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from igae import config
 from igae.config import ConfigError
 from igae.training import Recipe, StageConfig
+from igae.training.recipe import log_once
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -64,7 +65,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "milestones of another schedule": ({"train.warmup.milestones": [3]}, "train.warmup", "milestones"),
     "natural_images without their losses": ({"train.warmup.natural_images": 2}, "train.warmup", "natural_"),
-    "losses without natural_images": ({"train.joint.natural_images": 0}, "train.joint", "natural_images is 0"),
     "all rates 0": ({"train.warmup.learning_rates": {}}, "train.warmup", "learning_rates"),
     "negative rate": ({"train.joint.learning_rates.mlp": -1e-4}, "train.joint.learning_rates.mlp", "0"),
     "negative weight": ({"train.joint.weights.rgb": -1}, "train.joint.weights.rgb", "0"),
@@ -153,9 +153,63 @@ def test_recipes_that_ship_load(file: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert config.load(Recipe, copied) == recipe
 
 
+@pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_recipes_that_ship_take_all_scenes(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any data have those; what the data of a publication are called is for the reader to say."""
+    monkeypatch.setenv("IGAE_MODEL", "/data/model")
+    assert config.load(Recipe, CONFIGS / file, complete=as_of_a_model).data.categories is None
+
+
+@pytest.mark.parametrize("name", ["warmup", "joint"])
+def test_without_natural_images_their_losses_are_off(name: str, tmp_path: Path) -> None:
+    """Of whatever recipe the weights come from; all that needs them (LPIPS) goes by the weights."""
+    losses = ["natural_ae", "natural_lpips", "natural_kl", "natural_tv"]
+    change = {f"train.{name}.weights.{loss}": 0.5 for loss in losses} | {
+        f"train.{name}.natural_images": 2,
+        f"train.{name}.alternate": True,
+        f"train.{name}.learning_rates": {"encoder": 1e-4, "decoder": 1e-4, "planes": 1e-2},
+    }
+    on = getattr(load_small(tmp_path, change).train, name)
+    assert [getattr(on.weights, loss) for loss in losses] == [0.5] * 4
+    off = config.load(Recipe, tmp_path / "recipe.yaml", [f"train.{name}.natural_images=0"])
+    found = getattr(off.train, name)
+    assert [getattr(found.weights, loss) for loss in losses] == [0] * 4
+    assert found.weights == on.weights.model_copy(update=dict.fromkeys(losses, 0.0))  # and nothing else
+    # In the small recipe's warm-up natural images alone reach the decoder: it is frozen without them.
+    assert found.learning_rates.decoder == (0 if name == "warmup" else 1e-4) and found.learning_rates.encoder == 1e-4
+    again = tmp_path / "resolved.yaml"
+    again.write_text(config.dump(off))
+    assert config.load(Recipe, again) == off
+
+
+def test_weights_that_are_turned_off_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    log_once.cache_clear()
+    with caplog.at_level("INFO", logger="igae"):
+        stage(weights={"natural_kl": 0.25, "natural_tv": 0.125, "natural_ae": 0})
+    assert caplog.messages == ["natural_images is 0, so these are 0 too: natural_kl, natural_tv"]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="igae"):
+        stage(natural_images=1, learning_rates={"encoder": 1e-4}, weights={"natural_kl": 1})
+        stage()
+    assert caplog.messages == []
+
+
+def test_the_recipe_for_own_data_leaves_the_autoencoder_near_the_original() -> None:
+    own, improved = (
+        config.load(Recipe, CONFIGS / f"{name}.yaml", ["data.root=shards"]) for name in ("own_data", "igae_improved")
+    )
+    for part in own.train.stages.values():
+        assert part.natural_images == 0
+        assert not any(weight for name, weight in part.weights if name.startswith("natural_"))
+    rates, others = own.train.joint.learning_rates, improved.train.joint.learning_rates
+    assert rates.encoder < others.encoder / 5 and rates.decoder < others.decoder / 5
+    assert own.train.joint.weights.ae >= improved.train.joint.weights.ae > 0
+    assert (own.planes, own.render) == (improved.planes, improved.render)
+
+
 def test_the_published_recipe() -> None:
     recipe = config.load(Recipe, CONFIGS / "igae.yaml", ["data.root=shards"])
-    assert recipe.data.categories == {"objaverse": (0, 500)}
+    assert "'data.categories={objaverse: [0, 500]}'" in (CONFIGS / "igae.yaml").read_text()
     assert recipe.autoencoder.path == "ostris/vae-kl-f8-d16" and recipe.autoencoder.scale == 0.02
     assert (recipe.planes.resolution, recipe.planes.features) == (64, 32)
     assert (recipe.render.coarse_samples, recipe.render.fine_samples) == (48, 48)

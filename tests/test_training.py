@@ -295,7 +295,6 @@ def test_no_checkpoint_is_made_while_steps_are_skipped_but_a_stage_ends_with_one
         (["train.joint.batchsize=3"], "did you mean train.joint.batch_size"),
         (["data.root=/nowhere"], "pack the data first"),
         (["autoencoder={path: /nowhere/vae}"], "autoencoder.path: /nowhere/vae"),
-        (["train.joint.natural_images=0"], "natural_images is 0"),
         (["data.categories={bus: [0, 3]}"], "bus"),
         (["render.patch=3"], "render.patch is 3: it must divide the autoencoder's downscale 2"),
         (["train.joint.weights.natural_lpips=0.1", "train.lpips_weights=/nowhere/vgg.pth"], "/nowhere/vgg.pth"),
@@ -342,6 +341,7 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(
         "seed=5",
         "render.axes=eg3d",
         "autoencoder.scale=0.7",
+        "data.background=[0, 0, 0]",
         "planes.resolution=10",
     ]
     for change in fixed:

@@ -121,7 +121,7 @@ def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
 def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequence[str]) -> list[Scene]:
     """The scenes to evaluate: those that are named, or those that the configuration chooses."""
     root, settings = redact(recipe.data.root), recipe.evaluation
-    candidates, has = manifest.select(recipe.data.categories), frozenset(trained.names)
+    candidates, has = manifest.select(recipe.data.categories, recipe.origins), frozenset(trained.names)
     known = {scene.name: scene for scene in candidates if scene.name in has}
     if candidates and not known:
         raise ValueError(
@@ -152,8 +152,8 @@ def _read_rows(trained: Trained, recipe: Recipe, own: list[Scene], device: torch
 
 def _perceptual(lpips: type[LPIPS], weights: str | None, image_size: tuple[int, int], channel: Channel) -> LPIPS | None:
     """LPIPS where all ranks can have it. Nothing is fetched. Collective."""
-    if min(image_size) < 16:
-        log.info("LPIPS is left out: it needs images of 16 pixels or more")
+    if min(image_size) < LPIPS.SMALLEST:
+        log.info("LPIPS is left out: it needs images of %d pixels or more", LPIPS.SMALLEST)
         return None
     if not all(channel.gather(lpips.is_there(weights))):
         log.info(

@@ -21,7 +21,8 @@ class DataConfig(Section):
     categories: dict[str, tuple[int, int]] | None = None
     """Scenes to train, as ranges [start, stop) of categories, e.g. {objaverse: [0, 500]}; all if left out."""
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """RGB color in [0, 1] behind the objects; images with an alpha channel are composited over it."""
+    """RGB color in [0, 1] behind the objects; images with an alpha channel are composited over it. It can't
+    change within a run, and a fit has its model's."""
     workers: int = Field(default=2, ge=0)
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.errors import did_you_mean, redact
+from igae.errors import Key, did_you_mean, origin_of, redact
 from igae.storage import Missing, StoreError, join, read_whole
 
 FORMAT = 1
@@ -21,6 +22,7 @@ MAX_SIDE = 16384
 """Pixels. Memory for a batch is allocated by what the manifest says."""
 ShardKind = Literal["scenes", "heldout", "images"]
 SHARD_NAME = re.compile(r"(scenes|heldout|images)-\d{5,}\.tar")
+NO_ORIGINS: Mapping[Key, str] = MappingProxyType({})
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -131,15 +133,18 @@ class Manifest:
         """The text of `manifest.json`; the same manifest always gives the same bytes."""
         return _MANIFEST.dump_json(self, indent=1, exclude_defaults=True) + b"\n"
 
-    def select(self, categories: Mapping[str, tuple[int, int]] | None = None) -> list[Scene]:
+    def select(
+        self, categories: Mapping[str, tuple[int, int]] | None = None, origins: Mapping[Key, str] = NO_ORIGINS
+    ) -> list[Scene]:
         """The scenes of some categories, each once, in the order of the manifest.
 
         Args:
             categories: category -> [start, stop) among its scenes, counted in the order of the manifest; the name of
                 the data set stands for all scenes. A range that goes beyond the end takes what is there. None: all.
+            origins: of the configuration that has them as `data.categories`.
 
         Raises:
-            ValueError: unknown category.
+            ValueError: unknown category; the sentence says where it comes from.
         """
         if categories is None:
             return list(self.scenes)
@@ -149,10 +154,15 @@ class Manifest:
                 known.setdefault(scene.category, []).append(scene)
         chosen: set[int] = set()
         for category, (start, stop) in categories.items():
+            where = origin_of(("data", "categories", category), origins, "")
+            where = f"{where}: data.categories: " if where else "data.categories: "
             if category not in known:
-                raise unknown_category(category, known)
+                hint = did_you_mean(repr(category), map(repr, known), cutoff=0).rstrip("?")
+                raise ValueError(f"{where}unknown category {category!r}{hint}, or all scenes, data.categories=null?")
             if not 0 <= start <= stop:
-                raise ValueError(f"range [{start}, {stop}] of category {category!r}: it takes 0 <= start <= stop")
+                raise ValueError(
+                    f"{where}range [{start}, {stop}] of category {category!r}: it takes 0 <= start <= stop"
+                )
             chosen.update(scene.id for scene in known[category][start:stop])
         return [scene for scene in self.scenes if scene.id in chosen]
 

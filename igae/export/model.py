@@ -129,6 +129,8 @@ class Trained(ABC):
                     f"{', '.join(free)} can be set"
                 )
             data[name] = {**wanted, **given}
+        if isinstance(of_data := data.get("data"), dict):
+            of_data.setdefault("background", list(self.background))
 
     def load_into(self, model: IGAE) -> None:
         """Put the weights into a model for views of perhaps another size or background color.

@@ -76,7 +76,7 @@ def find_checkpoint(where: str) -> str:
 
 def take_settings(data: dict[str, Any]) -> None:
     """Where the settings of a run name a ``model``, put the checkpoint or export in its place and add what it
-    determines: autoencoder, planes and renderer.
+    determines: autoencoder, planes, renderer and background.
 
     Raises:
         ValueError: there is no such model, or the settings have other values than it.
@@ -88,6 +88,12 @@ def take_settings(data: dict[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     data["model"] = trained.where
+    color, given = list(trained.background), (data.get("data") or {}).get("background")
+    if isinstance(given, list) and given != color:
+        raise ValueError(
+            f"data.background is {given} and the model was trained with {color} ({redact(trained.where)}): leave it "
+            "out, and render views without alpha in front of that color"
+        )
     trained.complete(data)
 
 
@@ -144,8 +150,10 @@ class TrainedRun(Trained):
     def manifest(self) -> Manifest:
         root = self.settings.data.root
         manifest = Manifest.load(root)
-        ids = frozenset(scene.id for scene in manifest.select(self.settings.data.categories))
-        if manifest.digest != self.loaded.progress.data or self.loaded.ids != ids:
+        categories = self.settings.data.categories
+        same = manifest.digest == self.loaded.progress.data
+        ids = frozenset(scene.id for scene in manifest.select(categories, self.settings.origins)) if same else None
+        if self.loaded.ids != ids:
             raise ValueError(
                 f"{redact(self.where)} was trained on other scenes than those at {redact(root)}: say where they are, "
                 "data.root=..."

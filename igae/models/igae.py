@@ -37,11 +37,16 @@ def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, in
     height, width = image.shape[2:]
     try:
         latents = autoencoder.posterior(image).mean
-        decoded = autoencoder.decode(latents).shape[2:]
+        channels, *decoded = autoencoder.decode(latents).shape[1:]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the autoencoder can't encode and decode images of {height} x {width} ({reason})") from error
-    if decoded != image.shape[2:]:
+        raise ValueError(
+            f"the autoencoder can't encode and decode RGB images of {height} x {width} ({reason}): "
+            "name another one, or pack the data with another --resize"
+        ) from error
+    if channels != 3:
+        raise ValueError(f"the autoencoder makes images of {channels} channels from RGB images: name another one")
+    if decoded != [height, width]:
         raise ValueError(
             f"the autoencoder makes images of {decoded[0]} x {decoded[1]} from those of {height} x {width}: pack "
             "the data with --resize to a multiple of its downscale factor"

@@ -27,6 +27,9 @@ class LPIPS(nn.Module):
     # Output channels of the convolutions; "M" halves the resolution. Features are taken before each "M" and at the end.
     LAYOUT: tuple[int | str, ...] = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 
+    SMALLEST = 16
+    """Pixels that the shorter side of an image must have."""
+
     shift: Tensor
     scale: Tensor
 
@@ -65,7 +68,7 @@ class LPIPS(nn.Module):
         return Path(weights or cached).is_file()
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean distance (a scalar) of images [B, 3, H, W] in [-1, 1]; H and W at least 16."""
+        """Mean distance (a scalar) of images [B, 3, H, W] in [-1, 1]; H and W at least SMALLEST."""
         return self.distances(prediction, target).mean()
 
     def distances(self, prediction: Tensor, target: Tensor) -> Tensor:

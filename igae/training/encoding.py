@@ -17,8 +17,50 @@ from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageName
 
 BATCH = 64
+NEAR = 8
+"""Levels (of 255) that one color may differ by within a border, and from view to view: JPEG does that."""
+MANY = 0.1
+"""Share of the views above which something about them is told."""
 log = logging.getLogger("igae")
 log_once = functools.cache(log.info)  # waves of a fit are alike
+
+
+def plain_borders(images: Tensor, background: Tensor) -> Tensor:
+    """Colors uint8 [n, 3] of the borders of those views whose border is of one color (an object may reach it, in up to
+    a quarter of its pixels), but not of the background's.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        background: uint8 [3].
+    """
+    height, width = images.shape[2:]
+    border = torch.cat([images[:, :, :: height - 1].flatten(2), images[..., :: width - 1].flatten(2)], 2)
+    color = border.median(2).values
+    alike = (border.int() - color[..., None].int()).abs().amax(1) <= NEAR
+    away = (color.int() - background.int()).abs().amax(1)
+    return color[(alike.float().mean(1) >= 0.75) & (away > NEAR / 4)]
+
+
+def tell_background(colors: Tensor, views: int, background: Tensor) -> bool:
+    """Warn where more than a tenth of the views have a border of one and the same color, as :func:`plain_borders` finds
+    them; returns whether that is so."""
+    if not len(colors):
+        return False
+    found, counts = colors.unique(dim=0, return_counts=True)
+    most = found[counts.argmax()]
+    alike = int(((colors.int() - most.int()).abs().amax(1) <= NEAR).sum())
+    if alike <= MANY * views:
+        return False
+    now, right = ([round(channel / 255, 3) for channel in color.tolist()] for color in (background, most))
+    log.warning(
+        "%.0f %% of the views have a border of the color %s, and data.background is %s: if it is what is behind the "
+        "objects, set data.background=%s",
+        100 * alike / views,
+        right,
+        now,
+        str(right).replace(" ", ""),
+    )
+    return True
 
 
 class ViewEncoder:
@@ -27,6 +69,7 @@ class ViewEncoder:
     Attributes:
         variants: of each view; 1 where views don't move.
         seen, cut: views so far, and those of them whose objects reach the border.
+        plain: colors of borders, as :func:`plain_borders` finds them.
     """
 
     def __init__(self, recipe: Recipe, name: StageName, model: IGAE, background: Tensor) -> None:
@@ -35,6 +78,7 @@ class ViewEncoder:
         self.wants_masks = self.config.weights.opacity > 0
         self.size = [recipe.render.patch * side for side in model.latent_shape[1:]]
         self.seen = self.cut = 0
+        self.plain: list[Tensor] = []
 
     @property
     def bytes_of_a_view(self) -> int:
@@ -55,6 +99,7 @@ class ViewEncoder:
         if variant == 0:
             edges = batch.masks[:, :: batch.masks.shape[1] - 1].amax((1, 2)), batch.masks[..., [0, -1]].amax((1, 2))
             self.seen, self.cut = self.seen + len(noise), self.cut + int(torch.maximum(*edges).count_nonzero())
+            self.plain.append(plain_borders(batch.images, self.background.cpu()))
         here = batch.to(device)
         masks = here.masks if self.wants_masks else None
         views = Views(here.scene, here.cam2world, here.intrinsics, here.images, None, masks, here.has_alpha)
@@ -86,7 +131,9 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
     with closing(data.open_views(BATCH, repeat=False)) as views:
         cache = LatentCache(views, encode, encode.variants)
     log_once(f"{name}: {len(cache)} views, {cache.variants} cached latents of each, {needed / 2**30:.2f} GiB")
-    if (encode.config.augment.is_on or encode.wants_masks) and encode.cut > 0.1 * encode.seen:
+    if tell_background(torch.cat(encode.plain), encode.seen, background):
+        return cache
+    if (encode.config.augment.is_on or encode.wants_masks) and encode.cut > MANY * encode.seen:
         log.warning(
             "%.0f %% of the views show something at their border: if it is the background, set data.background to its "
             "color; if it is an object, set shift and rotate of train.%s.augment to 0: background is what they fill in",

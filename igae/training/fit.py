@@ -50,7 +50,7 @@ class Fit(Job):
         assert recipe.fits_in_waves
         _check(recipe, resume)
         self.resume = resume
-        manifest, scenes = select(recipe.data)
+        manifest, scenes = select(recipe)
         if not scenes:
             raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
         self.waves = waves(manifest, scenes, recipe.fit.wave)

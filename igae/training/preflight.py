@@ -5,21 +5,31 @@ import math
 
 import torch
 
+from igae.models import LPIPS
 from igae.scenes import PlanesConfig
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageName
 
 
-def check_data(recipe: Recipe, name: StageName, data: RankData) -> None:
-    """Raise ValueError where a stage takes views or natural images of data that have none."""
-    stage, root = recipe.train.stages[name], recipe.data.root
-    if stage.batch_size and not data.scenes:
-        raise ValueError(f"train.{name}.batch_size is {stage.batch_size} but {root} holds no scenes")
-    if stage.natural_images and not data.manifest.images:
-        raise ValueError(
-            f"train.{name}.natural_images is {stage.natural_images} but {root} holds none: pack some with --images, or "
-            f"set train.{name}.natural_images and the natural_* weights to 0"
-        )
+def check_data(recipe: Recipe, data: RankData) -> None:
+    """Raise ValueError where a stage, the first or a later one, needs what the data don't have."""
+    root, side = recipe.data.root, min(data.manifest.image_size)
+    for name, stage in recipe.train.stages.items():
+        if stage.batch_size and not data.scenes:
+            raise ValueError(
+                f"train.{name}.batch_size is {stage.batch_size} but {root} holds no scenes: pack some with --scenes, "
+                f"or set train.{name}.epochs=0"
+            )
+        if stage.natural_images and not data.manifest.images:
+            raise ValueError(
+                f"train.{name}.natural_images is {stage.natural_images} but {root} holds none: pack some with "
+                f"--images, or set train.{name}.natural_images=0"
+            )
+        if stage.weights.natural_lpips and side < LPIPS.SMALLEST:
+            raise ValueError(
+                f"train.{name}.weights.natural_lpips is {stage.weights.natural_lpips} but LPIPS needs images of "
+                f"{LPIPS.SMALLEST} pixels or more and those at {root} have {side}: set it to 0, or pack larger ones"
+            )
 
 
 def scene_bytes(planes: PlanesConfig) -> int:

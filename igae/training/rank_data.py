@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from igae.data import DataConfig, ImageLoader, Manifest, Scene, StreamState, ViewLoader, image_loader, view_loader
+from igae.errors import origin_of
 from igae.ranks import rank, world_size
 from igae.scenes import assign_scenes, ownership_table, share_images
 from igae.training.recipe import Recipe, StageConfig
@@ -38,7 +39,7 @@ class RankData:
         Raises:
             ValueError: there is no such data, or not enough of it for each rank.
         """
-        manifest, scenes = select(recipe.data)
+        manifest, scenes = select(recipe)
         ids = {scene.name: scene.id for scene in scenes}
         shards = [
             {ids[name]: views for name, views in shard.scenes.items() if name in ids}
@@ -100,12 +101,17 @@ class RankData:
             log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
 
 
-def select(config: DataConfig) -> tuple[Manifest, list[Scene]]:
+def select(recipe: Recipe) -> tuple[Manifest, list[Scene]]:
     """The manifest, and the scenes of the run in its order."""
-    manifest = Manifest.load(config.root)
-    scenes = manifest.select(config.categories)
+    root, categories = recipe.data.root, recipe.data.categories
+    manifest = Manifest.load(root)
+    scenes = manifest.select(categories, recipe.origins)
     if manifest.scenes and not scenes:
-        raise ValueError(f"data.categories selects none of the {len(manifest.scenes)} scenes at {config.root}")
+        where = origin_of(("data", "categories", *(categories or ())), recipe.origins, "the recipe")
+        raise ValueError(
+            f"{where}: data.categories selects none of the {len(manifest.scenes)} scenes at {root}: "
+            "name others, or take all with data.categories=null"
+        )
     return manifest, scenes
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole configuration of a run."""
 
+import functools
+import logging
 import math
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,6 +18,7 @@ from igae.scenes import PlanesConfig
 
 StageName = Literal["warmup", "joint"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+log_once = functools.cache(logging.getLogger("igae").info)  # settings may be validated more than once
 
 
 class LearningRates(Section):
@@ -38,7 +41,7 @@ class StageConfig(Section):
     batch_size: int = Field(ge=0)
     """Scene views a rank and step."""
     natural_images: int = Field(default=0, ge=0)
-    """Natural images a rank and step."""
+    """Natural images a rank and step; 0 turns the losses natural_* off, whatever their weights."""
     accumulate: int = Field(default=1, ge=1)
     """Batches of batch_size and natural_images that each rank takes one after another in a step, to save memory."""
     learning_rates: LearningRates
@@ -55,6 +58,8 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
+        if not self.natural_images:
+            self._leave_natural_images_out()
         rates, weights = self.learning_rates, self.weights
         if self.epochs > 0 and self.batch_size + self.natural_images == 0:
             raise ValueError("batch_size and natural_images are both 0: there is nothing to train on")
@@ -77,8 +82,6 @@ class StageConfig(Section):
         natural_losses = weights.natural_ae + weights.natural_lpips + weights.natural_kl + weights.natural_tv
         if self.natural_images and natural_losses == 0:
             raise ValueError("natural_images are loaded but no loss of natural images (natural_*) has a weight")
-        if self.natural_images == 0 and natural_losses > 0:
-            raise ValueError("a loss of natural images (natural_*) has a weight but natural_images is 0")
         if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
         rendered = weights.latent + weights.rgb + weights.depth_tv + weights.opacity + weights.distortion
@@ -93,6 +96,20 @@ class StageConfig(Section):
             if self.epochs > 0 and getattr(rates, part) > 0 and loss == 0:
                 raise ValueError(f"learning_rates.{part} is above 0 but no loss with a weight reaches the {part}")
         return self
+
+    def _leave_natural_images_out(self) -> None:
+        """Without them their losses are off, whatever recipe the weights come from, with all that is for them alone."""
+        off = {name: 0.0 for name, weight in self.weights if name.startswith("natural_") and weight > 0}
+        if not off:
+            return
+        weights, rates = self.weights.model_copy(update=off), self.learning_rates
+        of_views = {"encoder": weights.latent + weights.ae, "decoder": weights.rgb + weights.ae}
+        frozen = {part: 0.0 for part, loss in of_views.items() if loss == 0 and getattr(rates, part) > 0}
+        if self.epochs > 0:
+            log_once("natural_images is 0, so these are 0 too: %s", ", ".join([*off, *frozen]))
+        new = {"weights": weights, "learning_rates": rates.model_copy(update=frozen), "alternate": False}
+        for name, value in new.items():
+            object.__setattr__(self, name, value)  # the section is frozen
 
     @property
     def uses_cached_latents(self) -> bool:

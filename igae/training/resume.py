@@ -22,7 +22,10 @@ from igae.training.recipe import Recipe
 from igae.training.run_folder import public_settings
 from igae.training.stage import StageState
 
-FIXED = ["seed", "model", "planes", "render", "autoencoder.create", "autoencoder.latents", "autoencoder.scale"]
+FIXED = [
+    *("seed", "model", "planes", "render", "data.background"),
+    *("autoencoder.create", "autoencoder.latents", "autoencoder.scale"),
+]
 """Settings that can't change within a run."""
 SCALE_BATCH, SCALE_BATCHES = 64, 4
 """Views that the scale of normalized latents is fitted to, on each rank."""

@@ -11,7 +11,7 @@ from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch, pixel_o
 from igae.models import IGAE
 from igae.ranks import derive_seed
 from igae.scenes import SceneStore
-from igae.training.encoding import encode_views
+from igae.training.encoding import encode_views, plain_borders, tell_background
 from igae.training.meter import Meter, Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.rank_data import RankData
@@ -62,6 +62,8 @@ class Stage:
         self._background = torch.from_numpy(pixel_of(recipe.data.background)).to(engine.device)
         # Before the engine takes the model apart: cached latents are encoded with it.
         self.cache = self.encode_views() if self.config.uses_cached_latents else None
+        # The first stage looks at its views before it trains: at all that it encodes, or at those of its first step.
+        self._to_look_at = self.cache is None and name == next(iter(recipe.train.stages))
         self.streams = self._open_streams()
         self._prepare_optimizers(state)
         self.meter = Meter(engine.device, data.world, engine.replicated)
@@ -167,6 +169,9 @@ class Stage:
             batch["view"] = stream.take()
             return self.cache.scene[batch["view"]]
         views: ViewBatch = next(stream)
+        if self._to_look_at:
+            self._to_look_at = False
+            tell_background(plain_borders(views.images, self._background.cpu()), len(views.scene), self._background)
         wanted = ["images", "cam2world", "intrinsics", *(["masks", "has_alpha"] * (self.config.weights.opacity > 0))]
         batch |= {name: getattr(views, name) for name in wanted}
         return views.scene

@@ -37,6 +37,7 @@ class Trainer(Job):
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         train, settings = recipe.train, recipe.checkpoint
         data = RankData.split(recipe)
+        check_data(recipe, data)
         engine = Engine(train.timeout, train.async_steps, train.precision == "bf16")
         # Both here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
         channel, saving = Channel(train.timeout), Channel(train.timeout)
@@ -93,8 +94,6 @@ class Trainer(Job):
             todo = [name for name in todo if name == only]
         if not todo:
             log.info("nothing is left to do in %s", self.folder)
-        for name in todo:
-            check_data(self.recipe, name, self.data)
         if any(self.recipe.train.stages[name].batch_size for name in todo):
             self.channel.on_first_rank(lambda: check_box(self.recipe.render.box, self.data))
         return todo
