@@ -40,7 +40,8 @@ class Output:
 class Job:
     """Shards to write: those of some scenes, or one of natural images (key, file).
 
-    `options` has of the run's only what the shards depend on; `bytes` is the size of the input.
+    `options` has of the run's only what the shards depend on; `input` is a hash of the files that are read: another one
+    when any of them was changed.
     """
 
     output: Output
@@ -48,7 +49,7 @@ class Job:
     index: int
     scenes: Sequence[SceneRef] = ()
     images: Sequence[tuple[str, str]] = ()
-    bytes: int = 0
+    input: str = ""
 
     @property
     def names(self) -> dict[ShardKind, str]:
@@ -64,7 +65,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that the shards depend on; of the input's bytes only how many there are."""
+        """Hash of everything that the shards depend on."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def open(self, kind: ShardKind) -> ShardWriter:

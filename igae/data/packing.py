@@ -5,6 +5,7 @@ The layout of the shards is planned from the sizes of the input files before any
 by one process, and every order comes from the seed: the result does not depend on the number of processes.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from igae.data.sources import find_scenes, read_scene
 from igae.data.sources.images import find_images, open_image, read_files
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import FileInfo, file_system, join, look_up
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560
@@ -45,12 +46,13 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class _Scanned:
-    """A scene as planned: bytes of its images, and the (height, width) of its first."""
+    """A scene as planned: bytes of its images, the (height, width) of its first, and a hash of all that is read."""
 
     ref: SceneRef
     bytes: int
     views: int
     size: tuple[int, int]
+    version: str
 
 
 def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
@@ -80,7 +82,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         found = _run(pool, "scanning scenes", _scan, refs)
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
-        natural_images = find_images(options.images) if options.images else {}
+        natural_images, unreadable = find_images(options.images) if options.images else ({}, [])
+        problems += unreadable
         if problems and not options.skip_bad:
             raise Refused(problems)
         size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
@@ -129,7 +132,7 @@ def _run(
 
 
 def _common_size(
-    scanned: Sequence[_Scanned], images: str | None, natural_images: Mapping[str, int]
+    scanned: Sequence[_Scanned], images: str | None, natural_images: Mapping[str, FileInfo]
 ) -> tuple[int, int] | None:
     """The size that most scenes' first views have, or most of the first 100 natural images; of equals the first."""
     sizes = Counter(entry.size for entry in scanned)
@@ -152,11 +155,9 @@ def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
     except BadInput as error:
         return str(error)
     try:
-        fs, folder = file_system(ref.folder)
-        prefix = folder.rstrip("/") + "/"
-        sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
+        files = look_up(ref.folder, [view.file for view in scene.views])
         for view in scene.views:
-            if view.file not in sizes:
+            if view.file not in files:
                 raise BadInput(f"{view.file} is missing")
         first = scene.views[0]
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
@@ -164,11 +165,12 @@ def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
         first.intrinsics(size)
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
-    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in scene.views), len(scene.views), size)
+    version = _digest([repr(scene.views), *(info.version for info in files.values())])
+    return _Scanned(ref, sum(info.size for info in files.values()), len(scene.views), size, version)
 
 
 def _plan(
-    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, int]
+    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, FileInfo]
 ) -> list[Job]:
     """Divides scenes, in their order, and natural images, in a seeded order, over shards."""
 
@@ -178,17 +180,21 @@ def _plan(
 
     shared = PackOptions(images=options.images, resize=options.resize, seed=options.seed, skip_bad=options.skip_bad)
     jobs = [
-        Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
+        Job(output, shared, index, [entry.ref for entry in group], input=_digest(entry.version for entry in group))
         for index, group in enumerate(_groups(scanned, stored, options.shard_size))
     ]
     files = list(natural_images)
     seeded(options.seed, "images").shuffle(files)
     keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
-    groups = _groups(keyed, lambda entry: natural_images[entry[1]] + TAR_OVERHEAD, options.shard_size)
+    groups = _groups(keyed, lambda entry: natural_images[entry[1]].size + TAR_OVERHEAD, options.shard_size)
     return jobs + [
-        Job(output, shared, index, images=group, bytes=sum(natural_images[file] for _, file in group))
+        Job(output, shared, index, images=group, input=_digest(natural_images[file].version for _, file in group))
         for index, group in enumerate(groups)
     ]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
