@@ -7,6 +7,7 @@ by one process, and every order comes from the seed: the result does not depend 
 
 import hashlib
 import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -165,7 +166,7 @@ def _scan(ref: SceneRef, progress: ProgressCallback) -> _Scanned | str:
         first.intrinsics(size)
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
-    version = _digest([repr(scene.views), *(info.version for info in files.values())])
+    version = _digest([pickle.dumps(scene.views).hex(), *(info.version for info in files.values())])
     return _Scanned(ref, sum(info.size for info in files.values()), len(scene.views), size, version)
 
 

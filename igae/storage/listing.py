@@ -20,32 +20,39 @@ TELLING = re.compile(r"etag|md5|sha|crc|digest|sum$|generation|version|modif|mti
 
 
 class FileInfo(NamedTuple):
-    """Bytes of a file, and a hash that is another one when the file was changed, also in place."""
+    """Bytes of a file, and a text that is another one when the file was changed, also in place."""
 
     size: int
     version: str
 
 
-def find_files(url: str, wanted: Callable[[str], bool]) -> tuple[dict[str, FileInfo], list[str]]:
+def list_files(url: str, wanted: Callable[[str], bool]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """All files below a folder, and below the folders that links in it lead to; links in circles end.
 
     Args:
         wanted: whether a file counts, by its path.
 
     Returns:
-        (sorted paths relative to the folder -> files, a sentence for each link and folder that can't be followed).
+        (sorted paths in the file system -> what the store tells of them, sentences about what can't be followed).
     """
     fs, root = file_system(url)
     problems: list[str] = []
     if isinstance(fs, LocalFileSystem):
-        prefix = os.path.join(root, "")
-        names = sorted(path.removeprefix(prefix) for path in _walk(root, problems) if wanted(path))
-        return {name: _local(prefix + name) or FileInfo(0, "") for name in names}, problems
+        return {path: {} for path in sorted(filter(wanted, _walk(root, problems)))}, problems
     fs.invalidate_cache(root)
+    return {path: info for path, info in sorted(fs.find(root, detail=True).items()) if wanted(path)}, problems
+
+
+def find_files(url: str, wanted: Callable[[str], bool]) -> tuple[dict[str, FileInfo], list[str]]:
+    """As :func:`list_files`, with paths relative to the folder, and with what tells whether a file was changed."""
+    fs, root = file_system(url)
+    found, problems = list_files(url, wanted)
+    if isinstance(fs, LocalFileSystem):
+        infos = [_local(path) or FileInfo(0, "") for path in found]
+    else:
+        with ThreadPoolExecutor(LIMITS.requests) as pool:
+            infos = list(pool.map(lambda path: _remote(fs, path, found[path]), found))
     prefix = root.rstrip("/") + "/"
-    found = {path: info for path, info in sorted(fs.find(root, detail=True).items()) if wanted(path)}
-    with ThreadPoolExecutor(LIMITS.requests) as pool:
-        infos = list(pool.map(lambda path: _remote(fs, path, found[path]), found))
     return {path.removeprefix(prefix): info for path, info in zip(found, infos, strict=True)}, problems
 
 
@@ -98,7 +105,7 @@ def _local(path: str) -> FileInfo | None:
         return FileInfo(0, "")
     if not stat.S_ISREG(found.st_mode):
         return None  # a pipe would be waited for
-    return FileInfo(found.st_size, _hash(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+    return FileInfo(found.st_size, f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}")
 
 
 def _remote(fs: fsspec.AbstractFileSystem, path: str, listed: dict[str, Any]) -> FileInfo:
@@ -114,9 +121,5 @@ def _remote(fs: fsspec.AbstractFileSystem, path: str, listed: dict[str, Any]) ->
         with suppress(Exception):  # of the store; a file that can't be read is told when it is packed
             told = {key: value for key, value in answer().items() if value and TELLING.search(key)}
             if told:
-                return FileInfo(size, _hash(size, sorted(told.items())))
+                return FileInfo(size, hashlib.sha256(repr((size, sorted(told.items()))).encode()).hexdigest())
     return FileInfo(size, "")
-
-
-def _hash(*properties: Any) -> str:
-    return hashlib.blake2b(repr(properties).encode(), digest_size=16).hexdigest()
