@@ -12,7 +12,8 @@ from urllib.parse import unquote
 import fsspec
 from PIL import Image
 
-from igae.errors import redact
+from igae.errors import redact, say
+from igae.storage import list_files
 
 SUFFIXES = (".glb", ".gltf", ".obj")
 
@@ -52,7 +53,10 @@ def find_meshes(arguments: Sequence[str]) -> list[Mesh]:
         if fs.isfile(path):
             files, root = [path], posixpath.dirname(path)
         elif fs.isdir(path):
-            files, root = fs.find(path), path
+            below, problems = list_files(given, lambda file: file.lower().endswith(SUFFIXES))
+            for problem in problems:
+                say(problem)
+            files, root = list(below), path
         else:
             files, root = fs.glob(path), posixpath.dirname(re.split(r"[*?\[]", path, maxsplit=1)[0])
         files = sorted(file for file in files if file.lower().endswith(SUFFIXES))

@@ -93,8 +93,11 @@ def to_linear(color: Any) -> NDArray[np.float64]:
     return np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
 
 
-def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
+def load(mesh: Mesh, fs: fsspec.AbstractFileSystem | None = None) -> tuple[list[Part], NDArray[np.float64]]:
     """Reads a mesh and moves it to where the cameras look.
+
+    Args:
+        fs: what its files are read from; that of `mesh.given` if left out.
 
     Returns:
         (parts, [4, 4] that takes the file's coordinates to the world): y up becomes z up, the center of the bounding
@@ -104,7 +107,7 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
     Raises:
         BadMesh: the file or one that it refers to is missing or damaged, nothing in it is a surface, ...
     """
-    fs, _ = fsspec.core.url_to_fs(mesh.given)
+    fs = fs or fsspec.core.url_to_fs(mesh.given)[0]
     data = fs.cat_file(mesh.path)
     try:
         read = _read_obj if mesh.path.lower().endswith(".obj") else _read_gltf

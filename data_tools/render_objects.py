@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,50 @@ from igae.errors import Parser, command, end, redact, say  # noqa: E402
 
 FORMAT = 1
 TRANSFORMS = "transforms_opencv.json"
+DRAWN_BY = ("object_files.py", "object_meshes.py", "object_renderer.py")
+"""Sources of what makes pictures of a mesh: with others, finished objects are rendered again."""
+
+
+def renderer_version() -> str:
+    """A hash of the renderer's sources."""
+    here = Path(__file__).resolve().parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in DRAWN_BY)).hexdigest()[:16]
+
+
+class NotedFiles:
+    """A file system that notes what was read of it.
+
+    Attributes:
+        files: path relative to `folder` -> sha256 of the content, or None where there is no such file.
+    """
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, folder: str) -> None:
+        self._fs, self._folder = fs, folder
+        self.files: dict[str, str | None] = {}
+
+    def isfile(self, path: str) -> bool:
+        found: bool = self._fs.isfile(path)
+        if not found:
+            self.files[posixpath.relpath(path, self._folder)] = None
+        return found
+
+    def cat_file(self, path: str) -> bytes:
+        content: bytes = self._fs.cat_file(path)
+        self.files[posixpath.relpath(path, self._folder)] = hashlib.sha256(content).hexdigest()
+        return content
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
+
+    def are(self, files: dict[str, str | None]) -> bool:
+        """Whether these files are still as they were noted."""
+        for name, digest in files.items():
+            path = posixpath.normpath(posixpath.join(self._folder, name))
+            if self.isfile(path):
+                self.cat_file(path)
+            if self.files[name] != digest:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -79,40 +124,50 @@ def start_worker(job: Job) -> Callable[[Mesh, ProgressCallback], int]:
         folder = f"{root}/{mesh.name}"
         if is_complete(fs, folder, mesh, job):
             return 0
-        parts, to_world = load(mesh)
+        if fs.exists(f"{folder}/{TRANSFORMS}"):  # of what the mesh was before, or half of one
+            fs.rm_file(f"{folder}/{TRANSFORMS}")
+        files = noted(mesh)
+        parts, to_world = load(mesh, files)
         digest = hashlib.sha256(mesh.name.encode()).digest()
         poses = sphere_cameras(job.views, np.random.default_rng([job.seed, *digest]))
         pictures = renderer.render(parts, poses)
         if not pictures[..., 3].any():
             raise BadMesh("nothing of it can be seen")
-        write_scene(fs, folder, mesh, job, poses, pictures[..., :3], to_world)
+        source = {"mesh": mesh.source, "files": files.files, "renderer": renderer_version()}
+        write_scene(fs, folder, job, source | {"mesh_to_world": to_world.tolist()}, poses, pictures[..., :3])
         return job.views
 
     return work
 
 
+def noted(mesh: Mesh) -> NotedFiles:
+    """The file system of a mesh."""
+    return NotedFiles(fsspec.core.url_to_fs(mesh.given)[0], posixpath.dirname(mesh.path))
+
+
 def is_complete(fs: fsspec.AbstractFileSystem, folder: str, mesh: Mesh, job: Job) -> bool:
-    """Whether an object is finished: its transforms file is written last. ValueError if it is of another mesh."""
+    """Whether an object is finished, as its mesh and the renderer are now: its transforms file is written last.
+    ValueError if it is of another mesh."""
     try:
         written = json.loads(fs.cat_file(f"{folder}/{TRANSFORMS}"))
         views, source = len(written["frames"]), written["mesh"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or half of one
+        files, renderer = dict(written.get("files") or {}), written.get("renderer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or half of one
         return False
     if source != mesh.source:
         raise ValueError(f"{folder} has views of {source}: remove that folder, or choose another --output")
-    return bool(views == job.views)
+    return views == job.views and renderer == renderer_version() and bool(files) and noted(mesh).are(files)
 
 
 def write_scene(
     fs: fsspec.AbstractFileSystem,
     folder: str,
-    mesh: Mesh,
     job: Job,
+    source: dict[str, Any],
     poses: np.ndarray,
     pictures: np.ndarray,
-    to_world: np.ndarray,
 ) -> None:
-    """Writes the pictures [views, size, size, 3], and then the file that says that they are complete."""
+    """Writes the pictures [views, size, size, 3], and then the file that says that they are complete, and of what."""
     size = job.size
     camera = {"fl_x": FOCAL * size, "fl_y": FOCAL * size, "cx": size / 2, "cy": size / 2, "w": size, "h": size}
     frames, files = [], {}
@@ -124,7 +179,7 @@ def write_scene(
         files[f"{folder}/{path}"] = buffer.getvalue()
         frames.append({"file_path": path, "transform_matrix": pose.tolist(), **camera})
     fs.pipe(files)  # an object store takes them at the same time
-    content = {"camera_model": "OPENCV", "mesh": mesh.source, "mesh_to_world": to_world.tolist(), "frames": frames}
+    content = {"camera_model": "OPENCV", **source, "frames": frames}
     fs.pipe_file(f"{folder}/{TRANSFORMS}", (json.dumps(content) + "\n").encode())
 
 
@@ -160,7 +215,8 @@ def write_map(output: str, job: Job, dataset: str, lists: dict[str, Any]) -> int
     """Lists all finished scenes, those of earlier runs too, and returns their number."""
     fs, root = fsspec.core.url_to_fs(job.root)
     fs.invalidate_cache()
-    names = sorted(path.rsplit("/", 2)[-2] for path in fs.glob(f"{root}/*/{TRANSFORMS}"))
+    names = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False))
+    names = [name for name in names if fs.exists(f"{root}/{name}/{TRANSFORMS}")]
     path = f"{fsspec.core.url_to_fs(output)[1].rstrip('/')}/dataset_map.json"
     fs.pipe_file(path, (json.dumps({**lists, dataset: names}, indent=0) + "\n").encode())
     return len(names)

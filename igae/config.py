@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from igae.errors import UNKNOWN, Key, did_you_mean, explain, kind_of, origin_of, sections_at
+from igae.errors import UNKNOWN, Key, did_you_mean, expand_home, explain, kind_of, origin_of, sections_at
 from igae.errors import ConfigError as ConfigError
 
 log = logging.getLogger("igae")
@@ -64,6 +64,11 @@ class Section(BaseModel):
                 log.warning("the key %s is always %s now: remove it", key, value)
                 del data[key]  # and is not told again
         return {_current([cls], key): value for key, value in data.items()} if isinstance(data, dict) else data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        return expand_home(value) if isinstance(value, str) and "/" in value else value
 
     @field_validator("*", mode="wrap")
     @classmethod

@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import functools
+import io
 import logging
 import os
 import re
@@ -91,8 +92,18 @@ def say(text: str) -> None:
     print(redact(text), file=sys.stderr)
 
 
+def _expand(match: re.Match[str]) -> str:
+    return match[1] + expand_home(match[2])
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments without credentials: it quotes them, and they may be URLs."""
+    """Says what is wrong with arguments without credentials: it quotes them, and they may be URLs. Expands `~` where a
+    shell does not: in `--output=~/x` and `outputs=~/x`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = sys.argv[1:] if args is None else args
+        expanded = [re.sub(r"\A((?:[\w.\-]+=)?)((?:\./)?~.*)", _expand, text, flags=re.DOTALL) for text in given]
+        return super().parse_known_args(expanded, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(redact(message))
@@ -103,6 +114,12 @@ def local_path(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{redact(text)} is a URL: give a path on this machine")
     return Path(text)
+
+
+def expand_home(text: str) -> str:
+    """A path or URL with the folder that a leading `~` or `~user` means. What is expanded stays so: it is absolute, as
+    is a folder that is called `~`."""
+    return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
 
 
 class LostRank(RuntimeError):
@@ -164,6 +181,8 @@ def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
     @functools.wraps(body)
     def main(argv: list[str] | None = None) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be no UTF-8
         try:
             return body(argv) or 0
         except (ValueError, OSError, ImportError) as error:

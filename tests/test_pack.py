@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: layout, reproducible bytes, bad input, interrupted runs."""
+"""Packing: layout, reproducible bytes, bad input."""
 
 import hashlib
 import io
 import json
 import math
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scene_files import interrupted_at, picture, write_data, write_scene
+from scene_files import picture, write_data, write_scene
 
 from igae.data import Manifest, PackOptions, Refused, find_scenes, pack, verify_packed
 
@@ -341,62 +340,3 @@ def test_command(data, tmp_path):
     (out / "heldout-00000.tar").write_bytes(raw)
     damaged = tool("--verify", out)
     assert damaged.returncode == 1 and "heldout-00000.tar" in damaged.stderr
-
-
-def interrupt(out: Path, arguments: dict) -> None:
-    """Ctrl-C when all scenes are written and no natural image is."""
-    with interrupted_at("images-00000.tar"), pytest.raises(KeyboardInterrupt):
-        pack(str(out), PackOptions(**arguments))
-    assert all(path.name.endswith(".partial") for path in out.iterdir())
-
-
-def test_interrupted_packing_continues(data, tmp_path):
-    out, again = tmp_path / "out", tmp_path / "again"
-    interrupt(out, sources(data))
-
-    def written(end: str) -> dict[str, tuple[int, int]]:
-        found = {path.name.removesuffix(end): path.stat() for path in out.glob(f"scenes-*.tar{end}")}
-        return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
-
-    kept = written(".partial")
-    pack(str(out), PackOptions(**sources(data)))
-    assert kept and written("") == kept
-    pack(str(again), PackOptions(**sources(data)))
-    assert verify_packed(str(out)) == [] and digests(out) == digests(again)
-
-
-@pytest.mark.parametrize("change", ["seed", "input", "shard", "note"])
-def test_what_is_no_longer_the_same_is_packed_again(change, data, tmp_path):
-    out, again, options = tmp_path / "out", tmp_path / "again", {}
-    interrupt(out, sources(data))
-    if change == "seed":
-        options["seed"] = 5
-    elif change == "input":
-        image = next((data / "scenes").rglob("*.png"))
-        image.write_bytes(image.read_bytes() + b"more")
-    else:
-        path = out / ("scenes-00000.tar.partial" if change == "shard" else "scenes-00000.tar.done.partial")
-        path.write_bytes(path.read_bytes()[:-100])
-    for target in (out, again):
-        pack(str(target), PackOptions(**sources(data), **options))
-    assert verify_packed(str(out)) == [] and digests(out) == digests(again)
-
-
-def test_killed_packing_leaves_no_manifest(tmp_path):
-    """kill -9 while shards are written: nothing final, and the next run is as if nothing had been there."""
-    data = write_data(tmp_path / "data", views=(400,) * 6)
-    out, again = tmp_path / "out", tmp_path / "again"
-    command = [sys.executable, str(TOOL), "--scenes", str(data / "scenes"), "--subset", "square16"]
-    options = ["--shard-size", "1MB", "--workers", "1", "--output"]
-    process = subprocess.Popen([*command, *options, str(out)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(out.glob("scenes-00001.tar.partial")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert out.exists() and all(path.name.endswith(".partial") for path in out.iterdir())
-    with pytest.raises(ValueError, match="no manifest.json"):
-        Manifest.load(str(out))
-    for target in (out, again):
-        pack(str(target), PackOptions(scenes=str(data / "scenes"), subset="square16", shard_size=1_000_000))
-    assert digests(out) == digests(again)

@@ -196,6 +196,44 @@ def test_a_run_that_was_killed_continues(rendered, meshes, tmp_path):
     assert contents(output) == contents(rendered[0])
 
 
+def test_what_was_changed_is_rendered_again(meshes, tmp_path):
+    """A mesh, its material, its texture and its buffer, each in place and with its old time; then the renderer."""
+    root, output = tmp_path / "meshes [new]", tmp_path / "objects [v2]"
+    for folder in ("000-001", "000-002", "sofa"):
+        shutil.copytree(meshes[0] / folder, root / folder)
+    tools = shutil.copytree(TOOLS, tmp_path / "data_tools", ignore=shutil.ignore_patterns("__pycache__"))
+    arguments = (root, "--output", output, "--workers", 1, *OPTIONS)
+
+    def render() -> str:
+        done = tool(*arguments, script=str(tools / "render_objects.py"))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "now rendered: 3 with" in render() and "now rendered: 0 with" in render()
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    for file in files:
+        before, ends = file.stat(), {".glb": b"\0", ".png": b"\0"}
+        file.write_bytes(file.read_bytes() + ends.get(file.suffix, b"\n"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert "now rendered: 1 with" in render(), file
+    assert {file.suffix for file in files} >= {".glb", ".gltf", ".bin", ".obj", ".mtl", ".png"}
+    source = tools / "object_renderer.py"
+    source.write_text(source.read_text().replace("AMBIENT = 0.32", "AMBIENT = 0.42"))
+    assert "now rendered: 3 with" in render() and "finished before: 3" in render()
+    (root / "000-001" / "tower.glb").write_bytes(b"glTF")
+    assert "2 objects; now rendered: 0 with" in render()  # what was a tower is none, and is not listed as one
+    assert json.loads((output / "dataset_map.json").read_text()) == {"objaverse": ["crate", "sofa"]}
+
+
+def test_meshes_behind_links_and_home(meshes, tmp_path):
+    (tmp_path / "glbs").mkdir()
+    (tmp_path / "glbs" / "000-001").symlink_to(meshes[0] / "000-001")
+    (tmp_path / "glbs" / "loop").symlink_to("..")
+    done = tool(f"{tmp_path}/glbs", "--output=~/made", "--workers", 1, *OPTIONS, HOME=str(tmp_path / "home"))
+    assert done.returncode == 0 and "1 objects; now rendered: 1" in done.stdout, done.stderr
+    assert (tmp_path / "home" / "made" / "dataset_map.json").exists()
+
+
 def test_refusals_are_one_sentence(rendered, meshes, tmp_path):
     output, root = rendered[0], meshes[0]
     before, new = contents(output), ("--output", tmp_path / "x")

@@ -27,7 +27,7 @@ from igae.training import Recipe
 HEAD = """# Configuration
 
 Every key of a configuration file, and of the `key=value` arguments of `train.py` (`train.joint.batch_size=8`). A key
-without a default has to be in the file; `configs/` has some. Made by `igae reference`.
+without a default has to be in the file; `configs/` has some. A path may begin with `~`. Made by `igae reference`.
 """
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
@@ -41,7 +41,8 @@ class Output:
 class Job:
     """Shards to write: those of some scenes, or one of natural images (key, file).
 
-    `options` has of the run's only what the shards depend on; `bytes` is the size of the input.
+    `options` has of the run's only what the shards depend on; `input` is a hash of the files that are read: another one
+    when any of them was changed.
     """
 
     output: Output
@@ -49,7 +50,7 @@ class Job:
     index: int
     scenes: Sequence[SceneRef] = ()
     images: Sequence[tuple[str, str]] = ()
-    bytes: int = 0
+    input: str = ""
 
     @property
     def names(self) -> dict[ShardKind, str]:
@@ -65,7 +66,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that the shards depend on; of the input's bytes only how many there are."""
+        """Hash of everything that the shards depend on."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def open(self, kind: ShardKind) -> ShardWriter:
@@ -191,10 +192,10 @@ def _read_note(job: Job) -> JobResult | None:
     fs.invalidate_cache(root)
     path = join(root, job.note)
     try:
-        result = _NOTE.validate_json(fs.cat_file(path))
+        result = _NOTE.validate_python(json.loads(fs.cat_file(path)))
     except FileNotFoundError:
         return None
-    except ValidationError:
+    except (ValueError, RecursionError):
         result = JobResult()
     if result.job == job.digest and not _incomplete(job, result):
         return result
@@ -207,7 +208,9 @@ def _write_note(job: Job, result: JobResult) -> None:
     fs.invalidate_cache(root)
     if name := _incomplete(job, result):
         raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
-    fs.pipe_file(join(root, job.note), _NOTE.dump_json(replace(result, job=job.digest)))
+    # pydantic's JSON has no place for file names that are not UTF-8.
+    note = json.dumps(_NOTE.dump_python(replace(result, job=job.digest)))
+    fs.pipe_file(join(root, job.note), note.encode())
 
 
 def _incomplete(job: Job, result: JobResult) -> str | None:

@@ -5,6 +5,7 @@ The layout of the shards is planned from the sizes of the input files before any
 by one process, and every order comes from the seed: the result does not depend on the number of processes.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from igae.data.sources.images import find_images, open_image, read_files
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import FileInfo, file_system, join, look_up
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560
@@ -47,12 +48,13 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class _Scanned:
-    """A scene as planned: bytes of its images, and the (height, width) of its first."""
+    """A scene as planned: bytes of its images, the (height, width) of its first, and a hash of all that is read."""
 
     ref: SceneRef
     bytes: int
     views: int
     size: tuple[int, int]
+    version: str
 
 
 def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
@@ -84,7 +86,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         found = _run(pool, "scanning scenes", _scan, [(ref, options) for ref in refs])
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
-        natural_images = find_images(options.images) if options.images else {}
+        natural_images, unreadable = find_images(options.images) if options.images else ({}, [])
+        problems += unreadable
         if problems and not options.skip_bad:
             raise Refused(problems)
         size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
@@ -133,7 +136,7 @@ def _run(
 
 
 def _common_size(
-    scanned: Sequence[_Scanned], images: str | None, natural_images: Mapping[str, int]
+    scanned: Sequence[_Scanned], images: str | None, natural_images: Mapping[str, FileInfo]
 ) -> tuple[int, int] | None:
     """The size that most scenes' first views have, or most of the first 100 natural images; of equals the first."""
     sizes = Counter(entry.size for entry in scanned)
@@ -158,12 +161,11 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
     except BadInput as error:
         return str(error)
     try:
-        fs, folder = file_system(ref.folder)
-        prefix = folder.rstrip("/") + "/"
-        sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
-        for view in views:
-            if view.file not in sizes:
-                raise BadInput(f"{view.file} is missing")
+        names = [name for view in views for name in (view.file, view.mask) if name is not None]
+        files = look_up(ref.folder, names)
+        for name in names:
+            if name not in files:
+                raise BadInput(f"{name} is missing")
         first = views[0]
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
         size = (image.height, image.width)
@@ -172,11 +174,12 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
             ref = replace(ref, normalization=normalization_of(views, size))
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
-    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in views), len(views), size)
+    version = _digest([repr(views), *(info.version for info in files.values())])
+    return _Scanned(ref, sum(files[view.file].size for view in views), len(views), size, version)
 
 
 def _plan(
-    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, int]
+    options: PackOptions, output: Output, scanned: Sequence[_Scanned], natural_images: Mapping[str, FileInfo]
 ) -> list[Job]:
     """Divides scenes, in their order, and natural images, in a seeded order, over shards."""
 
@@ -187,17 +190,21 @@ def _plan(
     kept = {name: getattr(options, name) for name in ("images", "resize", "seed", "skip_bad", "heldout")}
     shared = PackOptions(**kept)
     jobs = [
-        Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))
+        Job(output, shared, index, [entry.ref for entry in group], input=_digest(entry.version for entry in group))
         for index, group in enumerate(_groups(scanned, stored, options.shard_size))
     ]
     files = list(natural_images)
     seeded(options.seed, "images").shuffle(files)
     keyed = [(f"images/{number:08d}", file) for number, file in enumerate(files)]
-    groups = _groups(keyed, lambda entry: natural_images[entry[1]] + TAR_OVERHEAD, options.shard_size)
+    groups = _groups(keyed, lambda entry: natural_images[entry[1]].size + TAR_OVERHEAD, options.shard_size)
     return jobs + [
-        Job(output, shared, index, images=group, bytes=sum(natural_images[file] for _, file in group))
+        Job(output, shared, index, images=group, input=_digest(natural_images[file].version for _, file in group))
         for index, group in enumerate(groups)
     ]
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _groups(items: Sequence[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from .cache import Cache as Cache
+from .listing import FileInfo as FileInfo
+from .listing import find_files as find_files
+from .listing import list_files as list_files
+from .listing import look_up as look_up
 from .paths import LIMITS as LIMITS
 from .paths import Damaged as Damaged
 from .paths import Missing as Missing

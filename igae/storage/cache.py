@@ -52,7 +52,7 @@ class Cache:
         if "://" in folder:
             raise ValueError(f"data.cache {folder} has to be a folder of this machine")
         self.root = root
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK | os.X_OK):

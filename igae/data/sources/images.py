@@ -13,7 +13,7 @@ from PIL import Image
 
 from igae.data.sources.scene import SUFFIXES, BadInput
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import FileInfo, file_system, find_files, join
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -21,19 +21,13 @@ READ_TOGETHER = 64
 """Files asked for in one go: an object store answers them at the same time."""
 
 
-def find_images(root: str) -> dict[str, int]:
-    """All natural images below `root` (PNG, JPEG, WebP), sorted by path: path relative to `root` -> size in bytes."""
-    fs, path = file_system(root)
-    found = fs.find(path, detail=True)
-    prefix = path.rstrip("/") + "/"
-    sizes = {
-        name.removeprefix(prefix): int(info["size"] or 0)
-        for name, info in sorted(found.items())
-        if name.lower().endswith(SUFFIXES)
-    }
-    if not sizes:
-        raise ValueError(f"no PNG, JPEG or WebP images in {redact(root)}")
-    return sizes
+def find_images(root: str) -> tuple[dict[str, FileInfo], list[str]]:
+    """All natural images below `root` (PNG, JPEG, WebP): sorted paths relative to `root` -> files; and a sentence for
+    each link and folder below it that can't be followed."""
+    found, problems = find_files(root, lambda path: path.lower().endswith(SUFFIXES))
+    if not found:
+        raise ValueError(": ".join([f"no PNG, JPEG or WebP images in {redact(root)}", *problems[:1]]))
+    return found, problems
 
 
 def read_files(files: Iterable[tuple[str, str]]) -> Iterator[bytes | Exception]:
