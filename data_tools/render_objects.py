@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
 
 from make_demo import FOCAL, at_least, sphere_cameras  # noqa: E402
-from object_files import SUFFIXES, BadMesh, Mesh, find_meshes  # noqa: E402
+from object_files import SUFFIXES, BadMesh, Mesh, find_meshes, matching  # noqa: E402
 
 from igae.data import ItemFailed, ProcessPool, ProgressCallback, name_problem  # noqa: E402
 from igae.errors import Parser, command, end, redact, say  # noqa: E402
@@ -160,7 +160,7 @@ def write_map(output: str, job: Job, dataset: str, lists: dict[str, Any]) -> int
     """Lists all finished scenes, those of earlier runs too, and returns their number."""
     fs, root = fsspec.core.url_to_fs(job.root)
     fs.invalidate_cache()
-    names = sorted(path.rsplit("/", 2)[-2] for path in fs.glob(f"{root}/*/{TRANSFORMS}"))
+    names = sorted(path.rsplit("/", 2)[-2] for path in matching(fs, root, f"*/{TRANSFORMS}"))
     path = f"{fsspec.core.url_to_fs(output)[1].rstrip('/')}/dataset_map.json"
     fs.pipe_file(path, (json.dumps({**lists, dataset: names}, indent=0) + "\n").encode())
     return len(names)
