@@ -46,11 +46,11 @@ class GltfFile:
             raise BadMesh(f"it refers to {kind}[{index}], but has {len(self.all(kind))} {kind}: export it again")
         return self.all(kind)[index]
 
-    def numbers(self, index: int, normalized: bool = False) -> NDArray[Any]:
+    def numbers(self, index: int, normalized: bool | None = None) -> NDArray[Any]:
         """The values of an accessor, [count, ...]; matrices as [count, row, column].
 
         Args:
-            normalized: integers stand for [0, 1] or [-1, 1], whatever the file says.
+            normalized: whether integers stand for [0, 1] or [-1, 1]; None: as the file says.
         """
         accessor = self.one("accessors", index)
         count, kind = accessor["count"], accessor["type"]
@@ -68,7 +68,7 @@ class GltfFile:
             where = self._strided(sparse["indices"], np.dtype(TYPES[sparse["indices"]["componentType"]]), (some,))
             values = values.copy()
             values[where] = self._strided(sparse["values"], dtype, (some, *shape[1:]))
-        if dtype.kind != "f" and (normalized or accessor.get("normalized")):
+        if dtype.kind != "f" and (accessor.get("normalized") if normalized is None else normalized):
             values = np.maximum(values / np.iinfo(dtype).max, -1.0)
         return values.swapaxes(1, 2) if kind == "MAT4" else values
 

@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import trimesh
 from gltf_file import GltfFile
 from numpy.typing import NDArray
 from object_files import BadMesh, Neighbours
 from object_parts import CLAMP, MIRROR, REPEAT, Material, Part, Sampler, transformed
 from PIL import Image
+from trimesh.transformations import quaternion_matrix
+from trimesh.visual.gloss import specular_to_pbr
 
 TRIANGLES, STRIP, FAN = 4, 5, 6
 NEAREST = 9728
@@ -57,7 +58,7 @@ def _extension(element: dict[str, Any], name: str) -> dict[str, Any]:
 def _placed(translation: Any = (0, 0, 0), rotation: Any = (0, 0, 0, 1), scale: Any = (1, 1, 1)) -> Matrices:
     """[4, 4] of a translation, a quaternion (x, y, z, w) and a scale."""
     x, y, z, w = rotation
-    matrix = trimesh.transformations.quaternion_matrix([w, x, y, z]) @ np.diag([*scale, 1.0])
+    matrix = quaternion_matrix([w, x, y, z]) @ np.diag([*scale, 1.0])
     matrix[:3, 3] = translation
     return np.asarray(matrix, dtype=np.float64)
 
@@ -110,7 +111,7 @@ def _instances(file: GltfFile, index: int, world: Matrices) -> list[Matrices]:
         raise BadMesh(f"its nodes[{index}] has a skin and {INSTANCING}, which exclude each other: export one of them")
     attributes = _extension(node, INSTANCING)["attributes"]
     known = [name for name in ("TRANSLATION", "ROTATION", "SCALE") if name in attributes]
-    arrays = [file.numbers(attributes[name], normalized=name == "ROTATION") for name in known]
+    arrays = [file.numbers(attributes[name], normalized=True if name == "ROTATION" else None) for name in known]
     if len({len(array) for array in arrays}) > 1:
         raise BadMesh(f"{INSTANCING} of its nodes[{index}] has arrays of different lengths: export it again")
     count = len(arrays[0]) if arrays else file.one("accessors", next(iter(attributes.values())))["count"]
@@ -171,18 +172,17 @@ def _primitives(
 
 
 def _attributes(file: GltfFile, place: str, primitive: dict[str, Any], weights: tuple[float, ...]) -> Attributes:
-    fractions = ("COLOR_", "WEIGHTS_")  # what their integers always stand for
-    attributes = {
-        name: file.numbers(index, normalized=name.startswith(fractions))
-        for name, index in primitive["attributes"].items()
-        if not name.startswith("_")
-    }
+    normalized = {"COLOR": True, "WEIGHTS": True, "JOINTS": False}  # of the other integers, the file says it
+
+    def values(name: str, index: int) -> NDArray[Any]:
+        return file.numbers(index, normalized.get(name.split("_")[0]))
+
+    given = primitive["attributes"].items()
+    attributes = {name: values(name, index) for name, index in given if not name.startswith("_")}
     for weight, target in zip(weights, primitive.get("targets", ()), strict=False):
         for name, index in target.items() if weight else ():
             if name in attributes and name != "TANGENT":
-                attributes[name] = attributes[name] + weight * file.numbers(
-                    index, normalized=name.startswith(fractions)
-                )
+                attributes[name] = attributes[name] + weight * values(name, index)
     if "POSITION" not in attributes:
         raise BadMesh(f"its {place} has no POSITION: export it again")
     count = len(attributes["POSITION"])
@@ -244,7 +244,7 @@ def _glossy(file: GltfFile, place: str, gloss: dict[str, Any]) -> tuple[Any, Ima
             f"{GLOSS} of its {place} has two textures that lie differently: convert it to metal and roughness"
         )
     images = {key: _image(file, value) if key.endswith("Texture") else value for key, value in gloss.items()}
-    read = trimesh.visual.gloss.specular_to_pbr(**images)
+    read = specular_to_pbr(**images)
     return read.get("baseColorFactor", (1.0,) * 4), read.get("baseColorTexture"), textures[0] if textures else None
 
 

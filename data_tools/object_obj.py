@@ -161,7 +161,8 @@ def _part(vertices: _Vertices, read: ObjMaterial, name: str | None, corners: NDA
         if not read.colored:
             material = replace(material, base=(*to_linear([PLAIN] * 3), material.base[3]))
     elif blank.any():
-        raise BadMesh(f"some vertices of its material {name!r} have a color and some have none: give all of them one")
+        where = "" if name is None else f" (material {name!r})"
+        raise BadMesh(f"some of its vertices{where} have a color and some have none: give all of them one")
     has_uv, has_normals = uv_at.min() >= 0, normal_at.min() >= 0
     if (read.base or read.emission) and not has_uv:
         raise BadMesh(

@@ -2,6 +2,7 @@
 """Single properties of meshes and of how they are drawn, and processes that die."""
 
 import ctypes.util
+import itertools
 import os
 import signal
 import sys
@@ -25,8 +26,10 @@ for library in ("EGL", "GL"):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data_tools"))
 
+from make_demo import FOCAL, RADIUS  # noqa: E402
 from object_files import BadMesh, find_meshes  # noqa: E402
 from object_meshes import Material, Part, load  # noqa: E402
+from object_parts import CLAMP, MIRROR, REPEAT, Sampler  # noqa: E402
 from object_renderer import AMBIENT, LIGHTS, Renderer  # noqa: E402
 
 FRONT = np.array([[1.0, 0, 0, 0], [0, 0, 1, -1.3], [0, -1, 0, 0], [0, 0, 0, 1]])  # from -y, with z up
@@ -107,6 +110,57 @@ def test_both_sides_are_lit_from_their_own_side(renderer):
         expected = mesh_files.displayed(0.5 * mesh_files.light(np.array(normal, dtype=float), AMBIENT, LIGHTS))
         assert np.abs(seen[:3] - expected).max() < 0.003
     assert abs(front_seen[0] - back_seen[0]) > 0.02
+
+
+@pytest.mark.parametrize("glow", [False, True])
+def test_textures_beyond_their_edges(renderer, glow):
+    """Along u and v in each of three ways: a square of 8 x 8 texels, each of 2.7 pixels, of a texture of 4 x 4."""
+    colors = np.zeros((4, 4, 4), dtype=np.uint8) + np.uint8(255)
+    colors[..., :2] = np.stack(np.meshgrid([0, 80, 160, 240], [10, 90, 170, 250]), axis=-1)
+    folds = {
+        REPEAT: lambda x: np.mod(x, 4),
+        MIRROR: lambda x: np.minimum(np.mod(x, 8), 7 - np.mod(x, 8)),
+        CLAMP: lambda x: np.clip(x, 0, 3),
+    }
+    uv = mesh_files.UV * 2 - 0.5
+    texels = np.arange(-2, 6)
+    for along_u, along_v in itertools.product(folds, folds):
+        image, sampler = Image.fromarray(colors), Sampler((along_u, along_v), nearest=True)
+        if glow:
+            black = Material(base=(0, 0, 0, 1), emission=(1, 1, 1), emission_image=image, emission_sampler=sampler)
+            part = replace(square(black), uv=np.zeros((4, 2)), emission_uv=uv)
+        else:
+            part = replace(square(Material(base_image=image, base_sampler=sampler, unlit=True)), uv=uv)
+        picture = renderer.render([part], FRONT[None])[0]
+        columns, rows = folds[along_u](texels), 3 - folds[along_v](texels)  # v goes up
+        expected = colors[rows[::-1, None], columns[None]]
+        side = 2 * 0.4 * FOCAL / RADIUS * 32  # of the square in pixels
+        at = (16 + side * ((np.arange(8) + 0.5) / 8 - 0.5)).astype(int)
+        assert np.abs(picture[at[:, None], at].astype(int) - expected)[..., :2].max() <= 1, (
+            along_u,
+            along_v,
+        )  # rounding
+
+
+def test_texels_are_squares_where_the_file_says_so(renderer):
+    """Two texels: black and white halves, or a slope between them."""
+    image = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
+    seen = [
+        renderer.render([square(Material(base_image=image, base_sampler=sampler, unlit=True))], FRONT[None])[
+            0, 16, 8:24
+        ]
+        for sampler in (Sampler((CLAMP, CLAMP), nearest=True), Sampler((CLAMP, CLAMP)))
+    ]
+    assert len(np.unique(seen[0][:, 0])) == 2 and len(np.unique(seen[1][:, 0])) > 8
+
+
+def test_the_file_says_how_textures_are_read(tmp_path):
+    def wrapped(header: dict) -> None:
+        header["samplers"] = [{"wrapS": CLAMP, "wrapT": MIRROR, "magFilter": 9728}]
+        header["textures"][0]["sampler"] = 0
+
+    assert read(tmp_path, wrapped)[0].material.base_sampler == Sampler((CLAMP, MIRROR), nearest=True)
+    assert read(tmp_path)[0].material.base_sampler == Sampler((REPEAT, REPEAT), nearest=False)
 
 
 def read(tmp_path: Path, change: Callable[[dict], None] = lambda header: None, **arrays: np.ndarray) -> list[Part]:
