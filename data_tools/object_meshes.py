@@ -28,7 +28,11 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
             is not understood, ...
     """
     fs, _ = fsspec.core.url_to_fs(mesh.given)
-    data = fs.cat_file(mesh.path)
+    try:
+        data = fs.cat_file(mesh.path)
+    except OSError as error:  # a link that leads nowhere, a file that others may not read
+        reason = error.strerror or error
+        raise BadMesh(f"it can't be opened ({reason}): check that it exists and may be read") from error
     try:
         read = read_obj if mesh.path.lower().endswith(".obj") else read_gltf
         parts = read(Neighbours(fs, mesh.path), data)
