@@ -146,11 +146,12 @@ def _is_number(word: str) -> bool:
 
 
 def _numbers(place: str, key: str, value: str, count: int) -> list[float]:
+    """Numbers from 0 to 1; light, Ke, may be stronger."""
     words = value.split()
     if len(words) != count or not all(map(_is_number, words)):
         raise BadMesh(f"its {place} has {key} {value}, which is not supported: write {count} numbers from 0 to 1")
     numbers = [float(word) for word in words]
-    if not all(0 <= number <= 1 for number in numbers):
+    if not all(0 <= number <= (np.inf if key == "Ke" else 1.001) for number in numbers):  # rounded up
         raise BadMesh(f"its {place} has {key} {value}, which is not from 0 to 1: divide it by its largest value")
     return numbers
 

@@ -129,16 +129,17 @@ def _skinned(file: GltfFile, index: int, worlds: list[Matrices], attributes: Att
     if "inverseBindMatrices" in skin:
         inverse = file.numbers(skin["inverseBindMatrices"])
         if len(inverse) < len(bones):
-            raise BadMesh(
-                f"its nodes[{index}] has a skin of {len(bones)} joints but {len(inverse)} inverse bind matrices"
-            )
+            few = f"{len(bones)} joints but {len(inverse)} inverse bind matrices"
+            raise BadMesh(f"its nodes[{index}] has a skin of {few}: export it again")
         bones = bones @ inverse[: len(bones)]
     total, moved = np.zeros(len(attributes["POSITION"])), np.zeros((len(attributes["POSITION"]), 4, 4))
     sets = [name.removeprefix("JOINTS_") for name in attributes if name.startswith("JOINTS_")]
     for number in sets:
         joints, weights = attributes[f"JOINTS_{number}"], attributes[f"WEIGHTS_{number}"]
         if joints.max(initial=0) >= len(bones):
-            raise BadMesh(f"its nodes[{index}] has a vertex of joint {joints.max()}, but {len(bones)} joints")
+            raise BadMesh(
+                f"its nodes[{index}] has a vertex of joint {joints.max()}, but {len(bones)} joints: export it again"
+            )
         for joint, weight in zip(joints.T, weights.T, strict=True):
             moved += weight[:, None, None] * bones[joint]
             total += weight

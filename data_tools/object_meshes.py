@@ -45,10 +45,12 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
         raise BadMesh("there are no triangles in it")
     for part in parts:
         if part.triangles.max() >= len(part.positions):
-            raise BadMesh(f"a triangle has vertex {part.triangles.max()}, but there are {len(part.positions)}")
+            raise BadMesh(
+                f"a triangle has vertex {part.triangles.max()}, but there are {len(part.positions)}: export it again"
+            )
     used = np.concatenate([part.positions[np.unique(part.triangles)] for part in parts])
     if not np.isfinite(used).all():
-        raise BadMesh("it has vertices with NaN or infinite coordinates")
+        raise BadMesh("it has vertices with NaN or infinite coordinates: remove them")
     center = (used.max(axis=0) + used.min(axis=0)) / 2
     half = np.abs(used - center).max()
     if not half > 0:

@@ -3,7 +3,6 @@
 
 from array import array
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +23,7 @@ class _Lines:
     Attributes:
         positions, colors, uv, normals: 3, 3 (NaN: none), 2 and 3 numbers each.
         libraries: material files.
-        faces: by material, having uv, having normals, and number of corners. Each corner has 3 indices from 0, of its
-            position, uv and normal (-1: none).
+        faces: indices from 1, by material, what they are of (0 positions, 1 uv, 2 normals) and number of corners.
     """
 
     positions: "array[float]" = field(default_factory=lambda: array("d"))
@@ -33,7 +31,7 @@ class _Lines:
     uv: "array[float]" = field(default_factory=lambda: array("d"))
     normals: "array[float]" = field(default_factory=lambda: array("d"))
     libraries: list[str] = field(default_factory=list)
-    faces: "dict[tuple[str | None, bool, bool, int], array[int]]" = field(default_factory=dict)
+    faces: "dict[tuple[str | None, tuple[int, ...], int], array[int]]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,12 @@ class _Vertices:
     normals: NDArray[np.float32]
     colors: NDArray[np.float64]
 
-    def lists(self) -> tuple[NDArray[Any], ...]:
-        """What the three indices of a corner are of."""
-        return self.positions, self.uv, self.normals
+    def check(self, corners: NDArray[np.int64]) -> None:
+        """Refuses corners [..., 3] of which there are none."""
+        lists = (("vertex", self.positions), ("texture coordinate", self.uv), ("normal", self.normals))
+        for axis, (what, values) in enumerate(lists):
+            if (most := corners[..., axis].max()) >= len(values):
+                raise BadMesh(f"a face has {what} {most + 1}, but there are {len(values)}: export it again")
 
 
 def read_obj(files: Neighbours, data: bytes) -> list[Part]:
@@ -66,18 +67,16 @@ def read_obj(files: Neighbours, data: bytes) -> list[Part]:
         _colors(np.array(lines.colors).reshape(-1, 3)),
     )
     parts = []
-    for name, has_uv, has_normals in dict.fromkeys(key[:3] for key in lines.faces):
-        corners = []
+    for name, columns in dict.fromkeys(key[:2] for key in lines.faces):
+        triangles = []
         for key, indices in lines.faces.items():
-            if key[:3] == (name, has_uv, has_normals):
-                polygons = np.array(indices).reshape(-1, key[3], 3)
-                for what, values, most in zip(
-                    ("vertex", "texture coordinate", "normal"), vertices.lists(), polygons.max(axis=(0, 1)), strict=True
-                ):
-                    if most >= len(values):
-                        raise BadMesh(f"a face has {what} {most + 1}, but there are {len(values)}: export it again")
-                corners.append(_triangulated(polygons, vertices.positions))
-        parts.append(_part(vertices, read[name], name, np.concatenate(corners)))
+            if key[:2] == (name, columns):
+                numbers = np.array(indices).reshape(-1, key[2], len(columns))
+                corners = np.full((*numbers.shape[:2], 3), -1)
+                corners[..., list(columns)] = numbers - 1
+                vertices.check(corners)
+                triangles.append(_triangulated(corners, vertices.positions))
+        parts.append(_part(vertices, read[name], name, np.concatenate(triangles)))
     return parts
 
 
@@ -117,26 +116,25 @@ def _parse(text: str) -> _Lines:
 
 
 def _add_face(lines: _Lines, material: str | None, values: list[str]) -> None:
-    """Adds a face; indices below 0 count back from what the file has had so far."""
-    have = len(lines.positions) // 3, len(lines.uv) // 2, len(lines.normals) // 3
-    corners: list[int] = []
-    kinds = set()
-    for value in values:
-        corner = [-1, -1, -1]
-        for axis, index in enumerate(value.split("/")):
-            if index:
-                corner[axis] = int(index) - 1 if int(index) > 0 else have[axis] + int(index)
-                if int(index) == 0 or corner[axis] < 0:
-                    raise ValueError(f"there is no {index}")
-        if corner[0] < 0:
-            raise ValueError("a corner has no vertex")
-        corners += corner
-        kinds.add((corner[1] >= 0, corner[2] >= 0))
+    """Adds a face; indices below 0 count back from what the file has had so far. Written for speed."""
+    values = [value.rstrip("/") for value in values]
+    slashes, skips = values[0].count("/"), "//" in values[0]
     if len(values) < 3:
         raise ValueError("a face needs 3 corners")
-    if len(kinds) > 1:
+    if not all(value.count("/") == slashes and ("//" in value) == skips for value in values):
         raise ValueError("its corners have different kinds of indices")
-    lines.faces.setdefault((material, *kinds.pop(), len(values)), array("q")).extend(corners)
+    columns = (0, 2) if skips else (0, 1, 2)[: slashes + 1]
+    numbers = list(map(int, " ".join(values).replace("/", " ").split()))
+    if len(numbers) != len(values) * len(columns):
+        raise ValueError("its corners have different kinds of indices")
+    if min(numbers) <= 0:
+        have = len(lines.positions) // 3, len(lines.uv) // 2, len(lines.normals) // 3
+        for at, number in enumerate(numbers):
+            if number < 0:
+                numbers[at] += have[columns[at % len(columns)]] + 1
+            if numbers[at] <= 0:
+                raise ValueError(f"there is no {number}")
+    lines.faces.setdefault((material, columns, len(values)), array("q")).extend(numbers)
 
 
 def _colors(colors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -152,7 +150,9 @@ def _colors(colors: NDArray[np.float64]) -> NDArray[np.float64]:
 def _part(vertices: _Vertices, read: ObjMaterial, name: str | None, corners: NDArray[np.int64]) -> Part:
     """A part of triangles [triangles, 3, 3], whose corners that are equal become one vertex."""
     flat = corners.reshape(-1, 3)
-    keys = (flat[:, 0] * (len(vertices.uv) + 1) + flat[:, 1] + 1) * (len(vertices.normals) + 1) + flat[:, 2] + 1
+    # In two steps, as a product of three lengths can be more than 64 bits hold.
+    _, pairs = np.unique(flat[:, 0] * (len(vertices.uv) + 1) + flat[:, 1] + 1, return_inverse=True)
+    keys = pairs * (len(vertices.normals) + 1) + flat[:, 2] + 1
     _, first, triangles = np.unique(keys, return_index=True, return_inverse=True)
     at, uv_at, normal_at = flat[first].T
     colors, material = vertices.colors[at], read.material

@@ -139,6 +139,7 @@ def test_where_textures_lie(tmp_path):
         ("Kd spectral red.rfl", "has Kd spectral red.rfl, which is not supported: write 3 numbers from 0 to 1"),
         ("Kd 200 30 40", "has Kd 200 30 40, which is not from 0 to 1: divide"),
         ("Kd 1 1 1\nd 1\nTr 1", "has d 1 and Tr 1, which contradict each other"),
+        ("map_Kd -clamp on red.png", "has the texture option -clamp"),
         ("d -halo 0.5", "has d -halo 0.5, which is not supported"),
         ("map_Kd red.png\nmap_d gray.png", "has its alpha in another file, map_d"),
         ("map_Kd -mm 0.5 2 red.png", "has the texture option -mm, which is not supported: remove it"),
@@ -160,6 +161,8 @@ def test_materials_that_are_not_understood_are_named(tmp_path, lines, sentence):
         (f"{TRIANGLE}f 0 1 2\n", r"its line 5 can't be read, 'f 0 1 2': there is no 0"),
         (f"{TRIANGLE}f -4 1 2\n", "its line 5 .*: there is no -4"),
         (f"{TRIANGLE}f 1/1 2 3\n", "its line 5 .*: its corners have different kinds of indices"),
+        (f"{TRIANGLE}f 1/1/1 2 3/1\n", "its line 5 .*: its corners have different kinds of indices"),
+        (f"{TRIANGLE}f /1 /1 /1\n", "its line 5 .*: its corners have different kinds of indices"),
         (f"{TRIANGLE}f 1 2\n", "its line 5 .*: a face needs 3 corners"),
         (f"{TRIANGLE}f 1/2 2/2 3/2\n", "a face has texture coordinate 2, but there are 1"),
         ("v 0 0\n", "its line 1 has 2 numbers: write v x y z or v x y z r g b"),
@@ -179,6 +182,6 @@ def test_lines_that_are_not_understood_are_named(tmp_path, text, sentence):
 
 
 def test_lines_that_mean_nothing_here_are_no_reason_to_refuse(tmp_path):
-    text = f"\ufeff# made\n\ng group\ns off\n{TRIANGLE}l 1 2\np 1\n\tf  1 \\\n 2\t3 # face\n"
+    text = f"\ufeff# made\n\ng group\ns off\n{TRIANGLE}l 1 2\np 1\n\tf  1/ \\\n 2/\t3/ # face\n"
     (part,) = read(tmp_path, text.encode())
     assert len(part.triangles) == 1
