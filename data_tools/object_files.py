@@ -103,17 +103,16 @@ def _below(folder: str, depth: float, above: tuple[str, ...]) -> Iterator[str]:
     if depth == 0 or real in above:
         return
     try:
-        with os.scandir(folder) as entries:
-            known = sorted((entry.name, entry.is_dir()) for entry in entries)
+        names = sorted(os.listdir(folder))
     except OSError as error:
         raise ValueError(
             f"{folder} can't be read ({error.strerror}): change its permissions, or leave it out"
         ) from error
-    for name, is_folder in known:
-        if is_folder:
-            yield from _below(posixpath.join(folder, name), depth - 1, (*above, real))
+    for path in (posixpath.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            yield from _below(path, depth - 1, (*above, real))
         else:
-            yield posixpath.join(folder, name)
+            yield path
 
 
 class Neighbours:

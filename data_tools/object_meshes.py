@@ -40,9 +40,10 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
         raise
     except Exception as error:  # whatever damaged files make numpy and json raise
         text = " ".join(str(error).split())[:300]
-        raise BadMesh(f"it can't be read: {type(error).__name__}{': ' + text if text else ''}") from error
+        what = f"{type(error).__name__}{': ' + text if text else ''}"
+        raise BadMesh(f"it can't be read ({what}): download or export it again") from error
     if not parts:
-        raise BadMesh("there are no triangles in it")
+        raise BadMesh("there are no triangles in it: export surfaces, as lines and points are not drawn")
     for part in parts:
         if part.triangles.max() >= len(part.positions):
             raise BadMesh(
@@ -54,7 +55,7 @@ def load(mesh: Mesh) -> tuple[list[Part], NDArray[np.float64]]:
     center = (used.max(axis=0) + used.min(axis=0)) / 2
     half = np.abs(used - center).max()
     if not half > 0:
-        raise BadMesh("all its vertices are one point")
+        raise BadMesh("all its vertices are one point: export it again")
     scale = min(CUBE / half, BALL / np.linalg.norm(used - center, axis=1).max())
     to_world = Y_UP_TO_Z_UP @ np.diag([scale, scale, scale, 1.0])
     to_world[:3, 3] = -to_world[:3, :3] @ center

@@ -185,7 +185,7 @@ def render(arguments: argparse.Namespace) -> int:
         good = []
         for mesh in meshes:
             if problem := name_problem(mesh.name):
-                refuse(mesh, f"{mesh.name!r} can't be the name of a scene: {problem}")
+                refuse(mesh, f"{mesh.name!r} can't be the name of a scene: {problem}: rename the file")
                 bar.update()
             else:
                 good.append(mesh)

@@ -274,8 +274,9 @@ def test_links_are_followed_and_loops_cut(meshes, tmp_path):
     (disk / "loop").symlink_to(root)
     (root / "file.glb").symlink_to(tower)
     (root / "000-000" / "lost.glb").symlink_to(tmp_path / "nothing.glb")
+    (root / "000-000" / "self.glb").symlink_to("self.glb")
     for given, names in [
-        (root, ["near", "lost", "far", "file"]),
+        (root, ["near", "lost", "self", "far", "file"]),
         (root / "*" / "*" / "*.glb", ["far"]),
         (root / "**" / "f*.glb", ["far", "file"]),
     ]:
