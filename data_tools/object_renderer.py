@@ -13,7 +13,7 @@ import moderngl
 import numpy as np
 from make_demo import FOCAL, RADIUS
 from numpy.typing import NDArray
-from object_meshes import Part
+from object_parts import MIRROR, REPEAT, Part, Sampler
 from PIL import Image
 
 PACKAGES = "libegl1 libgl1"
@@ -34,11 +34,11 @@ SRGB_ALPHA = 0x8C43  # GL_SRGB8_ALPHA8: texels are filtered as linear values
 VERTEX = """
 #version 330
 uniform mat4 world_to_clip;
-in vec3 position; in vec3 normal; in vec2 uv; in vec4 color;
-out vec3 world; out vec3 smooth_normal; out vec2 place; out vec4 tint;
+in vec3 position; in vec3 normal; in vec2 uv; in vec4 color; in vec2 emission_uv;
+out vec3 world; out vec3 smooth_normal; out vec2 place; out vec4 tint; out vec2 emission_place;
 void main() {
     gl_Position = world_to_clip * vec4(position, 1);
-    world = position; smooth_normal = normal; place = uv; tint = color;
+    world = position; smooth_normal = normal; place = uv; tint = color; emission_place = emission_uv;
 }
 """
 FRAGMENT = """
@@ -46,9 +46,14 @@ FRAGMENT = """
 uniform vec3 eye; uniform sampler2D base_image; uniform sampler2D emission_image;
 uniform vec4 base; uniform vec3 emission; uniform float cutoff; uniform int part; uniform int supersample;
 uniform bool blend; uniform bool unlit; uniform bool flat_faces;
+uniform vec2 base_mirrors; uniform vec2 emission_mirrors;
 uniform vec3 directions[LIGHTS]; uniform float strengths[LIGHTS];
-in vec3 world; in vec3 smooth_normal; in vec2 place; in vec4 tint;
+in vec3 world; in vec3 smooth_normal; in vec2 place; in vec4 tint; in vec2 emission_place;
 out vec4 shown;
+vec4 texel(sampler2D image, vec2 at, vec2 mirrors) {
+    // Where every second copy is a mirror image, the slopes are those of the unfolded place: its folds are no edges.
+    return textureGrad(image, mix(at, 1.0 - abs(mod(at, 2.0) - 1.0), mirrors), dFdx(at), dFdy(at));
+}
 void main() {
     // The face's own normal, towards the viewer; the vertices' normals follow it, whichever way they point.
     vec3 face = normalize(cross(dFdx(world), dFdy(world)));
@@ -56,8 +61,8 @@ void main() {
     vec3 normal = flat_faces || dot(smooth_normal, smooth_normal) < 1e-12 ? face : normalize(smooth_normal);
     normal = dot(normal, face) < 0.0 ? -normal : normal;
 
-    vec4 color = base * tint * texture(base_image, place);
-    vec3 glow = emission * texture(emission_image, place).rgb;
+    vec4 color = base * tint * texel(base_image, place, base_mirrors);
+    vec3 glow = emission * texel(emission_image, emission_place, emission_mirrors).rgb;
     float least = cutoff;
     if (blend) {
         // Alpha is the share of a pixel's samples that are covered. Surfaces behind each other take different ones.
@@ -149,15 +154,18 @@ class Renderer:
 
     def _upload(self, part: Part, kept: list[Any]) -> tuple[Any, Any, Any]:
         normals = np.zeros_like(part.positions) if part.normals is None else part.normals
-        vertices = np.concatenate([part.positions, normals, part.uv, part.colors], axis=1).astype("f4")
+        emission_uv = part.uv if part.emission_uv is None else part.emission_uv
+        columns = [part.positions, normals, part.uv, part.colors, emission_uv]
+        vertices = np.concatenate(columns, axis=1).astype("f4")
         kept += [self._gl.buffer(vertices.tobytes()), self._gl.buffer(part.triangles.tobytes())]
-        layout = [(kept[-2], "3f 3f 2f 4f", "position", "normal", "uv", "color")]
+        layout = [(kept[-2], "3f 3f 2f 4f 2f", "position", "normal", "uv", "color", "emission_uv")]
         kept.append(self._gl.vertex_array(self._program, layout, kept[-1]))
         vertex_array = kept[-1]
-        images = [self._texture(image, kept) for image in (part.material.base_image, part.material.emission_image)]
-        return vertex_array, *images
+        material = part.material
+        base = self._texture(material.base_image, material.base_sampler, kept)
+        return vertex_array, base, self._texture(material.emission_image, material.emission_sampler, kept)
 
-    def _texture(self, image: Image.Image | None, kept: list[Any]) -> Any:
+    def _texture(self, image: Image.Image | None, sampler: Sampler, kept: list[Any]) -> Any:
         if image is None:
             return self._white
         if max(image.size) > TEXTURE_SIDE:
@@ -167,7 +175,8 @@ class Renderer:
         texture = self._gl.texture(rows.size, 4, rows.tobytes(), internal_format=SRGB_ALPHA)
         kept.append(texture)
         texture.build_mipmaps()
-        texture.filter = (moderngl.LINEAR_MIPMAP_LINEAR, moderngl.LINEAR)
+        texture.filter = (moderngl.LINEAR_MIPMAP_LINEAR, moderngl.NEAREST if sampler.nearest else moderngl.LINEAR)
+        texture.repeat_x, texture.repeat_y = (wrap == REPEAT for wrap in sampler.wrap)
         return texture
 
     def _draw(self, parts: Sequence[Part], drawn: Sequence[Any], pose: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -188,6 +197,8 @@ class Renderer:
             self._program["cutoff"] = material.cutoff or 0.0
             self._program["blend"] = material.cutoff is None
             self._program["unlit"] = material.unlit
+            self._program["base_mirrors"] = [float(wrap == MIRROR) for wrap in material.base_sampler.wrap]
+            self._program["emission_mirrors"] = [float(wrap == MIRROR) for wrap in material.emission_sampler.wrap]
             self._program["flat_faces"] = part.normals is None
             self._program["part"] = index
             vertex_array.render(moderngl.TRIANGLES)

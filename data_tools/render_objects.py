@@ -36,7 +36,10 @@ from igae.errors import Parser, command, end, redact, say  # noqa: E402
 
 FORMAT = 1
 TRANSFORMS = "transforms_opencv.json"
-DRAWN_BY = ("object_files.py", "object_meshes.py", "object_renderer.py")
+DRAWN_BY = (
+    *("gltf_file.py", "gltf_keys.py", "obj_materials.py", "object_files.py", "object_gltf.py", "object_meshes.py"),
+    *("object_obj.py", "object_parts.py", "object_renderer.py"),
+)
 """Sources of what makes pictures of a mesh: with others, finished objects are rendered again."""
 
 
@@ -241,7 +244,7 @@ def render(arguments: argparse.Namespace) -> int:
         good = []
         for mesh in meshes:
             if problem := name_problem(mesh.name):
-                refuse(mesh, f"{mesh.name!r} can't be the name of a scene: {problem}")
+                refuse(mesh, f"{mesh.name!r} can't be the name of a scene: {problem}: rename the file")
                 bar.update()
             else:
                 good.append(mesh)

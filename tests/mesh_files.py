@@ -65,11 +65,14 @@ def texture_bytes() -> bytes:
 
 
 def gltf_header(arrays: dict[str, np.ndarray], **more: Any) -> tuple[dict[str, Any], bytes]:
-    """A file with one mesh of one primitive, whose attributes and `indices` are the arrays, and its buffer."""
-    codes = {"float32": 5126, "uint16": 5123, "uint8": 5121, "uint32": 5125}
+    """A file with one mesh of one primitive, whose attributes and `indices` are the arrays, and its buffer.
+
+    Arrays of other things, such as matrices [n, 16] column by column, can be attributes of the user's: `_BIND`.
+    """
+    codes = {"float32": 5126, "uint32": 5125, "uint16": 5123, "int16": 5122, "uint8": 5121, "int8": 5120}
     accessors, views, buffer = [], [], b""
     for array in arrays.values():
-        kind = {1: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4"}[1 if array.ndim == 1 else array.shape[1]]
+        kind = {1: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4", 16: "MAT4"}[1 if array.ndim == 1 else array.shape[1]]
         accessor = {"componentType": codes[array.dtype.name], "count": len(array), "type": kind}
         colors = array.dtype.kind == "u" and array.ndim > 1
         accessors.append({"bufferView": len(views), "normalized": colors, **accessor})
@@ -141,7 +144,6 @@ def write_gltf(path: Path) -> list[Surface]:
     path.write_text(json.dumps(header))
     (path.parent / "crate.bin").write_bytes(buffer)
     (path.parent / "my crate.png").write_bytes(texture_bytes())
-    factor = tuple(np.round(np.array(factor) * 255) / 255)
     return [Surface(np.diag([3.0, 1, 2, 1]), np.full((6, 3), np.nan), factor)]
 
 
@@ -161,7 +163,7 @@ def write_obj(path: Path) -> list[Surface]:
     (textures / "wood.png").write_bytes(texture_bytes())
     matrix = np.diag([1.0, 2, 1, 1])
     matrix[:3, 3] = -5
-    painted = linear(np.round(np.array([0.2, 0.6, 0.9]) * 255) / 255)
+    painted = linear([0.2, 0.6, 0.9])
     return [Surface(matrix, np.where(np.arange(6)[:, None] < 3, np.nan, painted))]
 
 

@@ -2,6 +2,7 @@
 """Single properties of meshes and of how they are drawn, and processes that die."""
 
 import ctypes.util
+import itertools
 import os
 import signal
 import sys
@@ -25,8 +26,10 @@ for library in ("EGL", "GL"):
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data_tools"))
 
+from make_demo import FOCAL, RADIUS  # noqa: E402
 from object_files import BadMesh, find_meshes  # noqa: E402
 from object_meshes import Material, Part, load  # noqa: E402
+from object_parts import CLAMP, MIRROR, REPEAT, Sampler  # noqa: E402
 from object_renderer import AMBIENT, LIGHTS, Renderer  # noqa: E402
 
 FRONT = np.array([[1.0, 0, 0, 0], [0, 0, 1, -1.3], [0, -1, 0, 0], [0, 0, 0, 1]])  # from -y, with z up
@@ -109,6 +112,57 @@ def test_both_sides_are_lit_from_their_own_side(renderer):
     assert abs(front_seen[0] - back_seen[0]) > 0.02
 
 
+@pytest.mark.parametrize("glow", [False, True])
+def test_textures_beyond_their_edges(renderer, glow):
+    """Along u and v in each of three ways: a square of 8 x 8 texels, each of 2.7 pixels, of a texture of 4 x 4."""
+    colors = np.zeros((4, 4, 4), dtype=np.uint8) + np.uint8(255)
+    colors[..., :2] = np.stack(np.meshgrid([0, 80, 160, 240], [10, 90, 170, 250]), axis=-1)
+    folds = {
+        REPEAT: lambda x: np.mod(x, 4),
+        MIRROR: lambda x: np.minimum(np.mod(x, 8), 7 - np.mod(x, 8)),
+        CLAMP: lambda x: np.clip(x, 0, 3),
+    }
+    uv = mesh_files.UV * 2 - 0.5
+    texels = np.arange(-2, 6)
+    for along_u, along_v in itertools.product(folds, folds):
+        image, sampler = Image.fromarray(colors), Sampler((along_u, along_v), nearest=True)
+        if glow:
+            black = Material(base=(0, 0, 0, 1), emission=(1, 1, 1), emission_image=image, emission_sampler=sampler)
+            part = replace(square(black), uv=np.zeros((4, 2)), emission_uv=uv)
+        else:
+            part = replace(square(Material(base_image=image, base_sampler=sampler, unlit=True)), uv=uv)
+        picture = renderer.render([part], FRONT[None])[0]
+        columns, rows = folds[along_u](texels), 3 - folds[along_v](texels)  # v goes up
+        expected = colors[rows[::-1, None], columns[None]]
+        side = 2 * 0.4 * FOCAL / RADIUS * 32  # of the square in pixels
+        at = (16 + side * ((np.arange(8) + 0.5) / 8 - 0.5)).astype(int)
+        assert np.abs(picture[at[:, None], at].astype(int) - expected)[..., :2].max() <= 1, (
+            along_u,
+            along_v,
+        )  # rounding
+
+
+def test_texels_are_squares_where_the_file_says_so(renderer):
+    """Two texels: black and white halves, or a slope between them."""
+    image = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
+    seen = [
+        renderer.render([square(Material(base_image=image, base_sampler=sampler, unlit=True))], FRONT[None])[
+            0, 16, 8:24
+        ]
+        for sampler in (Sampler((CLAMP, CLAMP), nearest=True), Sampler((CLAMP, CLAMP)))
+    ]
+    assert len(np.unique(seen[0][:, 0])) == 2 and len(np.unique(seen[1][:, 0])) > 8
+
+
+def test_the_file_says_how_textures_are_read(tmp_path):
+    def wrapped(header: dict) -> None:
+        header["samplers"] = [{"wrapS": CLAMP, "wrapT": MIRROR, "magFilter": 9728}]
+        header["textures"][0]["sampler"] = 0
+
+    assert read(tmp_path, wrapped)[0].material.base_sampler == Sampler((CLAMP, MIRROR), nearest=True)
+    assert read(tmp_path)[0].material.base_sampler == Sampler((REPEAT, REPEAT), nearest=False)
+
+
 def read(tmp_path: Path, change: Callable[[dict], None] = lambda header: None, **arrays: np.ndarray) -> list[Part]:
     """The parts of a textured square after a change of its header; the picture is in the file."""
     header, buffer = mesh_files.gltf_header(SQUARE | arrays, primitive={"material": 0})
@@ -149,29 +203,31 @@ def test_what_a_mesh_can_not_be(tmp_path):
     def damaged_texture(header: dict) -> None:
         header["images"][0]["bufferView"] = 0  # coordinates instead of a picture
 
-    def sparse(header: dict) -> None:
-        header["accessors"][0]["sparse"] = {"count": 1}
-
     def compressed(header: dict) -> None:
         del header["accessors"][0]["bufferView"]
         header["extensionsUsed"] = ["KHR_draco_mesh_compression"]
 
+    def short(header: dict) -> None:
+        header["bufferViews"][0]["byteLength"] = 8
+
     far, endless = SQUARE["indices"].copy(), SQUARE["POSITION"].copy()
     far[2], endless[1, 0] = 9, np.nan
     cases: list[tuple[Callable[[dict], None], dict[str, np.ndarray], str]] = [
-        (damaged_texture, {}, "texture 0 of it is missing, damaged or of an unknown format"),
-        (lambda h: h["images"][0].update(uri="away.png") or h["images"][0].pop("bufferView"), {}, "texture 0 of it"),
-        (sparse, {}, "its POSITION is sparse"),
-        (compressed, {}, "its POSITION is compressed"),
+        (damaged_texture, {}, r"its texture images\[0\] can't be read"),
+        (lambda h: h["images"][0].update(uri="away.png") or h["images"][0].pop("bufferView"), {}, "'away.png', which"),
+        (compressed, {}, r"accessors\[0\] has no data, as if compressed"),
+        (short, {}, r"bufferViews\[0\] is too short"),
         (lambda h: h.update(extensionsRequired=["EXT_meshopt_compression"]), {}, "extension EXT_meshopt_compression"),
-        (lambda h: h["meshes"][0]["primitives"][0].update(mode=6), {}, "triangle fans"),
         (lambda h: h["meshes"][0]["primitives"][0].update(mode=1), {}, "no triangles"),
         (lambda h: h["scenes"][0].update(nodes=[]), {}, "no triangles"),
-        (lambda h: h["meshes"][0]["primitives"][0]["attributes"].update(POSITION=77), {}, "can't be read: IndexError"),
+        (
+            lambda h: h["meshes"][0]["primitives"][0]["attributes"].update(POSITION=77),
+            {},
+            r"accessors\[77\], but has 3",
+        ),
         (lambda h: None, {"indices": far}, "a triangle has vertex 9, but there are 4"),
         (lambda h: None, {"POSITION": endless}, "NaN"),
         (lambda h: None, {"POSITION": np.ones((4, 3), dtype="f4")}, "one point"),
-        (lambda h: None, {"TEXCOORD_0": np.zeros((4, 2), dtype="u2")}, "integers"),
     ]
     for change, arrays, sentence in cases:
         with pytest.raises(BadMesh, match=sentence):

@@ -279,6 +279,52 @@ def test_from_and_to_an_object_store(rendered, meshes):
             assert s3.cat(f"{root}/{frame['file_path']}") == picture.read_bytes()
 
 
+def test_folders_with_the_characters_of_globs(meshes, tmp_path):
+    """Brackets of a folder are its name, in what is read and in what is written; those of a glob choose."""
+    folder = tmp_path / "chairs [v2]" / "a*b"
+    folder.mkdir(parents=True)
+    for name in ("1.glb", "2.glb", "x?#%20[1].glb"):
+        shutil.copy(meshes[0] / "000-001" / "tower.glb", folder / name)
+    for given, names in [
+        (folder, ["1", "2", "x?#%20[1]"]),
+        (folder / "x?#%20[1].glb", ["x?#%20[1]"]),
+        (folder / "[2-9].glb", ["2"]),
+        (tmp_path / "chairs [v2]" / "*" / "?.glb", ["1", "2"]),
+        (tmp_path / "c*" / "**" / "1.glb", ["1"]),
+    ]:
+        assert [mesh.name for mesh in object_files.find_meshes([str(given)])] == names
+    output = tmp_path / "objects [v2]"
+    done = tool(folder / "?.glb", "--output", output, "--workers", 1, "--views", 1, "--size", 16)
+    assert done.returncode == 0 and "2 objects; now rendered: 2" in done.stdout, done.stderr
+    assert json.loads((output / "dataset_map.json").read_text()) == {"objaverse": ["1", "2"]}
+
+
+def test_links_are_followed_and_loops_cut(meshes, tmp_path):
+    """Linked folders and files are found once each, and a link that leads nowhere is named."""
+    disk, root = tmp_path / "disk" / "000-001", tmp_path / "glbs"
+    for folder in (disk / "below", root / "000-000"):
+        folder.mkdir(parents=True)
+    tower = meshes[0] / "000-001" / "tower.glb"
+    shutil.copy(tower, disk / "below" / "far.glb")
+    shutil.copy(tower, root / "000-000" / "near.glb")
+    (root / "000-001").symlink_to(disk)
+    (root / "000-002").symlink_to(disk)  # the same folder again
+    (disk / "loop").symlink_to(root)
+    (root / "file.glb").symlink_to(tower)
+    (root / "000-000" / "lost.glb").symlink_to(tmp_path / "nothing.glb")
+    (root / "000-000" / "self.glb").symlink_to("self.glb")
+    for given, names in [
+        (root, ["near", "far", "file"]),  # what leads nowhere is said
+        (root / "*" / "*" / "*.glb", ["far"]),
+        (root / "**" / "f*.glb", ["far", "file"]),
+    ]:
+        found = object_files.find_meshes([str(given)])
+        assert sorted(mesh.name for mesh in found) == sorted(names)
+    [lost] = object_files.find_meshes([str(root / "000-000" / "l*.glb")])
+    with pytest.raises(object_files.BadMesh, match="it can't be opened .*No such file.*: check that it exists"):
+        object_meshes.load(lost)
+
+
 def test_urls_and_names(meshes, tmp_path):
     root = meshes[0]
     archive = shutil.make_archive(str(tmp_path / "meshes"), "zip", root)
