@@ -139,7 +139,7 @@ def _read_images(fs: fsspec.AbstractFileSystem, prefix: str, file: str) -> dict[
             at = end + 9 + 24 * points
         if at != len(data):
             raise ValueError("its length")
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         raise BadInput(f"{file} is damaged: write it again with COLMAP") from None
     return images
 
@@ -165,7 +165,7 @@ def _read_cameras(fs: fsspec.AbstractFileSystem, prefix: str, file: str) -> dict
             at += 24 + 8 * length
     except BadInput:
         raise
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         raise BadInput(f"{file} is damaged: write it again with COLMAP") from None
     return cameras
 
