@@ -244,6 +244,8 @@ def test_colmap_refusals(tmp_path: Path) -> None:
     for pose in ("0 0 0 0 1 2 3", "1 0 0 0 1 nan 3"):
         images.write_text(f"1 {pose} 1 cam a/002.png\n\n")
         assert "the pose of images/cam a/002.png has no finite numbers" in refusal(tmp_path / "in")
+    images.write_text("1 1 0 0 0 1 2 1 cam_a/002.png\n\n")  # a number is gone
+    assert "sparse/0/images.txt is damaged" in refusal(tmp_path / "in")
     images.write_text("# nothing\n")
     assert "sparse/0 has no images: the scene is empty" in refusal(tmp_path / "in")
 

@@ -126,8 +126,8 @@ def _read_images(fs: fsspec.AbstractFileSystem, prefix: str, file: str) -> dict[
             lines = iter(data.decode().splitlines())
             for line in lines:
                 if line.strip() and not line.startswith("#"):
-                    _, *pose, camera, name = line.split(maxsplit=9)
-                    images[name.rstrip()] = _Image(tuple(map(float, pose)), int(camera))
+                    _, qw, qx, qy, qz, x, y, z, camera, name = line.split(maxsplit=9)
+                    images[name.rstrip()] = _Image(tuple(map(float, (qw, qx, qy, qz, x, y, z))), int(camera))
                     next(lines, None)  # the points that it sees; often an empty line
             return images
         (count,), at = struct.unpack_from("<Q", data), 8
