@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of scenes that COLMAP reconstructed: `images/` and `sparse/0`, in text or binary. MVImgNet has this layout.
+"""Folders of scenes that COLMAP reconstructed: `images/` and `sparse/0`, in text or binary.
 
+MVImgNet's scenes have this layout, and those of MVImgNet2.0, with `masks/` (their README files on GitHub).
 The facts are those of https://colmap.github.io/format.html. Poses are world-to-camera, with OpenCV's axes. The upper
 left corner of an image is at (0, 0) and its first pixel's center at (0.5, 0.5), as everywhere in this package.
 
