@@ -5,7 +5,7 @@ MVImgNet's scenes have this layout, and those of MVImgNet2.0, with `masks/` (the
 The facts are those of https://colmap.github.io/format.html. Poses are world-to-camera, with OpenCV's axes. The upper
 left corner of an image is at (0, 0) and its first pixel's center at (0.5, 0.5), as everywhere in this package.
 
-The two files that are needed are read here: pycolmap takes what a cut `cameras.bin` lacks from memory, does not return
+The two files that are needed are read here: pycolmap 4.2 takes a cut `cameras.bin` for whole, does not return
 from a cut `points3D.bin`, and reads nothing but paths.
 """
 
