@@ -109,7 +109,7 @@ def _walk(folder: str, formats: Mapping[str, SourceFormat]) -> dict[str, str]:
         path, above = todo.pop()
         entries = {
             entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"]
-            for entry in fs.ls(join(root, path) if path else root, detail=True)
+            for entry in fs.ls(file_system(join(folder, path))[1] if path else root, detail=True)
         }
         names = frozenset(entries)
         format = next((key for key, format in formats.items() if format.is_scene(names, above)), None)
