@@ -23,7 +23,7 @@ from igae.storage import file_system, join, split
 
 UNIT_BOX = False
 """No file says the scale: ShapeNet's cars are in the box with cameras 1.3 away, faces are seen from 2.7 and around a
-point 0.2 before the origin. So cameras are moved by what they look at, which hardly changes the cars'."""
+point 0.2 before the origin. So cameras are moved by what they look at, which changes those of cars by 6 %."""
 FILE = "dataset.json"
 CHUNK = 1000
 """Images that `dataset_tool.py` puts into a folder, whatever they show."""
