@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from object_files import SIZE, WRITERS, Camera, members, offsets, write_eg3d, write_srn, write_zero123
 
-from igae.data import PackOptions, Refused, pack
+from igae.data import PackOptions, Refused, find_scenes, pack
 from igae.data.sources import eg3d
 from igae.storage import base_name, file_system, in_archive, join, split
 
@@ -291,3 +291,9 @@ def test_what_zero123_has_beside_views_is_left(tmp_path):
     copy("one/001.png", "one/001_depth.png")(tmp_path / "data")
     put("one/metadata.json", "{}")(tmp_path / "data")
     assert pack(str(tmp_path / "out"), PackOptions(scenes=str(tmp_path / "data")))[0].scenes[0].views == 2
+
+
+def test_srn_scenes_that_eg3d_has_preprocessed_are_those_of_srn(tmp_path):
+    write_srn(tmp_path / "data", "one", 4)
+    put("dataset.json", labels_of("one/rgb/000000.png"))(tmp_path / "data")
+    assert [ref.format for ref in find_scenes(str(tmp_path / "data"))[1]] == ["srn"]
