@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from object_files import SIZE, WRITERS, Camera, members, offsets, write_eg3d, write_srn, write_zero123
+from ball_scenes import SIZE, WRITERS, Camera, members, offsets, write_eg3d, write_srn, write_zero123
 
 from igae.data import PackOptions, Refused, find_scenes, pack
 from igae.data.sources import eg3d
