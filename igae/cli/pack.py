@@ -56,7 +56,7 @@ def positive(text: str) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--scenes", help="folder of the scenes (with or without dataset_map.json); any fsspec URL")
+    parser.add_argument("--scenes", help="folder or zip file of the scenes, or any fsspec URL of one")
     parser.add_argument("--subset", help="folder inside --scenes that has the scenes' folders, such as square128")
     parser.add_argument(
         "--categories",

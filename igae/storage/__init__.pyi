@@ -8,10 +8,13 @@ from .paths import LIMITS as LIMITS
 from .paths import Damaged as Damaged
 from .paths import Missing as Missing
 from .paths import StoreError as StoreError
+from .paths import base_name as base_name
 from .paths import file_system as file_system
+from .paths import in_archive as in_archive
 from .paths import join as join
 from .paths import named_errors as named_errors
 from .paths import reason as reason
+from .paths import split as split
 from .reading import File as File
 from .reading import read_whole as read_whole
 from .reading import retry as retry

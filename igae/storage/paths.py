@@ -2,6 +2,7 @@
 """Paths and URLs, the file systems they are on, limits of transfers, and errors in one sentence without credentials."""
 
 import asyncio
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,9 +48,34 @@ class Damaged(Exception):
 
 
 def join(root: str, *parts: str) -> str:
-    """Join a path or URL and names below it; the query of an HTTP URL stays at the end."""
-    path, mark, query = root.partition("?") if root.startswith(("http://", "https://")) else (root, "", "")
-    return "/".join([path.rstrip("/"), *parts]) + mark + query
+    """Join a path or URL and names below it; the query of an HTTP URL, and the URL of an archive (zip://a::b.zip), stay
+    at the end."""
+    path, end = _parts(root)
+    return "/".join([path[:-1] if path.endswith("://") else path.rstrip("/"), *parts]) + end
+
+
+def split(url: str) -> tuple[str, str]:
+    """The folder of a path or URL, and the name in it: what :func:`join` joins."""
+    path, end = _parts(url)
+    above, _, name = path.rstrip("/").rpartition("/")
+    return above + ("/" if above.endswith(":/") else "") + end, name
+
+
+def _parts(url: str) -> tuple[str, str]:
+    """The path, and what comes after it."""
+    path, mark, rest = url.partition("?" if url.startswith(("http://", "https://")) else "::")
+    return path, mark + rest
+
+
+def in_archive(url: str) -> str:
+    """The URL of what is in a zip file; other paths and URLs as they are."""
+    return f"zip://::{url}" if url.lower().endswith(".zip") and "::" not in url else url
+
+
+def base_name(url: str) -> str:
+    """The last name of a path or URL; of all that is in a zip file that of the file, without its extension."""
+    name = file_system(url)[1].rstrip("/").rpartition("/")[2]
+    return name or split(url.rpartition("::")[2])[1].rpartition(".")[0]
 
 
 def file_system(url: str, failure: str | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -62,6 +88,11 @@ def file_system(url: str, failure: str | None = None) -> tuple[fsspec.AbstractFi
         StoreError: there is none, its client is not installed, or does not take these options.
     """
     try:
+        if url.startswith("zip://"):
+            inside, _, archive = url.partition("::")
+            fs, path = fsspec.core.url_to_fs(archive)
+            fs = _zip_file(archive, fs.ukey(path))
+            return fs, fs._strip_protocol(inside)
         fs, path = fsspec.core.url_to_fs(url)
     except Exception as error:
         client = CLIENTS.get(url.split("://")[0].split("::")[-1])
@@ -69,6 +100,12 @@ def file_system(url: str, failure: str | None = None) -> tuple[fsspec.AbstractFi
         sentence = failure or f"{redact(url)} cannot be used"
         raise StoreError(f"{sentence}: {reason(error, with_class=True)}{hint}") from None
     return fs, path
+
+
+@functools.lru_cache(maxsize=2)  # fsspec would read the archive's directory again for every file in it
+def _zip_file(url: str, version: str) -> fsspec.AbstractFileSystem:
+    """What is in a zip file; `version` changes with the file."""
+    return fsspec.core.url_to_fs(f"zip://::{url}")[0]
 
 
 @contextmanager

@@ -10,13 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from igae.data.config import Convention
 from igae.data.manifest import name_problem, unknown_category
-from igae.data.sources import co3d, colmap, igae_data, transforms
+from igae.data.sources import co3d, colmap, eg3d, gobjaverse, igae_data, srn, transforms, zero123
 from igae.data.sources.placement import move
 from igae.data.sources.scene import BadInput, SceneRef, SourceFormat, View
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import base_name, file_system, in_archive, join
 
-FORMATS: dict[str, SourceFormat] = {"igae-data": igae_data, "transforms": transforms, "colmap": colmap, "co3d": co3d}
+FORMATS: dict[str, SourceFormat] = {
+    "igae-data": igae_data,
+    "transforms": transforms,
+    "srn": srn,
+    "gobjaverse": gobjaverse,
+    "zero123": zero123,
+    "colmap": colmap,
+    "co3d": co3d,
+    "eg3d": eg3d,
+}
 """The first to which a folder is a scene reads it."""
 DEPTH = 4
 """Folders below the given one that are looked at."""
@@ -32,7 +41,7 @@ def find_scenes(
     """Lists the scenes of a data set.
 
     Args:
-        root: folder or URL of the data set.
+        root: folder, zip file or URL of the data set.
         subset: folder below `root` that has the scenes' folders.
         categories: category -> [start, stop) in its list; None: all scenes.
         format: key of `FORMATS`; None: by content.
@@ -44,6 +53,7 @@ def find_scenes(
     Raises:
         ValueError: `root` has no scenes, or is damaged, or a category is unknown.
     """
+    root = in_archive(root)
     folder = join(root, subset) if subset else root
     lists, places = igae_data.read_lists(root), dict[str, tuple[str, str]]()
     if lists is None:
@@ -80,7 +90,7 @@ def _search(
     found = _walk(folder, formats)
     if not found:
         raise ValueError(f"no scenes in {redact(folder)}: no folder in it has the files of {', '.join(formats)}")
-    dataset = file_system(root)[1].rstrip("/").rsplit("/", 1)[-1]
+    dataset = base_name(root)
     names = _names_of(found, dataset)
     known = {dataset: list(names)}
     for name, path in names.items():
@@ -101,7 +111,7 @@ def _walk(folder: str, formats: Mapping[str, SourceFormat]) -> dict[str, str]:
         path, above = todo.pop()
         entries = {
             entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"]
-            for entry in fs.ls(join(root, path) if path else root, detail=True)
+            for entry in fs.ls(file_system(join(folder, path))[1] if path else root, detail=True)
         }
         names = frozenset(entries)
         format = next((key for key, format in formats.items() if format.is_scene(names, above)), None)
@@ -109,8 +119,13 @@ def _walk(folder: str, formats: Mapping[str, SourceFormat]) -> dict[str, str]:
             found[path] = format
         elif path.count("/") < DEPTH - 1:
             below = {f"{path}/{name}" if path else name: type for name, type in entries.items() if type != "file"}
-            # A link is neither; one that leads back ends at DEPTH.
-            todo += [(p, names) for p, type in below.items() if type == "directory" or fs.isdir(join(root, p))]
+            # A link is neither; one that leads back ends at DEPTH. macOS puts attributes of what it packs into a
+            # folder of a zip file that looks like the others.
+            todo += [
+                (each, names)
+                for each, type in below.items()
+                if not each.startswith("__MACOSX") and (type == "directory" or fs.isdir(join(root, each)))
+            ]
     return dict(sorted(found.items()))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from igae.data.sources.transforms import OPENCV
 from igae.data.sources.transforms import read as read
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import base_name, file_system, join
 
 MAP = "dataset_map.json"
 UNIT_BOX = True
@@ -41,7 +41,7 @@ def read_lists(root: str) -> Lists | None:
     longest = max(lists, key=lambda key: len(lists[key]))
     if set(lists[longest]) >= {name for names in lists.values() for name in names}:
         return Lists(longest, {longest: lists[longest], **lists})
-    return Lists(path.rstrip("/").rsplit("/", 1)[-1], lists)
+    return Lists(base_name(root), lists)
 
 
 def _read_map(text: bytes, file: str) -> dict[str, list[str]]:

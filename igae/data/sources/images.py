@@ -35,7 +35,7 @@ def read_files(files: Iterable[tuple[str, str]]) -> Iterator[bytes | Exception]:
     pending = iter(files)
     while chunk := [entry for _, entry in zip(range(READ_TOGETHER), pending, strict=False)]:
         fs = file_system(chunk[0][0])[0]
-        folders = {folder: fs._strip_protocol(folder) for folder, _ in chunk}
+        folders = {folder: fs._strip_protocol(folder.partition("::")[0]) for folder, _ in chunk}
         paths = [join(folders[folder], name) for folder, name in chunk]
         if isinstance(fs, LocalFileSystem):
             yield from map(_read_local, paths)
