@@ -47,7 +47,7 @@ SOURCES = sorted(
     if path.suffix in (".py", ".cu", ".cuh", ".h", ".sh", ".sbatch")
 )
 CORE = ("torch", "accelerate", "diffusers", "webdataset", "numpy", "PIL")
-OPTIONAL = ("wandb", "deepspeed", "tensorboard", "torch.utils.tensorboard", "cuda", "s3fs", "skimage", "viser")
+OPTIONAL = ("wandb", "deepspeed", "tensorboard", "torch.utils.tensorboard", "cuda", "s3fs", "skimage", "viser", "cv2")
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:

@@ -24,7 +24,8 @@ from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressC
 from igae.data.shards import ShardReader, seeded
 from igae.data.sources import FORMATS, find_scenes, read_scene
 from igae.data.sources.heldout import split
-from igae.data.sources.images import find_images, open_image, read_files
+from igae.data.sources.images import find_images, open_image, read_files, size_of
+from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
@@ -71,6 +72,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     """
     if options.scenes is None and options.images is None:
         raise ValueError("nothing to pack: give scenes, images or both")
+    if options.fit != "refuse" and options.resize is None:
+        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
     fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not options.overwrite:
         raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or overwrite it")
@@ -141,8 +144,7 @@ def _common_size(
         some = list(natural_images)[:100]
         for file, data in zip(some, read_files((images, file) for file in some), strict=True):
             try:
-                image = open_image(data, file)
-                sizes[image.height, image.width] += 1
+                sizes[size_of(open_image(data, file))] += 1
             except BadInput:
                 continue  # it is reported when it is packed
     return sizes.most_common(1)[0][0] if sizes else None
@@ -162,8 +164,10 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
         prefix = folder.rstrip("/") + "/"
         sizes = {path.removeprefix(prefix): info["size"] for path, info in fs.find(folder, detail=True).items()}
         for view in views:
-            if view.file not in sizes:
-                raise BadInput(f"{view.file} is missing")
+            check_extras(view)
+            for file in view.files:
+                if file not in sizes:
+                    raise BadInput(f"{file} is missing")
         first = views[0]
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
         size = (image.height, image.width)
@@ -172,7 +176,7 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
             ref = replace(ref, normalization=normalization_of(views, size))
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
-    return _Scanned(ref, sum(int(sizes[view.file] or 0) for view in views), len(views), size)
+    return _Scanned(ref, sum(int(sizes[file] or 0) for view in views for file in view.files), len(views), size)
 
 
 def _plan(
@@ -184,7 +188,7 @@ def _plan(
         ratio = math.prod(output.size) / math.prod(entry.size) if options.resize else 1.0
         return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
 
-    kept = {name: getattr(options, name) for name in ("images", "resize", "seed", "skip_bad", "heldout")}
+    kept = {name: getattr(options, name) for name in ("images", "resize", "fit", "seed", "skip_bad", "heldout")}
     shared = PackOptions(**kept)
     jobs = [
         Job(output, shared, index, scenes=[entry.ref for entry in group], bytes=sum(entry.bytes for entry in group))

@@ -10,13 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from igae.data.config import Convention
 from igae.data.manifest import name_problem, unknown_category
-from igae.data.sources import igae_data, transforms
+from igae.data.sources import blender, igae_data, transforms, trellis
 from igae.data.sources.placement import move
 from igae.data.sources.scene import BadInput, SceneRef, SourceFormat, View
 from igae.errors import redact
 from igae.storage import file_system, join
 
-FORMATS: dict[str, SourceFormat] = {"igae-data": igae_data, "transforms": transforms}
+FORMATS: dict[str, SourceFormat] = {
+    "igae-data": igae_data,
+    "trellis": trellis,
+    "blender": blender,
+    "transforms": transforms,
+}
 """The first to which a folder is a scene reads it."""
 DEPTH = 4
 """Folders below the given one that are looked at."""
