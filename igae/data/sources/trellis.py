@@ -3,8 +3,8 @@
 
 The toolkit writes `aabb` (the box of side 1 around the origin, which the object fills), `scale`, `offset` and `frames`
 with `camera_angle_x` each; matrices have OpenGL's axes. Names tell its folders from others: images and file lie side
-by side, and there is `mesh.ply` (`renders`), or the folder's neighbors are named by hashes (`renders_cond`). Where a
-folder of `renders_cond` is given alone, `--format trellis` says what it is.
+by side, and there is `mesh.ply` (`renders`), or the folder's neighbors are named by hashes (`renders_cond`). One folder
+of `renders_cond` given alone is read as `transforms`, with the same cameras; `--normalize none` leaves them in place.
 """
 
 import re
