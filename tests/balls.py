@@ -83,7 +83,7 @@ def render(
     v, u = (np.mgrid[: height * SAMPLES, : width * SAMPLES] + 0.5) / SAMPLES
     seen = np.stack([(u - of.cx) / of.fx, (v - of.cy) / of.fy], -1)
     xy = seen.copy()
-    for _ in range(30 if distortion else 0):
+    for _ in range(15 if distortion else 0):
         xy += seen - distort(xy, distortion or {})
     ray = np.concatenate([xy, np.ones_like(xy[..., :1])], -1) @ pose[:3, :3].T
     ray /= np.linalg.norm(ray, axis=-1, keepdims=True)

@@ -277,7 +277,7 @@ REFUSALS = {
     "scaled": (with_columns(2, 2, 2), "its rotation is scaled by 2, so divide"),
     "mirrored": (with_columns(-1, 1, 1), "it mirrors, so an axis has the wrong sign"),
     "transposed": (pose(lambda rows: rows.T.tolist()), "the matrix is transposed"),
-    "sheared": (with_columns(1, 1.01, 1), "no rigid motion"),
+    "sheared": (with_columns(1, 1.01, 1), "make the rotation orthonormal"),
     "is_fisheye": (lambda content: content.update(is_fisheye=True), "is a fisheye"),
     "fisheye": (lambda content: content.update(camera_model="OPENCV_FISHEYE"), "is OPENCV_FISHEYE"),
     "panorama": (frame(camera_model="EQUIRECTANGULAR"), r"frame 1 \(images/001.png\): .*is EQUIRECTANGULAR"),

@@ -228,13 +228,11 @@ def _why_not_rigid(pose: Tensor) -> str:
     if bool(is_rigid(pose.T)):
         return f"{what}: the matrix is transposed"
     scale = float(torch.linalg.det(pose[:3, :3]).abs()) ** (1 / 3)
-    if scale > 0:
-        for factor in (scale, -scale):
-            candidate = pose.clone()
-            candidate[:3, :3] /= factor
-            if bool(is_rigid(candidate)):
-                mirrored = "; it mirrors as well" if factor < 0 and abs(scale - 1) > RIGID_TOLERANCE else ""
-                if factor < 0 and not mirrored:
-                    return f"{what}: it mirrors, so an axis has the wrong sign or two are swapped"
-                return f"{what}: its rotation is scaled by {scale:.4g}, so divide the first three columns by that"
-    return what
+    for factor in (scale, -scale) if scale > 0 else ():
+        candidate = pose.clone()
+        candidate[:3, :3] /= factor
+        if bool(is_rigid(candidate)):
+            if factor < 0:
+                return f"{what}: it mirrors, so an axis has the wrong sign or two are swapped"
+            return f"{what}: its rotation is scaled by {scale:.4g}, so divide the first three columns by that"
+    return f"{what}: its axes are not perpendicular or not of length 1, so make the rotation orthonormal"
