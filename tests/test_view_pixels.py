@@ -126,7 +126,7 @@ def test_frames_have_their_own_distortion(tmp_path):
     pytest.importorskip("cv2")
     of = lens(60.0)
     kinds = [{"k1": -0.2}, {"k1": 0.15, "k2": 0.05}, {"k1": 0, "k2": 0}]
-    source = write(tmp_path / "in", of, lambda i: render(POSES[i], of, kinds[i % 3]), k1=0.5, k2=3.0)
+    source = write(tmp_path / "in", of, lambda i: render(POSES[i], of, kinds[i % 3]), k1=0.5, p1=0.3)
     content = json.loads((source / "s/transforms.json").read_text())
     for i, frame in enumerate(content["frames"]):
         frame.update(kinds[i % 3])
