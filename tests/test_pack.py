@@ -247,7 +247,7 @@ BAD_SCENES = {
     "no file": (lambda folder: (folder / "transforms_opencv.json").unlink(), "no transforms_opencv.json"),
     "outside": (lambda folder: edit(folder, swap), "does not stay"),
     "same image twice": (lambda folder: edit(folder, repeat_file), "images/002.png"),
-    "distorted": (lambda folder: edit(folder, lambda t: t.update(k1=0.1)), "distortion"),
+    "distorted": (lambda f: edit(f, lambda t: t.update(camera_model="OPENCV_FISHEYE")), "OPENCV_FISHEYE"),
     "no focal": (lambda f: edit(f, lambda t: t.pop("fl_x")), "images/000.png: there is neither fl_x"),
 }
 

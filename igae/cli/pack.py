@@ -87,6 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", help="folder of natural images (searched recursively)")
     parser.add_argument("--output", help="folder or fsspec URL that the shards and manifest.json are written to")
     parser.add_argument("--resize", type=positive, metavar="N", help="bring images of other sizes to N x N pixels")
+    parser.add_argument(
+        "--fit",
+        choices=typing.get_args(data.Fit),
+        default="refuse",
+        help="what --resize does with views that are not square: refuse them (default), crop the largest centered "
+        "square, or pad with a transparent border",
+    )
     parser.add_argument("--shard-size", type=parse_size, default="500MB", help="default 500MB; a scene is never split")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order inside the shards")
     parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="default: all cores")

@@ -6,6 +6,7 @@ from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
 from .config import Convention as Convention
 from .config import DataConfig as DataConfig
+from .config import Fit as Fit
 from .config import HeldOut as HeldOut
 from .config import Normalize as Normalize
 from .config import PackOptions as PackOptions

@@ -13,6 +13,7 @@ Verify = Literal["off", "size", "sha256"]
 Convention = Literal["opencv", "opengl", "opencv-world2cam", "opengl-world2cam"]
 Normalize = Literal["auto", "cameras", "none"]
 HeldOut = Literal["auto", "first", "every", "random", "listed"]
+Fit = Literal["refuse", "crop", "pad"]
 
 
 class DataConfig(Section):
@@ -56,6 +57,8 @@ class PackOptions:
             that the source lists; `auto`: those that it lists, else the first of igae-data's layout, else every.
         images: folder or URL of natural images; None: scenes only.
         resize: side in pixels of the square that images of other sizes are brought to; None: image bytes are copied.
+        fit: what `resize` does with views that are not square: they are refused, their largest centered square is cut
+            out (`crop`), or they get a transparent border (`pad`).
         shard_size: bytes a shard should not exceed; a scene is never split.
         seed: of the order of views and natural images in the shards.
         workers: processes; 1 works in this one.
@@ -72,6 +75,7 @@ class PackOptions:
     heldout: HeldOut = "auto"
     images: str | None = None
     resize: int | None = None
+    fit: Fit = "refuse"
     shard_size: int = 500_000_000
     seed: int = 0
     workers: int = 1

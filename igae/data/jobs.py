@@ -21,6 +21,7 @@ from igae.data.shards import ShardWriter, seeded
 from igae.data.sources import read_scene
 from igae.data.sources.heldout import split
 from igae.data.sources.images import check_image, read_files
+from igae.data.sources.pixels import pack_view
 from igae.data.sources.scene import BadInput, SceneRef, View
 from igae.errors import redact
 from igae.storage import file_system, join
@@ -147,15 +148,16 @@ def _write_views(
     job: Job, order: Sequence[tuple[SceneRef, View]], out: ShardWriter, result: JobResult, progress: ProgressCallback
 ) -> None:
     """Adds views to a shard, and to the result their focal lengths and what is wrong; one bad view ends the writing."""
-    contents = read_files((ref.folder, view.file) for ref, view in order)
-    for (ref, view), data in zip(order, contents, strict=True):
+    contents = read_files((ref.folder, file) for ref, view in order for file in view.files)
+    for ref, view in order:
         name = ref.name
+        data, mask = next(contents), next(contents) if view.mask else None
         progress(1)
         if name in result.bad:
             continue
         try:
-            suffix, body, found = check_image(data, view.file, job.output.size, bool(job.options.resize))
-            intrinsics = view.intrinsics(found)
+            resize = bool(job.options.resize)
+            suffix, body, intrinsics = pack_view(view, data, mask, job.output.size, resize, job.options.fit)
         except BadInput as error:
             result.bad[name] = f"scene {name!r}: {error}"
             continue
@@ -172,7 +174,7 @@ def _write_images(job: Job, progress: ProgressCallback) -> JobResult:
         for (key, file), data in zip(job.images, contents, strict=True):
             progress(1)
             try:
-                suffix, body, _ = check_image(data, file, job.output.size, bool(job.options.resize), crop=True)
+                suffix, body = check_image(data, file, job.output.size, bool(job.options.resize))
             except BadInput as error:
                 result.bad[file] = f"natural image {error}"
                 continue

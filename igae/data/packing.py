@@ -25,7 +25,8 @@ from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressC
 from igae.data.shards import ShardReader, seeded
 from igae.data.sources import FORMATS, find_scenes, read_scene
 from igae.data.sources.heldout import split
-from igae.data.sources.images import find_images, open_image, read_files
+from igae.data.sources.images import find_images, open_image, read_files, size_of
+from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
@@ -73,6 +74,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     """
     if options.scenes is None and options.images is None:
         raise ValueError("nothing to pack: give scenes, images or both")
+    if options.fit != "refuse" and options.resize is None:
+        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
     fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not options.overwrite:
         raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or overwrite it")
@@ -144,8 +147,7 @@ def _common_size(
         some = list(natural_images)[:100]
         for file, data in zip(some, read_files((images, file) for file in some), strict=True):
             try:
-                image = open_image(data, file)
-                sizes[image.height, image.width] += 1
+                sizes[size_of(open_image(data, file))] += 1
             except BadInput:
                 continue  # it is reported when it is packed
     return sizes.most_common(1)[0][0] if sizes else None
@@ -161,8 +163,10 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
     except BadInput as error:
         return str(error)
     try:
-        names = [name for view in views for name in (view.file, view.mask) if name is not None]
+        names = [name for view in views for name in view.files]
         files = look_up(ref.folder, names)
+        for view in views:
+            check_extras(view)
         for name in names:
             if name not in files:
                 raise BadInput(f"{name} is missing")
@@ -175,7 +179,7 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
     version = _digest([repr(views), *(info.version for info in files.values())])
-    return _Scanned(ref, sum(files[view.file].size for view in views), len(views), size, version)
+    return _Scanned(ref, sum(info.size for info in files.values()), len(views), size, version)
 
 
 def _plan(
@@ -187,7 +191,7 @@ def _plan(
         ratio = math.prod(output.size) / math.prod(entry.size) if options.resize else 1.0
         return int(entry.bytes * ratio) + entry.views * TAR_OVERHEAD
 
-    kept = {name: getattr(options, name) for name in ("images", "resize", "seed", "skip_bad", "heldout")}
+    kept = {name: getattr(options, name) for name in ("images", "resize", "fit", "seed", "skip_bad", "heldout")}
     shared = PackOptions(**kept)
     jobs = [
         Job(output, shared, index, [entry.ref for entry in group], input=_digest(entry.version for entry in group))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from igae.data.config import Convention
 from igae.data.manifest import name_problem, unknown_category
-from igae.data.sources import co3d, colmap, eg3d, gobjaverse, igae_data, srn, transforms, zero123
+from igae.data.sources import blender, co3d, colmap, eg3d, gobjaverse, igae_data, srn, transforms, trellis, zero123
 from igae.data.sources.placement import move
 from igae.data.sources.scene import BadInput, SceneRef, SourceFormat, View
 from igae.errors import redact
@@ -18,6 +18,8 @@ from igae.storage import base_name, file_system, in_archive, join
 
 FORMATS: dict[str, SourceFormat] = {
     "igae-data": igae_data,
+    "trellis": trellis,
+    "blender": blender,
     "transforms": transforms,
     "srn": srn,
     "gobjaverse": gobjaverse,

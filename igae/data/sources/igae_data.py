@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from igae.data.sources.transforms import OPENCV
+from igae.data.sources.frames import OPENCV
 from igae.data.sources.transforms import read as read
 from igae.errors import redact
 from igae.storage import base_name, file_system, join

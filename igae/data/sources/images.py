@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 
 from fsspec.implementations.local import LocalFileSystem
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from igae.data.sources.scene import SUFFIXES, BadInput
 from igae.errors import redact
@@ -74,44 +74,73 @@ def open_image(data: bytes | Exception, file: str) -> Image.Image:
     return image
 
 
-def check_image(
-    data: bytes | Exception, file: str, size: tuple[int, int], resize: bool, crop: bool = False
-) -> tuple[str, bytes, tuple[int, int]]:
-    """Decodes an image fully, to know that it can be, and resizes it where that was asked for.
+def orientation_of(image: Image.Image) -> int:
+    """How the pixels are turned, by EXIF: 1 to 8, 1 where it does not say."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata, or a damaged image, which is told when it is decoded
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of a natural image as it is packed: upright."""
+    turned = orientation_of(image) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def decode(data: bytes | Exception, file: str) -> Image.Image:
+    """Decodes an image fully, to know that it can be.
+
+    Raises:
+        BadInput: unreadable or damaged.
+    """
+    image = open_image(data, file)
+    try:
+        image.load()
+    except Exception as error:
+        raise BadInput(f"{file} is damaged: {error}") from error
+    return image
+
+
+def colors_of(image: Image.Image) -> Image.Image:
+    """The image as RGBA if anything is transparent in it, else as RGB."""
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a file."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def check_image(data: bytes | Exception, file: str, size: tuple[int, int], resize: bool) -> tuple[str, bytes]:
+    """Checks a natural image; turns it upright if its EXIF says how, and resizes it where that was asked for.
 
     Args:
         data: content of the file.
         file: name for messages.
         size: (height, width) that is wanted.
-        resize: bring other sizes to `size`; otherwise they are refused. Images that have the size stay as they are.
-        crop: cut the largest centered part of the right shape out before resizing; otherwise another shape is refused.
+        resize: cut the largest centered part of the right shape out of images of other sizes, and bring it to `size`;
+            otherwise they are refused. Upright images that have the size stay as they are.
 
     Returns:
-        (extension, bytes to store, (height, width) of the image in the file).
+        (extension, bytes to store).
 
     Raises:
         BadInput: unreadable, damaged, or of the wrong size.
     """
     image = open_image(data, file)
-    assert isinstance(data, bytes) and image.format is not None
-    height, width = found = image.height, image.width
+    height, width = found = size_of(image)
     if found != size and not resize:
         raise BadInput(f"{file} is {width}x{height} pixels, not {size[1]}x{size[0]} as the others")
-    try:
-        image.load()
-    except Exception as error:
-        raise BadInput(f"{file} is damaged: {error}") from error
-    if found == size:
-        return FORMATS[image.format], data, found
-    left, top = 0.0, 0.0
-    if width * size[0] != height * size[1]:
-        if not crop:
-            raise BadInput(f"{file} is {width}x{height} pixels, which cannot be resized to {size[1]}x{size[0]} evenly")
+    image = decode(data, file)
+    assert isinstance(data, bytes) and image.format is not None
+    upright = image if orientation_of(image) == 1 else colors_of(ImageOps.exif_transpose(image))
+    if found != size:
         scale = min(width / size[1], height / size[0])
         left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-    colors = "RGBA" if image.has_transparency_data else "RGB"
-    box = (left, top, width - left, height - top)
-    small = image.convert(colors).resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
-    out = io.BytesIO()
-    small.save(out, "PNG")
-    return "png", out.getvalue(), found
+        box = (left, top, width - left, height - top)
+        upright = colors_of(upright).resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
+    return (FORMATS[image.format], data) if upright is image else ("png", png(upright))

@@ -66,6 +66,11 @@ class View:
     mask: str | None = None
     distortion: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its image, and its mask if it has one."""
+        return (self.file, self.mask) if self.mask else (self.file,)
+
     def intrinsics(self, size: tuple[int, int]) -> list[list[float]]:
         """3 rows of 3, normalized; `size` is the (height, width) of the image file.
 

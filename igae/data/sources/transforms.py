@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of scenes with a transforms file each, as nerfstudio, Blender's exporters and igae-data write them.
+"""Folders of scenes with a transforms file each, as nerfstudio, instant-ngp and igae-data write them.
 
 `transforms_opencv.json` has cameras in the OpenCV convention, `transforms.json` in that of OpenGL and Blender.
 """
 
-import json
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Any
 
-import fsspec
-import torch
-from torch import Tensor
-
-from igae.data.cameras import RIGID_TOLERANCE, is_rigid, opengl_to_opencv
-from igae.data.sources.scene import SUFFIXES, BadInput, View
+from igae.data.sources.frames import OPENCV, Files, path_in_scene, read_json, read_views
+from igae.data.sources.scene import BadInput, View
 from igae.errors import redact
-from igae.storage import file_system
+from igae.storage import file_system, join
 
-OPENCV, OPENGL = "transforms_opencv.json", "transforms.json"
-LENS = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
-PINHOLE = {"OPENCV", "PINHOLE", "SIMPLE_PINHOLE"}
+OPENGL = "transforms.json"
+SPLITS = ("train", "val", "test")
 UNIT_BOX = False
 
 
@@ -30,75 +24,36 @@ def is_scene(names: Set[str], above: Set[str]) -> bool:
 
 
 def read(folder: str) -> list[View]:
-    """The frames of a transforms file."""
+    """The frames of a transforms file; `val_filenames` and `test_filenames` in it are held out."""
     fs, path = file_system(folder)
-    name = _file_in(fs, path)
+    name = next((name for name in (OPENCV, OPENGL) if fs.exists(join(path, name))), None)
     if name is None:
         raise BadInput(f"there is no {OPENCV} or {OPENGL} in {redact(folder)}")
-    try:
-        content = json.loads(fs.cat_file(f"{path}/{name}"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{name} is not readable JSON: {error}") from error
-    except OSError as error:
-        raise BadInput(f"{name} cannot be read: {redact(str(error))}") from None
-    return _read_frames(content, name)
+    content, files = read_json(folder, name), Files(folder)
+    views = read_views(content, name, files)
+    lists = {split: content[f"{split}_filenames"] for split in SPLITS if f"{split}_filenames" in content}
+    return _split(views, lists, name, files) if lists else views
 
 
-def _file_in(fs: fsspec.AbstractFileSystem, folder: str) -> str | None:
-    return next((name for name in (OPENCV, OPENGL) if fs.exists(f"{folder}/{name}")), None)
-
-
-def _read_frames(content: Any, name: str) -> list[View]:
-    frames = content.get("frames") if isinstance(content, dict) else None
-    if not isinstance(frames, list) or not frames:
-        raise BadInput(f"{name} has no frames: the scene is empty")
-    files: dict[str, int] = {}
-    lenses: list[tuple[tuple[str, float | str], ...]] = []
-    for index, frame in enumerate(frames):
-        if not isinstance(frame, dict):
-            raise BadInput(f"{name}: frame {index} is not an object")
-        file = _image_file(frame.get("file_path"), f"{name}: frame {index}")
-        if file in files:
-            raise BadInput(f"{name}: frames {files[file]} and {index} are both {file}")
-        files[file] = index
-        lens = {**content, **frame}
-        if lens.get("camera_model", "OPENCV") not in PINHOLE or any(lens.get(key) for key in DISTORTION):
-            raise BadInput(f"{name}: frame {index} ({file}) has lens distortion: undistort the images first")
-        values = ((key, lens[key]) for key in LENS if key in lens)
-        lenses.append(tuple((key, value if isinstance(value, int | float) else repr(value)) for key, value in values))
-    rows = _read_poses(frames, list(files), name)
-    return [View(i, file, rows[i], lenses[i], opengl=name == OPENGL) for i, file in enumerate(files)]
-
-
-def _read_poses(frames: Sequence[dict[str, Any]], files: Sequence[str], name: str) -> list[list[list[float]]]:
-    poses = [frame.get("transform_matrix") for frame in frames]
-    cam2world = _matrices(poses)
-    if cam2world is None:
-        index = next(i for i, pose in enumerate(poses) if _matrices([pose]) is None)
-        raise BadInput(f"{name}: frame {index} ({files[index]}) has no transform_matrix of 4 x 4 numbers")
-    for index in (~is_rigid(cam2world)).nonzero().flatten().tolist():
-        finite = bool(cam2world[index].isfinite().all())
-        what = f"is no rigid motion (within {RIGID_TOLERANCE:g})" if finite else "has NaN or infinite numbers"
-        raise BadInput(f"{name}: the pose of frame {index} ({files[index]}) {what}")
-    if name == OPENGL:
-        cam2world = opengl_to_opencv(cam2world)
-    rows: list[list[list[float]]] = (cam2world + 0.0).tolist()  # no negative zeros: both conventions give one text
-    return rows
-
-
-def _matrices(poses: Sequence[Any]) -> Tensor | None:
-    try:
-        matrices = torch.tensor(poses, dtype=torch.float64)
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        return None
-    return matrices if matrices.shape == (len(poses), 4, 4) else None
-
-
-def _image_file(path: Any, where: str) -> str:
-    if not isinstance(path, str) or not path.isprintable():
-        raise BadInput(f"{where} has no file_path")
-    parts = [part for part in path.split("/") if part != "."]
-    if not path or path.startswith("/") or "\\" in path or ".." in parts or "" in parts:
-        raise BadInput(f"{where}: file_path {path!r} does not stay in the scene's folder")
-    # Blender's exporters leave the extension out.
-    return "/".join(parts) + ("" if path.lower().endswith(SUFFIXES) else ".png")
+def _split(views: Sequence[View], lists: dict[str, Any], name: str, files: Files) -> list[View]:
+    """The views with what the file's lists say. As in nerfstudio a frame that is in no list is not used, but where
+    there is only a list of training views, or none of these, the others are those of the other kind."""
+    known = {view.file for view in views}
+    chosen: dict[str, set[str]] = {}
+    for split, listed in lists.items():
+        what = f"{name}: {split}_filenames"
+        if not isinstance(listed, list):
+            raise BadInput(f"{what} is no list")
+        chosen[split] = {path_in_scene(path, f"{what}:", files) for path in listed}
+        if unknown := sorted(chosen[split] - known):
+            raise BadInput(f"{what} has {unknown[0]}, which no frame has")
+    heldout = chosen.get("val", set()) | chosen.get("test", set())
+    training = chosen.get("train", set())
+    if both := sorted(training & heldout):
+        raise BadInput(f"{name}: {both[0]} is a training view and a held-out one in its lists of filenames")
+    if "train" not in chosen:
+        training = known - heldout
+    elif set(chosen) == {"train"}:
+        heldout = known - training
+    kept = [view for view in views if view.file in training | heldout]
+    return [replace(view, heldout=view.file in heldout) for view in kept]
