@@ -6,11 +6,12 @@ has the formulas.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from igae.rendering.config import RenderOptions
 from igae.rendering.mlp import DecodingMLP
@@ -120,11 +121,40 @@ def plane_features(planes: Tensor, scene_of_ray: Tensor, points: Tensor, options
         weight = weight[..., 1, :, None] * weight[..., 0, None, :]
         taps = 12 if options.reduce == "sum" else 4
     table = planes.reshape(-1, channels)
-    read = F.embedding_bag(index.view(-1, taps), table, per_sample_weights=weight.view(-1, taps), mode="sum")
+    read = weighted_rows(table, index.view(-1, taps), weight.view(-1, taps))
     if options.reduce == "product":
         xy, xz, last = read.view(-1, 3, channels).unbind(1)
         read = xy * xz * last
     return read.view(*points.shape[:2], channels)
+
+
+def weighted_rows(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Sums [M, C] of rows of a table [T, C]: of those at index [M, n], times weight [M, n], which gets no gradient."""
+    if table.device.type == "cpu":
+        sums: Tensor = _WeightedRows.apply(table, index, weight)  # type: ignore[no-untyped-call]
+        return sums
+    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+
+
+class _WeightedRows(torch.autograd.Function):
+    """embedding_bag with a gradient for CPUs, the same to the last bit. torch's own sorts the index first, which takes
+    most of its time; a product with a sparse matrix takes the entries as they come."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.rows = len(table)
+        return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        point = torch.arange(len(index))[:, None].expand_as(index)
+        places = torch.stack((index.flatten(), point.flatten()))
+        size = (ctx.rows, len(index))
+        taps = torch.sparse_coo_tensor(places, weight.flatten(), size, check_invariants=False)
+        return torch.sparse.mm(taps, gradient), None, None
 
 
 def interval_weights(t: Tensor, density: Tensor) -> Tensor:
