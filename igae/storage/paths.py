@@ -63,8 +63,12 @@ def split(url: str) -> tuple[str, str]:
 
 def _parts(url: str) -> tuple[str, str]:
     """The path, and what comes after it."""
-    path, mark, rest = url.partition("?" if url.startswith(("http://", "https://")) else "::")
-    return path, mark + rest
+    if url.startswith(("http://", "https://")):
+        path, mark, query = url.partition("?")
+        return path, mark + query
+    links = url.split("::")  # of a chain such as simplecache::zip://path::s3://...: the path is in the first with ://
+    first = next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)
+    return "::".join(links[: first + 1]), "".join(f"::{link}" for link in links[first + 1 :])
 
 
 def in_archive(url: str) -> str:
