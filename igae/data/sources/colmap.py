@@ -18,6 +18,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from igae.data.sources.files import list_files
 from igae.data.sources.scene import BadInput, View
 from igae.errors import redact
 from igae.storage import file_system
@@ -63,7 +64,7 @@ def read(folder: str) -> list[View]:
     """The images of the largest reconstruction, in the order of their names; those that it lacks have no camera."""
     fs, path = file_system(folder)
     prefix = path.rstrip("/") + "/"
-    files = {name.removeprefix(prefix) for name in fs.find(path)}
+    files = set(list_files(folder))
     # Where a folder has both, the last one counts: images.bin, as for COLMAP.
     found = {match[1]: match[2] for name in sorted(files, reverse=True) if (match := RECONSTRUCTION.fullmatch(name))}
     if not found:

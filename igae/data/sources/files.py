@@ -12,14 +12,15 @@ from igae.data.sources.images import read_files
 from igae.data.sources.scene import BadInput
 from igae.errors import redact
 from igae.storage import file_system
+from igae.storage import list_files as list_with_links
 
 
 def list_files(folder: str) -> list[str]:
-    """All files below a folder, relative to it and sorted, but hidden ones (macOS leaves ._000.png)."""
-    fs, path = file_system(folder)
-    prefix = path.rstrip("/") + "/"
-    names = sorted(name.removeprefix(prefix) for name in fs.find(path))
-    return [name for name in names if not name.rpartition("/")[2].startswith(".")]
+    """All files below a folder and what links in it lead to, relative to it and sorted, but hidden ones (macOS leaves
+    ._000.png)."""
+    prefix = file_system(folder)[1].rstrip("/") + "/"
+    found, _ = list_with_links(folder, lambda path: not path.rpartition("/")[2].startswith("."))
+    return sorted(path.removeprefix(prefix) for path in found)
 
 
 def read_all(folder: str, files: Sequence[str]) -> list[bytes]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igae.data.cameras import RIGID_TOLERANCE, is_rigid, opengl_to_opencv
+from igae.data.sources.files import list_files, to_rows
 from igae.data.sources.scene import SUFFIXES, BadInput, View
 from igae.errors import redact
 from igae.storage import file_system, join
@@ -53,9 +54,7 @@ class Files:
             return name
         if self._names is None:
             self._names = {}
-            fs, root = file_system(self._folder)
-            for path in sorted(fs.find(root)):
-                file = path.removeprefix(root.rstrip("/") + "/")
+            for file in list_files(self._folder):
                 for key in {file, file.rpartition(".")[0]}:
                     self._names.setdefault(key, []).append(file)
         there = self._names.get(name, [])
@@ -204,8 +203,7 @@ def _read_poses(frames: Sequence[Mapping[str, Any]], files: Sequence[str], name:
         raise BadInput(f"{name}: the pose of frame {index} ({files[index]}) {_why_not_rigid(cam2world[index])}")
     if name != OPENCV:
         cam2world = opengl_to_opencv(cam2world)
-    rows: list[list[list[float]]] = (cam2world + 0.0).tolist()  # no negative zeros: both conventions give one text
-    return rows
+    return to_rows(cam2world)
 
 
 def _values(pose: Any) -> list[Any]:
