@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -74,6 +74,7 @@ def test_matrices_of_another_convention_are_refused_with_theirs(seed: int, views
 
 
 @settings(max_examples=100)
+@example(1, 0.03125, (0.0, 0.0, -100.0), False)
 @given(seeds, st.floats(1e-2, 1e3), st.tuples(*[st.floats(-100, 100)] * 3), st.booleans())
 def test_scenes_that_differ_by_place_and_scale_become_one(
     seed: int, scale: float, place: tuple[float, float, float], cap: bool
@@ -87,7 +88,7 @@ def test_scenes_that_differ_by_place_and_scale_become_one(
         assert normalization is not None
         *center, factor = normalization
         placed.append(factor * (each[:, :3, 3] - center))
-    # measured: 2e-9 of the cameras' distances, with places up to 100 / 0.01 times as far as they
+    # measured: 1.4e-9 of 2,000, with places up to 100 / 0.01 times as far as the cameras
     assert np.abs(placed[0] - placed[1]).max() < 1e-6
 
 

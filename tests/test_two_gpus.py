@@ -2,6 +2,7 @@
 """Training on two GPUs: a warm-up in a CUDA graph that exchanges gradients, and ranks that don't answer any more."""
 
 import faulthandler
+import gc
 import json
 import os
 import time
@@ -58,9 +59,11 @@ def train(recipe_file: str, name: str, settings: list[str], file: str) -> tuple[
     trainer.run()
     state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
     torch.save({**state, "planes": trainer.store.rows.cpu()}, f"{file}-{rank()}")
+    captured = [isinstance(stage.run, CapturedStep) and stage.run.is_captured for stage in trainer.opened]
+    trainer.opened = ()  # a communicator is destroyed when no graph has its collectives any more, and waits for that
+    gc.collect()
     trainer.engine.close()
     faulthandler.cancel_dump_traceback_later()
-    captured = [isinstance(stage.run, CapturedStep) and stage.run.is_captured for stage in trainer.opened]
     return any(captured), trainer.progress.skipped
 
 

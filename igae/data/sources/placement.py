@@ -161,6 +161,7 @@ def normalization_of(views: Sequence[View], size: tuple[int, int]) -> Normalizat
     lenses = torch.tensor([view.intrinsics(size) for view in views], dtype=torch.float64)
     widths = focus.depth / torch.maximum(lenses[:, 0, 0], lenses[:, 1, 1])
     scale = VIEW_WIDTH / float(widths[focus.depth > 0].median())
-    # Ten digits: the same on every machine, and in the manifest.
-    x, y, z, scale = (float(f"{value:.10g}") for value in (*focus.point.tolist(), scale))
-    return Normalization(x, y, z, scale)
+    # Ten digits of the size of a view: the same on every machine, and in the manifest.
+    digits = 10 + math.floor(math.log10(scale))
+    x, y, z = (round(value, digits) for value in focus.point.tolist())
+    return Normalization(x, y, z, float(f"{scale:.10g}"))
