@@ -15,7 +15,7 @@ from PIL import Image
 from igae.data import Manifest, PackOptions, Refused, pack
 from igae.data.sources.heldout import split
 from igae.data.sources.placement import MEANING, check_cameras, focus_of, normalization_of
-from igae.data.sources.scene import BadInput, SceneRef, View
+from igae.data.sources.scene import BadInput, Normalization, SceneRef, View
 
 SIZE = (64, 64)
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -44,6 +44,10 @@ def capture(seed: int, views: int = 24, radius: float = 1.3, cap: bool = False, 
 def views_of(poses: np.ndarray, focal: float = 70.0, opengl: bool = False, **lens: float) -> list[View]:
     values = tuple({"fl_x": focal, **lens}.items())
     return [View(i, f"{i}.png", pose.tolist(), values, opengl=opengl) for i, pose in enumerate(poses)]
+
+
+def move_of(views: list[View], size: tuple[int, int] = SIZE) -> Normalization | None:
+    return normalization_of(views, size, check_cameras(views, size))
 
 
 @settings(max_examples=200)
@@ -82,7 +86,7 @@ def test_scenes_that_differ_by_place_and_scale_become_one(
     poses = capture(seed, cap=cap)
     moved = poses.copy()
     moved[:, :3, 3] = scale * poses[:, :3, 3] + place
-    found = [normalization_of(views_of(each), SIZE) for each in (poses, moved)]
+    found = [move_of(views_of(each)) for each in (poses, moved)]
     placed = []
     for each, normalization in zip((poses, moved), found, strict=True):
         assert normalization is not None
@@ -95,7 +99,7 @@ def test_scenes_that_differ_by_place_and_scale_become_one(
 def test_cameras_as_igae_data_has_them_stay(tmp_path: Path) -> None:
     poses = capture(0, 40, jitter=0.0)
     poses[:, :3, 3] *= 1.3 / np.linalg.norm(poses[:, :3, 3], axis=1, keepdims=True)
-    x, y, z, scale = normalization_of(views_of(poses, focal=1.09375 * 64), SIZE) or (1, 1, 1, 0)
+    x, y, z, scale = move_of(views_of(poses, focal=1.09375 * 64)) or (1, 1, 1, 0)
     assert max(abs(x), abs(y), abs(z), abs(scale - 1)) < 1e-9  # measured: 2e-16
 
 
@@ -119,7 +123,7 @@ def test_parallel_axes_have_no_focus() -> None:
     poses[:, 0, 3] = range(5)
     views = views_of(poses)
     check_cameras(views, SIZE)
-    assert normalization_of(views, SIZE) is None
+    assert move_of(views) is None
 
 
 def test_cameras_that_look_nowhere_in_common_are_refused() -> None:
@@ -205,7 +209,7 @@ def test_packing_moves_a_scene_and_says_how(tmp_path: Path) -> None:
         18,
         2,
     )
-    expected = normalization_of(views_of(poses, focal=8 / math.tan(0.35)), (16, 16))
+    expected = move_of(views_of(poses, focal=8 / math.tan(0.35)), (16, 16))
     assert moved.scenes[0].normalization == pytest.approx(expected, rel=1e-9)
     assert moved.cameras is not None and moved.cameras.mean_distance * 2 < stay.cameras.mean_distance  # type: ignore[union-attr]
 

@@ -84,13 +84,13 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         dataset, refs, problems = find_scenes(
             options.scenes, options.subset, options.categories, options.format, options.convention
         )
+    natural_images, unreadable = find_images(options.images) if options.images else ({}, [])
+    problems += unreadable
     processes = options.workers if options.workers > 1 else 0
     with ProcessPool(processes, _start, (processes,)) as pool:
         found = _run(pool, "scanning scenes", _scan, [(ref, options) for ref in refs])
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
-        natural_images, unreadable = find_images(options.images) if options.images else ({}, [])
-        problems += unreadable
         if problems and not options.skip_bad:
             raise Refused(problems)
         size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
@@ -173,9 +173,9 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
         first = views[0]
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
         size = (image.height, image.width)
-        check_cameras(views, size, one_place=how != "none")
+        focus = check_cameras(views, size, one_place=how != "none")
         if how == "cameras" or how == "auto" and not FORMATS[ref.format].UNIT_BOX:
-            ref = replace(ref, normalization=normalization_of(views, size))
+            ref = replace(ref, normalization=normalization_of(views, size, focus))
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
     version = _digest([repr(views), *(info.version for info in files.values())])

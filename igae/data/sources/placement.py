@@ -98,20 +98,22 @@ def move(views: Sequence[View], convention: Convention | None, normalization: No
     return [replace(view, cam2world=rows) for view, rows in zip(views, (poses + 0.0).tolist(), strict=True)]
 
 
-def check_cameras(views: Sequence[View], size: tuple[int, int], one_place: bool = True) -> None:
+def check_cameras(views: Sequence[View], size: tuple[int, int], one_place: bool = True) -> Focus | None:
     """Check what can be wrong with cameras that are possible each.
 
     Args:
         size: (height, width) of the images' files.
         one_place: the cameras must look at one place.
 
+    Returns:
+        Where their axes meet, if that was looked for.
+
     Raises:
         BadInput: with the likely cause, and what mends it.
     """
-    for view in views:
+    for view in {view.lens: view for view in views}.values():
         _check_lens(view, size)
-    if one_place and len(views) >= FEWEST:
-        _check_directions(views)
+    return _check_directions(views) if one_place and len(views) >= FEWEST else None
 
 
 def _check_lens(view: View, size: tuple[int, int]) -> None:
@@ -132,11 +134,11 @@ def _check_lens(view: View, size: tuple[int, int]) -> None:
             raise BadInput(f"{view.file}: the principal point is outside of the image ({name}: {center:.2f}){hint}")
 
 
-def _check_directions(views: Sequence[View]) -> None:
+def _check_directions(views: Sequence[View]) -> Focus:
     poses = poses_of(views)
     focus = focus_of(poses)
     if focus.looking >= LOOKING or focus.spread < 1e-4:
-        return
+        return focus
     raw = opengl_to_opencv(poses) if views[0].opengl else poses
     meant = {convention: focus_of(read_as(raw, convention)).looking for convention in MEANING}
     best = max(meant, key=lambda convention: meant[convention])
@@ -146,17 +148,15 @@ def _check_directions(views: Sequence[View]) -> None:
     raise BadInput(f"{share}, so there is no object in the middle: check the poses, or pack with --normalize none")
 
 
-def normalization_of(views: Sequence[View], size: tuple[int, int]) -> Normalization | None:
+def normalization_of(views: Sequence[View], size: tuple[int, int], focus: Focus | None) -> Normalization | None:
     """The move that brings the point that all views look at to the origin, and the width of views there to that of
     igae-data's; None where their axes don't meet, or where it would change nothing.
 
     Args:
         size: (height, width) of the images' files.
+        focus: as :func:`check_cameras` returns it.
     """
-    if len(views) < FEWEST:
-        return None
-    focus = focus_of(poses_of(views))
-    if focus.looking < LOOKING or focus.spread < 1e-4:
+    if focus is None or focus.looking < LOOKING or focus.spread < 1e-4:
         return None
     lenses = torch.tensor([view.intrinsics(size) for view in views], dtype=torch.float64)
     widths = focus.depth / torch.maximum(lenses[:, 0, 0], lenses[:, 1, 1])
