@@ -6,8 +6,9 @@
     python benchmarks/packing.py --scenes 10000 --views 24 --repeats 1 --captures
 
 Makes its own scenes: 128x128 PNG views of 10 to 20 KB, links to some 200 files. With --captures they are nerfstudio's,
-with cameras at other distances around other places, so that each is moved into the box, and are not read. Per core means per second
-of processor time of this process and its workers together, so that other programs change the results little.
+with cameras at other distances around other places, so that each is moved into the box, and are not read. Per core
+means per second of processor time of this process and its workers together, so that other programs change the results
+little.
 """
 
 import argparse
