@@ -22,12 +22,16 @@ settings.load_profile("igae")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `pytest -n 2 --dist loadgroup`, tests that start several processes run one after another, beside the others:
-    they use more than a core each, and some bound how long something takes."""
+    they use more than a core each, and some bound how long something takes. Other tests of a file run one after
+    another, so that what they share is made once."""
     for item in items:
-        if hasattr(getattr(item, "module", None), "ranks"):
+        module = getattr(item, "module", None)
+        if hasattr(module, "ranks"):
             item.add_marker(pytest.mark.xdist_group("ranks"))
-        if "viewed" in getattr(item, "fixturenames", ()):
+        elif "viewed" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("viewer"))
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(getattr(module, "__name__", "")))
 
 
 @pytest.fixture(scope="session")

@@ -226,7 +226,7 @@ def test_gradients_that_are_exchanged_at_once_are_the_same(folder: Path) -> None
         assert max(largest_difference(results[0], other).values()) == 0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=ranks.needs_compiler), "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
 def test_batches_that_are_taken_one_after_another_count_as_one(folder: Path, strategy: str) -> None:
     parts = owned(folder, 2)
     together = ranks.run(train, 1, str(folder), "ddp", parts, 2, True)[0]
@@ -252,7 +252,7 @@ def alone_with_base_planes(folder: Path) -> dict[str, Tensor]:
     return result
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=ranks.needs_compiler), "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_ranks_share_base_planes(folder: Path, alone_with_base_planes: dict[str, Tensor], strategy: str) -> None:
     """Base planes are shared weights; weights of them and biases are of a scene, in its row."""
     results = ranks.run(train, 2, str(folder), strategy, owned(folder, 2), 1, False, *BASE_PLANES)

@@ -87,8 +87,8 @@ def losses(metrics: Path) -> list[float]:
 @pytest.mark.parametrize(
     "chain",
     [
-        pytest.param([(2, "zero2"), (3, "ddp"), (1, "ddp")], marks=ranks.needs_compiler),
-        pytest.param([(3, "fsdp2"), (2, "zero3"), (2, "zero1")], marks=ranks.needs_compiler),
+        [(2, "zero2"), (3, "ddp"), (1, "ddp")],
+        [(3, "fsdp2"), (2, "zero3"), (2, "zero1")],
     ],
 )
 def test_resharding(tmp_path: Path, chain: list[tuple[int, str]]) -> None:

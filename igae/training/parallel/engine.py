@@ -59,7 +59,12 @@ class Engine:
         _check_launch(deepspeed)
         # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
         # DeepSpeed refuses it, and needs to be told gloo instead.
-        backend = {"backend": "gloo"} if deepspeed and not on_gpu else {}
+        backend = {}
+        if deepspeed and not on_gpu:
+            from deepspeed import ops
+
+            backend = {"backend": "gloo"}
+            ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of g++, for what gloo does
         self._accelerator = Accelerator(
             cpu=not on_gpu and not deepspeed,
             mixed_precision="no",  # the model has its own autocast, alike under every strategy
