@@ -21,6 +21,7 @@ NAMES = {
     "step-00001000": "step-00000002-end",
     "chair-0017 chair-0018": "mug teddy",
     "data.root=SHARDS": "data.root=data/shards",
+    "data.root=data/photo-shards64": "data.root=data/demo-shards",
     "data.root=data/photo-shards": "data.root=data/shards",
     "[--output FILE]": "--output page.html",
     "<dir or s3://...>": "data/packed-again",
@@ -79,8 +80,11 @@ TABLE: dict[str, How] = {
     ),
     "accelerate launch train.py --config igae.yaml data.root=data/shards": Executed([*SMALL, *SHORT], launched=True),
     "python data_tools/pack_shards.py --scenes photos *": CoveredBy("test_formats_captures.py::test_colmap_geometry"),
-    "accelerate launch train.py --config own_data.yaml data.root=data/photo-shards": Executed(
-        [*SMALL, *SHORT, "train.joint.epochs=0"]
+    "igae train --config own_data.yaml data.root=data/photo-shards": Executed(
+        [*SMALL, *SHORT, "train.joint.epochs=0", "train.warmup.min_steps=0"]
+    ),
+    "igae train --config own_data_small.yaml data.root=data/photo-shards64": Executed(
+        [*SHORT, "train.joint.epochs=0", "train.warmup.min_steps=0", "experiment=own-small"]
     ),
     "igae evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"]),
     "igae evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),

@@ -132,7 +132,11 @@ def test_own_scenes_train_without_natural_images_and_lpips(
     settings = [f"{name}={own[name]}" for name in ("data", "planes", "render", "autoencoder", "outputs", "evaluation")]
     moved = {}
     for name, more in (("own_data", []), ("igae_improved", ["train.joint.natural_images=0"])):
-        short = [f"train.{stage}.{key}" for stage in ("warmup", "joint") for key in ("epochs=2", "augment.shift=1")]
+        short = [
+            f"train.{stage}.{key}"
+            for stage in ("warmup", "joint")
+            for key in ("epochs=2", "min_steps=0", "augment.shift=1")
+        ]
         recipe = config.load(Recipe, f"{name}.yaml", [*settings, *short, *more])
         trainer = Trainer(recipe)
         before = {key: value.clone() for key, value in trainer.model.autoencoder.named_parameters()}

@@ -9,6 +9,7 @@ from igae import config
 from igae.training import Recipe, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
+NO_JOINT = "train.joint.epochs=0"
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,17 @@ def test_options_train(recipe_file: str, overrides: list[str]) -> None:
     assert figures and all(value == value for value in figures.values())
     assert trainer.progress.finished and trainer.progress.skipped == 0
     assert torch.equal(before, trainer.store.rows) == ("train.joint.batch_size=0" in overrides)
+
+
+def test_a_stage_has_its_least_steps_however_few_its_views_are(recipe_file: str) -> None:
+    recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=0.5", "train.warmup.min_steps=7", NO_JOINT])
+    trainer = Trainer(recipe)
+    trainer.run()
+    assert trainer.progress.total == 7  # half an epoch is 4
+
+
+def test_least_steps_shorten_nothing(recipe_file: str) -> None:
+    recipe = config.load(Recipe, recipe_file, ["train.warmup.epochs=1", "train.warmup.min_steps=7", NO_JOINT])
+    trainer = Trainer(recipe)
+    trainer.run()
+    assert trainer.progress.total == 8  # 34 views, 4 a step

@@ -78,7 +78,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
     fs, root = file_system(output)
     if fs.exists(join(root, NAME)) and not options.overwrite:
-        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or overwrite it")
+        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or --overwrite it")
     dataset, refs, problems = "images", list[SceneRef](), list[str]()
     if options.scenes:
         dataset, refs, problems = find_scenes(

@@ -92,7 +92,10 @@ def image_loader(
         ValueError: no such images, or a number out of range. While iterating `ShardError`, which names the shard.
     """
     if not manifest.images:
-        raise ValueError(f"there are no natural images in {redact(config.root)}: pack some with --images")
+        raise ValueError(
+            f"there are no natural images in {redact(config.root)}: pack some with --images, or "
+            "set train.joint.natural_images=0 and, for an autoencoder that stays good, train.joint.weights.ae=1"
+        )
     if part is None:
         part = range(manifest.images)
     if part.step != 1 or not 0 <= part.start < part.stop <= manifest.images:

@@ -168,7 +168,8 @@ class Evaluator:
 
     @torch.no_grad()
     def grids(self, model: IGAE, store: SceneStore) -> dict[str, Picture]:
-        """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none), a scene a row.
+        """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none): a view of each
+        scene a row, or several of few scenes.
 
         ``views``: truth, autoencoder, decoded render, latents encoded and rendered (their first three channels as
         colors), depth. Without scenes: natural images, autoencoded. ``latents``, where there is an autoencoder: each
@@ -184,11 +185,12 @@ class Evaluator:
             return self._natural_grid(at)
         # Each rank has its scenes. They are drawn together, because they share the ranges of their colors. One at a
         # time, because the last bits of a result can depend on what else is in its batch.
-        found = {}
-        for i, scene in enumerate(shown):
+        found, each = {}, self.config.pictures // len(shown)
+        rows_of = [(scene, k) for scene in shown for k in range(min(each, self.config.views, _count(scene, split)))]
+        for i, (scene, number) in enumerate(rows_of):
             if scene.id in self.owned:
                 views = self.splits[split]
-                view = _take(views, (views.scene == scene.id).nonzero()[0])
+                view = _take(views, (views.scene == scene.id).nonzero()[number])
                 truth = to_signed(view.images.to(self.device))
                 latents, (rendered, depth, opacity) = at.encode(truth), at.render(view)
                 images = [truth, at.decode(latents), at.decode_normalized(rendered)]

@@ -128,6 +128,7 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
     encode = ViewEncoder(recipe, name, model, background)
     needed = encode.bytes_of_a_view * sum(scene.views for scene in data.owned)
     check_latents(needed, background.device, name, encode.variants)
+    log_once(f"{name}: encoding {needed // encode.bytes_of_a_view} views")
     with closing(data.open_views(BATCH, repeat=False)) as views:
         cache = LatentCache(views, encode, encode.variants)
     log_once(f"{name}: {len(cache)} views, {cache.variants} cached latents of each, {needed / 2**30:.2f} GiB")
@@ -135,8 +136,9 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
         return cache
     if (encode.config.augment.is_on or encode.wants_masks) and encode.cut > MANY * encode.seen:
         log.warning(
-            "%.0f %% of the views show something at their border: if it is the background, set data.background to its "
-            "color; if it is an object, set shift and rotate of train.%s.augment to 0: background is what they fill in",
+            "%.0f %% of the views show something at their border: if it is a plain background, set data.background to "
+            "its color; if it is the room, pack with masks (docs/own-data.md); if it is an object, set shift and "
+            "rotate of train.%s.augment to 0: background is what they fill in",
             100 * encode.cut / encode.seen,
             name,
         )

@@ -66,6 +66,7 @@ class Job:
             self._evaluator = Evaluator(
                 config, data.config, data.manifest, data.scenes, owned, self.engine.device, self.channel
             )
+        log.info("%s, step %d: evaluating", stage, step)
         with self.engine.weights():
             model.eval()
             metrics = self._evaluator.measure(model, store)

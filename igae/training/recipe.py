@@ -38,6 +38,8 @@ class StageConfig(Section):
 
     epochs: float = Field(ge=0)
     """Passes over the scene views (over the natural images where batch_size is 0); 0 leaves the stage out."""
+    min_steps: int = Field(default=0, ge=0)
+    """Steps at least, of one rank (an Nth of them with N ranks): few scenes need more passes."""
     batch_size: int = Field(ge=0)
     """Scene views a rank and step."""
     natural_images: int = Field(default=0, ge=0)
@@ -106,7 +108,7 @@ class StageConfig(Section):
         of_views = {"encoder": weights.latent + weights.ae, "decoder": weights.rgb + weights.ae}
         frozen = {part: 0.0 for part, loss in of_views.items() if loss == 0 and getattr(rates, part) > 0}
         if self.epochs > 0:
-            log_once("natural_images is 0, so these are 0 too: %s", ", ".join([*off, *frozen]))
+            log_once("no natural images are used, so these are 0: %s", ", ".join([*off, *frozen]))
         new = {"weights": weights, "learning_rates": rates.model_copy(update=frozen), "alternate": False}
         for name, value in new.items():
             object.__setattr__(self, name, value)  # the section is frozen
