@@ -80,3 +80,18 @@ def test_without_alpha_what_differs_from_the_background_is_the_mask(
         assert found[view].masks.tolist() == expected, view
         assert np.array_equal(found[view].images.permute(1, 2, 0).numpy(), image)  # masks leave images alone
     assert found[1].masks[:, :5].count_nonzero() == 2 and found[1].masks[:, 5:].all()
+
+
+def test_an_alpha_channel_that_is_opaque_all_over_is_none(tmp_path: Path) -> None:
+    """As in ShapeNet-SRN's images, which have four channels and objects on white."""
+    data = write_data(tmp_path, views=(8,))
+    for path in (data / "scenes/square16/scene_0/images").iterdir():
+        pixels = np.full((16, 16, 4), 255, np.uint8)
+        pixels[4:12, 4:12, :3] = 90
+        Image.fromarray(pixels).save(path)
+    manifest, _ = pack(str(tmp_path / "out"), PackOptions(scenes=str(data / "scenes"), subset="square16"))
+    loader = open_views(str(tmp_path / "out"), manifest, manifest.scenes, batch_size=4, repeat=False, workers=0)
+    batch = next(iter(loader))
+    loader.close()
+    assert not batch.has_alpha.any()
+    assert (batch.masks[:, 4:12, 4:12] == 255).all() and int(batch.masks.sum()) == 255 * 64 * len(batch.masks)

@@ -51,5 +51,8 @@ def test_problems() -> None:
     (memorized,) = of(20.0, 12.0, 23.25)
     assert memorized.startswith("training views are 3.2 dB better than held-out ones: the scenes memorize them; ")
     assert of(20.0, 21.0, 24.0)[0].startswith("held-out views are worse") and len(of(20.0, 21.0, 24.0)) == 2
+    assert problems({"heldout/latent_error": 0.5}) == []
+    [fog] = problems({"heldout/latent_error": 1.09, "heldout/latent_psnr": 36.6})
+    assert "1.09" in fog and "depth pictures" in fog
     assert problems({}) == problems({"train/rgb_psnr": 30.0, "natural/ae_psnr": 20.0}) == []
     assert of(float("nan"), 20.0, 20.0) == []

@@ -166,7 +166,7 @@ def test_what_is_wrong_is_at_the_top(tmp_path: Path) -> None:
 def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("experiment: x\n")
     text = write_report(tmp_path).read_text()
-    assert "python -m igae.evaluate" in text and '<table class="sortable">' not in text
+    assert "igae evaluate --checkpoint" in text and '<table class="sortable">' not in text
 
 
 def test_ranking() -> None:

@@ -2,6 +2,7 @@
 """Packs scenes and natural images into tar shards, or verifies packed shards. See docs/data-format.md."""
 
 import argparse
+import logging
 import os
 import typing
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 import igae.data as data  # imports torch with the first name that is taken from it
-from igae.errors import Parser, command, redact, say
+from igae.errors import Parser, command, log_to_stderr, redact, say
 
 SHOWN = 20
 
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 verification found something, 2 nothing was done, 130 interrupted."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    log_to_stderr()
+    logging.getLogger("igae").setLevel(logging.INFO)
     if arguments.verify:
         return _verify(arguments.verify, arguments.workers)
     if not arguments.output or not (arguments.scenes or arguments.images):

@@ -31,8 +31,8 @@ class ViewBatch:
         view: int64 [B], indices in the scenes' transforms files.
         cam2world: float32 [B, 4, 4], OpenCV.
         intrinsics: float32 [B, 3, 3], normalized by the image size.
-        masks: uint8 [B, H, W], the images' alpha; of images without alpha, 255 where a pixel differs from the
-            background, else 0.
+        masks: uint8 [B, H, W], the images' alpha; of images without alpha, or with 255 all over, 255 where a pixel
+            differs from the background, else 0.
         has_alpha: bool [B]. Where it is false, a pixel whose mask is 0 may be of an object as bright as the background.
     """
 
@@ -58,8 +58,8 @@ def pixel_of(color: Sequence[float]) -> np.ndarray:
 
 
 def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decodes an image file to uint8 [H, W, 3] and its alpha, uint8 [H, W], or None; transparent pixels show
-    `background`, uint8 [3].
+    """Decodes an image file to uint8 [H, W, 3] and its alpha, uint8 [H, W], or None where it has none or is opaque all
+    over, as ShapeNet-SRN's; transparent pixels show `background`, uint8 [3].
 
     Raises:
         Exception: it is damaged, or is not of `size` (height, width). Decoders raise errors of many kinds.
@@ -71,6 +71,8 @@ def decode_image(data: bytes, size: tuple[int, int], background: np.ndarray) -> 
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), None
     pixels = np.asarray(image.convert("RGBA")).astype(np.uint16)
     alpha = pixels[..., 3:]
+    if alpha.min() == 255:
+        return pixels[..., :3].astype(np.uint8), None
     # At most 255 * 255 + 127: fits 16 bits; rounds to the nearest.
     over = ((pixels[..., :3] * alpha + background.astype(np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
     return over, alpha[..., 0].astype(np.uint8)

@@ -6,6 +6,7 @@ by one process, and every order comes from the seed: the result does not depend 
 """
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
 from igae.storage import FileInfo, file_system, join, look_up
+
+log = logging.getLogger("igae")
 
 STAGED = ".partial"
 TAR_OVERHEAD = 2560
@@ -93,6 +96,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
         if problems and not options.skip_bad:
             raise Refused(problems)
+        _tell(scanned, options.resize)
         size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
         if size is None:
             raise Refused(problems or [f"no readable image in {redact(options.images or '')}"])
@@ -113,6 +117,15 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     _remove(fs, root, [name + staged for name in names - {shard.name for shard in manifest.shards}])
     _finish(fs, root, manifest, staged)
     return manifest, problems
+
+
+def _tell(scanned: Sequence[_Scanned], resize: int | None) -> None:
+    """Say what was found, where a wrong guess would go unnoticed."""
+    for format, count in Counter(entry.ref.format for entry in scanned).items():
+        moved = sum(entry.ref.format == format and entry.ref.normalization is not None for entry in scanned)
+        log.info("%d scenes are %s; the cameras of %d of them are moved into the box", count, format, moved)
+    if resize and (small := sum(min(entry.size) < resize for entry in scanned)):
+        log.warning("views of %d scenes are smaller than --resize %d and are enlarged", small, resize)
 
 
 def _start(processes: int) -> ItemFunction:

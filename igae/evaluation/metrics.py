@@ -41,6 +41,7 @@ METRICS = {
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
 LARGE_GAP = 3.0
+LARGE_ERROR = 0.9  # of latents, where a constant has 1
 """dB by which training views may be better than held-out ones before :func:`problems` says so."""
 RENAMED = {
     "constant_psnr": "baseline_psnr",
@@ -65,6 +66,12 @@ def problems(metrics: Mapping[str, float]) -> list[str]:
         found.append(
             f"held-out views are worse than the mean training image: {heldout:.2f} dB, that image {baseline:.2f} dB; "
             "train longer, or, if training views are good, check the cameras and render.box, and see docs/evaluation.md"
+        )
+    if metrics.get("heldout/latent_error", 0.0) > LARGE_ERROR:
+        found.append(
+            f"latents of held-out views are hardly better than a constant (heldout/latent_error "
+            f"{metrics['heldout/latent_error']:.2f}): look at the depth pictures, and if they show fog instead of the "
+            "objects, train longer, or check masks and cameras (docs/own-data.md)"
         )
     if heldout is not None and train is not None and train - heldout > LARGE_GAP:
         found.append(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop over the steps of a stage: asynchronous outcomes, skipped steps, stop signals, progress."""
 
+import os
 import signal
 import sys
 from collections import deque
@@ -37,6 +38,8 @@ class StopSignals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if rank() == 0:  # not print: a handler may come in the middle of one
+            os.write(2, f"{self.received.name}: the run ends after this step, with a checkpoint\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -21,7 +21,8 @@ CENTER = ("cx", "cy")
 SIZE = ("w", "h")
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
 PERSPECTIVE = {"PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "FULL_OPENCV", "PERSPECTIVE"}
-READ = {*FOCAL, *CENTER, *SIZE, *DISTORTION, "camera_model", "is_fisheye", "frames", "file_path", "transform_matrix"}
+OF_LENSES = {*FOCAL, *CENTER, *SIZE, *DISTORTION}
+READ = {*OF_LENSES, "camera_model", "is_fisheye", "frames", "file_path", "transform_matrix"}
 READ |= {"mask_path", "train_filenames", "val_filenames", "test_filenames"}
 HARMLESS = {
     # nerfstudio and the tools that write for it; the poses have the applied transform and scale already
@@ -101,17 +102,16 @@ def read_views(content: Any, name: str, files: Files) -> list[View]:
         _check_model(frame, content, f"{where} ({file})")
     rows = _read_poses(frames, list(indices), name)
     masks = _read_masks(frames, name, files)
+    shared = _lens({}, content), _distortion({}, content, name)  # of frames that have none of their own
+    lenses = [
+        shared
+        if frame.keys().isdisjoint(OF_LENSES)
+        else (_lens(frame, content), _distortion(frame, content, f"{name}: frame {i} ({file})"))
+        for i, (frame, file) in enumerate(zip(frames, indices, strict=True))
+    ]
     return [
-        View(
-            index=i,
-            file=file,
-            cam2world=rows[i],
-            lens=_lens(frames[i], content),
-            opengl=opengl,
-            mask=masks[i],
-            distortion=_distortion(frames[i], content, f"{name}: frame {i} ({file})"),
-        )
-        for i, file in enumerate(indices)
+        View(i, file, rows[i], lens, opengl=opengl, mask=masks[i], distortion=distortion)
+        for i, (file, (lens, distortion)) in enumerate(zip(indices, lenses, strict=True))
     ]
 
 

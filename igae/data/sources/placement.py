@@ -111,8 +111,10 @@ def check_cameras(views: Sequence[View], size: tuple[int, int], one_place: bool 
     Raises:
         BadInput: with the likely cause, and what mends it.
     """
-    for view in {view.lens: view for view in views}.values():
-        _check_lens(view, size)
+    lenses: dict[object, View] = {}
+    for view in views:
+        if lenses.setdefault(view.lens, view) is view:
+            _check_lens(view, size)
     return _check_directions(views) if one_place and len(views) >= FEWEST else None
 
 
@@ -158,8 +160,8 @@ def normalization_of(views: Sequence[View], size: tuple[int, int], focus: Focus 
     """
     if focus is None or focus.looking < LOOKING or focus.spread < 1e-4:
         return None
-    lenses = torch.tensor([view.intrinsics(size) for view in views], dtype=torch.float64)
-    widths = focus.depth / torch.maximum(lenses[:, 0, 0], lenses[:, 1, 1])
+    focal = [max(rows[0][0], rows[1][1]) for rows in (view.intrinsics(size) for view in views)]
+    widths = focus.depth / torch.tensor(focal, dtype=torch.float64)
     scale = VIEW_WIDTH / float(widths[focus.depth > 0].median())
     # Ten digits of the size of a view: the same on every machine, and in the manifest.
     digits = 10 + math.floor(math.log10(scale))

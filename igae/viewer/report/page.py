@@ -50,7 +50,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 def try_to_write(run: Path) -> None:
     """Write the report at the end of a run; an error is a warning."""
     try:
-        write_report(run)
+        log.info("the report of the run is %s", write_report(run))
     except Exception as error:
         log.warning("the report was not written (%s); to try again: python -m igae.report %s", error, run)
 
