@@ -85,7 +85,9 @@ def parse_description(data: bytes, where: str) -> Description:
         problem = "the files that it lists are not those of an export"
     elif not all(name.endswith((".json", ".safetensors")) for name in result.autoencoder_files):
         problem = "the autoencoder's files are none that diffusers writes today"  # no pickles
-    elif (result.autoencoder is None) != (not result.autoencoder_files):
+    elif (result.autoencoder is None) != (not result.autoencoder_files) or (
+        result.autoencoder is not None and "config.json" not in result.files
+    ):
         problem = "the autoencoder's files do not fit its class"
     elif not all(0 < side <= MAX_SIDE for side in sides):
         problem = "sizes are out of range"

@@ -24,8 +24,8 @@ AUTO_SPREAD = 0.3
 CLASSES: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "VQModel")
 CLASSES += ("AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
 """diffusers' autoencoders of images: their encoders and decoders need nothing else, and give the same each time."""
-MOST_TENSORS = 5_000
-"""Weights of an autoencoder that is created; diffusers' largest has less than a fifth."""
+MOST_TENSORS, MOST_WEIGHTS = 5_000, 4_000_000_000
+"""Of an autoencoder that is created; diffusers' largest have less than a fifth."""
 
 
 class Posterior(NamedTuple):
@@ -193,7 +193,9 @@ def _create(settings: Mapping[str, Any]) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"autoencoder.create: {error}") from None
     try:
-        _outline(cls, settings, MOST_TENSORS)
+        weights = sum(weight.numel() for weight in _outline(cls, settings, MOST_TENSORS).parameters())
+        if weights > MOST_WEIGHTS:
+            raise ValueError(f"they describe a network of {weights:.2g} weights, more than {MOST_WEIGHTS:.2g}")
         net: nn.Module = cls(**settings)
     except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong
         raise ValueError(f"autoencoder.create: {name} refuses these settings ({reason(error)})") from error
