@@ -41,17 +41,18 @@ EXTREMES: list[Any] = [
 ]
 
 
-def nested(text: str) -> str:
-    """A text with the lists and mappings that stand for deep ones: as values they would be too deep for Python."""
-    return re.sub(
-        r"""["']@(\d+)(\[|\{)@["']""",
-        lambda match: (
-            (match[2] + '"a": ' * (match[2] == "{")) * int(match[1])
-            + "1"
-            + ("]" if match[2] == "[" else "}") * int(match[1])
-        ),
-        text,
-    )
+def nested(text: str, most: int = 10**6) -> str:
+    """A text with the lists and mappings that stand for deep ones: as values they would be too deep for Python.
+
+    Args:
+        most: levels.
+    """
+
+    def deep(match: re.Match[str]) -> str:
+        levels, is_list = min(int(match[1]), most), match[2] == "["
+        return ("[" if is_list else '{"a": ') * levels + "1" + ("]" if is_list else "}") * levels
+
+    return re.sub(r"""["']@(\d+)(\[|\{)@["']""", deep, text)
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -124,20 +125,20 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     if way == 6:
         other = rng.randrange(len(data))
         return data[:place] + data[other : other + end - place] + data[end:]
-    return rng.choice([b"", b"\0" * 64, b"[" * 100_000, b'{"a":' * 100_000, b"null", b"[]", b"\xff\xfe", data * 2])
+    return rng.choice([b"", b"\0" * 64, b"[" * 50_000, b'{"a":' * 100_000, b"null", b"[]", b"\xff\xfe", data * 2])
 
 
 def mutated(name: str, data: bytes, rng: random.Random) -> bytes:
     """A file's content, changed as what it is or as bytes."""
     if name.endswith((".json", ".yaml")) and rng.random() < 0.8:
         if name.endswith(".yaml"):
-            return nested(yaml.safe_dump(changed(yaml.safe_load(data), rng))).encode()
+            return nested(yaml.safe_dump(changed(yaml.safe_load(data), rng)), 100).encode()  # PyYAML takes seconds
         text = json.dumps(changed(json.loads(data), rng))
         if rng.random() < 0.1 and '": ' in text:  # a key that is there twice
             head, tail = text.split('": ', 1)
             text = f'{head}": {json.dumps(rng.choice(EXTREMES))}, {head.rpartition("{")[2]}": {tail}'
         return nested(text).encode(errors="surrogatepass")
-    return damaged(data, rng)
+    return damaged(data, rng)[: 5000 if name.endswith(".yaml") else None]
 
 
 _watched: list[Path] = []

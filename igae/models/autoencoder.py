@@ -24,7 +24,7 @@ AUTO_SPREAD = 0.3
 CLASSES: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "VQModel")
 CLASSES += ("AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
 """diffusers' autoencoders of images: their encoders and decoders need nothing else, and give the same each time."""
-MOST_TENSORS, MOST_WEIGHTS = 5_000, 4_000_000_000
+MOST_TENSORS, MOST_WEIGHTS = 2_000, 4_000_000_000
 """Of an autoencoder that is created; diffusers' largest have less than a fifth."""
 
 

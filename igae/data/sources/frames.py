@@ -147,8 +147,10 @@ def _check_model(frame: Mapping[str, Any], content: Mapping[str, Any], where: st
         model = "a fisheye (is_fisheye)"
     elif isinstance(model, str) and model in PERSPECTIVE:
         return
+    elif not isinstance(model, str):
+        model = reprlib.repr(model)
     raise BadInput(
-        f"{where}: the camera_model is {model if isinstance(model, str) else reprlib.repr(model)}, not a perspective one: undistort the images first "
+        f"{where}: the camera_model is {model}, not a perspective one: undistort the images first "
         "(colmap image_undistorter)"
     )
 
