@@ -76,6 +76,8 @@ class Section(BaseModel):
         result = handler(value)
         if isinstance(value, bool) and type(result) in (int, float):
             raise ValueError(f"got {value}, expected a number")
+        if type(result) is int and abs(result) >= 1 << 63:
+            raise ValueError(f"got {reprlib.repr(result)}, expected a number of at most 18 digits")
         return result
 
 

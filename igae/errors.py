@@ -154,6 +154,8 @@ def in_one_sentence(error: RuntimeError) -> str | None:
         error = LostWorker(str(error))
     if isinstance(error, (TrainingError, LostWorker)) or type(error).__name__ == "OutOfMemoryError":
         return str(error)
+    if "can't allocate memory" in str(error):  # torch's on the CPU
+        return f"there is not enough memory ({str(error).splitlines()[0]}): set sizes such as planes.resolution lower"
     if is_lost_rank(error):
         said = str(error).splitlines()[0]
         return (

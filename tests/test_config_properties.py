@@ -28,7 +28,7 @@ values: st.SearchStrategy[Any] = st.recursive(
 )
 stages = st.builds(
     Stage,
-    batch_size=st.integers(1, 10**20),
+    batch_size=st.integers(1, 2**63 - 1),
     learning_rate=st.floats(allow_nan=False),
     optimizer=st.sampled_from(["adam", "sgd"]),
     precision=st.sampled_from(["no", "bf16"]),

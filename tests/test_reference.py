@@ -50,7 +50,7 @@ def test_keys_of_the_configurations_that_igae_ships_are_there() -> None:
 
 def test_values_and_defaults() -> None:
     found = documented()
-    assert found["planes", "resolution"][:2] == ["integer, >= 2", "`64`"]
+    assert found["planes", "resolution"][:2] == ["integer, >= 2, <= 16384", "`64`"]
     assert found["train", "kernels"][:2] == ["`auto` / `cuda` / `torch`", "`auto`"]
     assert found["", "experiment"][:2] == ["text", ""]  # no default
     assert found["render", "near"][2].startswith("Distance from the camera")

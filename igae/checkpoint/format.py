@@ -114,11 +114,13 @@ def parse_state(data: bytes) -> tuple[Progress, dict[str, FileEntry]]:
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise ValueError(f"its format is {found!r}, and this version reads {FORMAT}")
-    if state.pop("crc32", None) != _crc(state):
-        raise Damaged("its checksum differs")
     try:
+        if state.pop("crc32", None) != _crc(state):
+            raise Damaged("its checksum differs")
         files = _FILES.validate_python(state.pop("files", None))
         progress = _PROGRESS.validate_python(state)
+    except RecursionError:
+        raise Damaged("it is nested too deeply") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise Damaged(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -123,7 +123,7 @@ def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
         with named_errors(join(folder, CONFIG)):
             if FileEntry(len(config), zlib.crc32(config)) != files[CONFIG]:
                 raise Damaged("its checksum differs")
-        return progress, files, config.decode()
+            return progress, files, config.decode()
 
 
 def _read(folder: str, name: str) -> bytes:

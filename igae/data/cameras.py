@@ -7,6 +7,7 @@ likewise from the top edge to the bottom edge.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 RIGID_TOLERANCE = 1e-3
 """Largest accepted entry of |R^T R - I|, of |det R - 1| and of the last row's distance from (0, 0, 0, 1)."""
+
+LARGEST = 1e9
+"""Largest absolute number of a camera, and the inverse of its smallest length: float32 has squares of them."""
 
 
 def opengl_to_opencv(cam2world: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def opengl_to_opencv(cam2world: Tensor) -> Tensor:
 
 
 def is_rigid(cam2world: Tensor, tolerance: float = RIGID_TOLERANCE) -> Tensor:
-    """Tells for cameras [..., 4, 4] whether each is finite and a rigid motion; returns bool [...].
+    """Tells for cameras [..., 4, 4] whether each has numbers up to `LARGEST` and is a rigid motion; returns bool [...].
 
     Rigid: the rotation is orthonormal with determinant +1 and the last row is (0, 0, 0, 1), each within `tolerance`.
     """
@@ -40,8 +44,12 @@ def is_rigid(cam2world: Tensor, tolerance: float = RIGID_TOLERANCE) -> Tensor:
             (pose[..., 3, :] - pose.new_tensor([0.0, 0.0, 0.0, 1.0])).abs().amax(-1),
         ]
     ).amax(0)
-    # A comparison with NaN is false, so a pose that is not finite is not rigid; an infinite position is caught apart.
-    return (error <= tolerance) & pose.isfinite().flatten(-2).all(-1)
+    return (error <= tolerance) & has_numbers(pose)  # a comparison with NaN is false
+
+
+def has_numbers(pose: Tensor) -> Tensor:
+    """Tells of matrices [..., 4, 4] whether all numbers of each are finite and up to `LARGEST`; returns bool [...]."""
+    return (pose.abs() <= LARGEST).flatten(-2).all(-1)
 
 
 def normalized_intrinsics(camera: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
@@ -62,10 +70,10 @@ def normalized_intrinsics(camera: Mapping[str, Any], size: tuple[int, int]) -> T
 
     def number(key: str, default: float | None = None, positive: bool = False) -> float:
         value = camera.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{key} is {value!r}, but has to be a finite number")
-        if positive and value <= 0:
-            raise ValueError(f"{key} is {value!r}, but has to be positive")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+            raise ValueError(f"{key} is {reprlib.repr(value)}, but has to be a finite number up to {LARGEST:g}")
+        if positive and value < 1 / LARGEST:
+            raise ValueError(f"{key} is {value!r}, but has to be positive, at least {1 / LARGEST:g}")
         return float(value)
 
     height, width = size

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from igae.data.cameras import LARGEST
 from igae.data.shards import RawSample, ShardError, damaged_shard
 
 
@@ -128,7 +129,7 @@ class Decoder(Dataset[B], Generic[B]):
     def _damaged(self, sample: RawSample, what: str, offset: int, error: Exception) -> ShardError:
         # Pillow's message has the address of a buffer in it.
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is no PNG, JPEG or WebP" if unknown else " ".join(str(error).split()) or type(error).__name__
+        reason = "it is no PNG, JPEG or WebP" if unknown else " ".join(str(error)[:300].split()) or type(error).__name__
         how = f"is damaged at byte {offset}: the {what} of sample {sample.key!r} cannot be decoded ({reason})"
         return damaged_shard(self._root, sample.shard, how)
 
@@ -138,6 +139,6 @@ def _decode_camera(data: bytes) -> np.ndarray:
     camera = json.loads(data)
     parts = [np.asarray(camera[name], np.float64).reshape(n) for name, n in (("cam2world", 16), ("intrinsics", 9))]
     numbers = np.concatenate(parts)
-    if not np.isfinite(numbers).all():
-        raise ValueError("NaN or infinite numbers")
+    if not (np.abs(numbers) <= LARGEST).all() or min(numbers[16], numbers[20]) < 1 / LARGEST:
+        raise ValueError(f"NaN or infinite numbers, some beyond {LARGEST:g}, or no focal lengths")
     return numbers

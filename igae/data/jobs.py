@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import TypeAdapter
 
+from igae.data.cameras import LARGEST
 from igae.data.config import PackOptions
 from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
@@ -127,12 +128,14 @@ def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) 
         try:
             views = read_scene(ref)
             training, heldout = split(ref, views, job.options.heldout, job.options.seed)
+            if (farthest := max(_distance(view) for view in views)) > LARGEST:
+                raise BadInput(f"scene {ref.name!r}: a camera is {farthest:g} from the middle: check the poses")
         except BadInput as error:
             result.bad[ref.name] = str(error)
             continue
         orders["scenes"] += [(ref, view) for view in training]
         orders["heldout"] += [(ref, view) for view in heldout]
-        distances = [math.hypot(*(row[3] for row in view.cam2world[:3])) for view in views]
+        distances = [_distance(view) for view in views]
         result.distances.append((min(distances), sum(distances), max(distances)))
         result.scenes[ref.name] = (len(training), len(heldout))
     seeded(job.options.seed, f"scenes/{job.index}").shuffle(orders["scenes"])
@@ -142,6 +145,10 @@ def _try_scenes(job: Job, refs: Sequence[SceneRef], progress: ProgressCallback) 
                 _write_views(job, order, out, result, progress)
             result.shards.append(out.entry())
     return result
+
+
+def _distance(view: View) -> float:
+    return math.hypot(*(row[3] for row in view.cam2world[:3]))
 
 
 def _write_views(

@@ -80,14 +80,15 @@ def parse_description(data: bytes, where: str) -> Description:
     if found != FORMAT:
         raise ValueError(f"{where} can't be read: its format is {found!r}, and this version reads {FORMAT}")
     result = _parsed(_DESCRIPTION, data, where)
-    sides = (*result.image_size, result.planes.resolution, result.planes.features)
     if not {SCENES, SHARED} <= set(result.files) or not all(map(_NAME.fullmatch, result.files)):
         problem = "the files that it lists are not those of an export"
     elif not all(name.endswith((".json", ".safetensors")) for name in result.autoencoder_files):
         problem = "the autoencoder's files are none that diffusers writes today"  # no pickles
-    elif (result.autoencoder is None) != (not result.autoencoder_files):
+    elif (result.autoencoder is None) != (not result.autoencoder_files) or (
+        result.autoencoder is not None and "config.json" not in result.files
+    ):
         problem = "the autoencoder's files do not fit its class"
-    elif not all(0 < side <= MAX_SIDE for side in sides):
+    elif not all(0 < side <= MAX_SIDE for side in result.image_size):
         problem = "sizes are out of range"
     else:
         return result

@@ -28,7 +28,7 @@ from igae.export.format import (
 from igae.export.model import Trained
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.scenes import PlanesConfig
-from igae.storage import Missing, Stamp, StoreError, TensorFile, join, read_whole
+from igae.storage import Missing, Stamp, StoreError, TensorFile, join, named_errors, read_whole
 
 HIDDEN = 64
 """Hidden features of the decoding MLP."""
@@ -66,9 +66,12 @@ class Export(Trained):
     def autoencoder(self) -> AutoencoderConfig:
         if self.description.autoencoder is None:
             return AutoencoderConfig(path="identity")
-        create = json.loads(self._read("config.json"))
+        data, tensors = self._read("config.json"), self._shared()
+        with named_errors(join(self.where, "config.json")):
+            create = dict(json.loads(data))
         create = {key: value for key, value in create.items() if not key.startswith("_") or key == "_class_name"}
-        return AutoencoderConfig(create=create, scale=float(self._shared()["autoencoder.scale"]))
+        with named_errors(join(self.where, SHARED)):
+            return AutoencoderConfig(create=create, scale=float(tensors["autoencoder.scale"]))
 
     @cached_property
     def model(self) -> IGAE:

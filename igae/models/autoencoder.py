@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image autoencoders of diffusers, and the normalized latents that scenes are rendered in."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
+from igae.storage import reason
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
 # Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
 AUTO_SPREAD = 0.3
+CLASSES: tuple[str, ...] = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AsymmetricAutoencoderKL", "VQModel")
+CLASSES += ("AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
+"""diffusers' autoencoders of images: their encoders and decoders need nothing else, and give the same each time."""
+MOST_TENSORS, MOST_WEIGHTS = 2_000, 4_000_000_000
+"""Of an autoencoder that is created; diffusers' largest have less than a fifth."""
 
 
 class Posterior(NamedTuple):
@@ -78,7 +87,7 @@ class Autoencoder(nn.Module):
             # The moments in fp32 also under autocast: exp(logvar) overflows half formats.
             mean, logvar = encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
             return Posterior(mean, logvar)
-        return Posterior(encoded.latents.float(), None)
+        return Posterior(encoded[0].float(), None)  # called latents, or latent
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], about [-1, 1], of latents [B, c, h, w]."""
@@ -134,19 +143,46 @@ def load_autoencoder(config: AutoencoderConfig, seed: int = 0) -> Autoencoder:
     if config.path == "identity":
         return Autoencoder(None, 1.0)
     net = _create(config.create) if config.create is not None else _from_pretrained(config.path or "", config.subfolder)
-    if not (hasattr(net, "encode") and hasattr(net, "decode")):
-        raise ValueError(f"autoencoder: {type(net).__name__} is not an image autoencoder (it has no encode and decode)")
     return Autoencoder(net, scale)
 
 
-def _class_of(name: str) -> Any:
-    """The class that `_class_name` stands for, one of diffusers': names may be others' words, and import nothing."""
+def _class_of(name: Any) -> Any:
+    """The class that `_class_name` stands for. Names may be others' words: nothing else of diffusers is called."""
     import diffusers
 
-    cls = getattr(diffusers, name, None)
+    cls = getattr(diffusers, name, None) if name in CLASSES else None
     if cls is None:
-        raise ValueError(f"diffusers has no class {name}")
+        raise ValueError(f"{str(name)[:80]} is none of the image autoencoders of diffusers: {', '.join(CLASSES)}")
     return cls
+
+
+def _outline(cls: Any, settings: Mapping[str, Any], most: int) -> Any:
+    """The network on torch's meta device, where weights take no memory: ValueError for one that can't be used here."""
+    if extra := {"auto_map", "quantization_config"} & {key for key, value in settings.items() if value is not None}:
+        raise ValueError(f"{min(extra)} is not supported: save the autoencoder without it, as diffusers does")
+    with torch.device("meta"), _at_most(most):
+        net = cls.from_config(dict(settings))
+    for name in ("in_channels", "out_channels"):
+        if (channels := net.config.get(name, 3)) != 3:
+            raise ValueError(f"{name} is {channels} and has to be 3: images are RGB")
+    return net
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Refuse (ValueError) a network with more weights while it is made: layers are numbers in a file of a few bytes."""
+    names = list[str]()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        names.extend([name] if parameter is not None and parameter.is_meta else [])
+        if len(names) > most:
+            raise ValueError(f"its settings describe a network of more than {most} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _create(settings: Mapping[str, Any]) -> nn.Module:
@@ -157,10 +193,12 @@ def _create(settings: Mapping[str, Any]) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"autoencoder.create: {error}") from None
     try:
+        weights = sum(weight.numel() for weight in _outline(cls, settings, MOST_TENSORS).parameters())
+        if weights > MOST_WEIGHTS:
+            raise ValueError(f"they describe a network of {weights:.2g} weights, more than {MOST_WEIGHTS:.2g}")
         net: nn.Module = cls(**settings)
     except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"autoencoder.create: {name} refuses these settings ({reason})") from error
+        raise ValueError(f"autoencoder.create: {name} refuses these settings ({reason(error)})") from error
     return net
 
 
@@ -169,15 +207,66 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
 
     source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
-        name = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
-        net: nn.Module
-        net, info = _class_of(name).from_pretrained(
-            source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
+        settings = dict(diffusers.AutoencoderKL.load_config(source, subfolder=subfolder))
+        cls = _class_of(settings.get("_class_name"))
+        variant, shapes = _find_weights(source, subfolder)
+        _check_shapes(_outline(cls, settings, len(shapes)), shapes)
+        net: nn.Module = cls.from_pretrained(
+            source, subfolder=subfolder, variant=variant, torch_dtype=torch.float32, use_safetensors=True
         )
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # of diffusers, the hub's client, safetensors and torch
         place = "folder" if Path(source).exists() else "folder, and no hub repository that can be reached and read,"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason})") from error
-    if info["missing_keys"]:
-        raise ValueError(f"autoencoder.path: the weights in {path} lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        raise ValueError(
+            f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason(error)})"
+        ) from error
     return net
+
+
+def _find_weights(source: str, subfolder: str | None) -> tuple[str | None, dict[str, tuple[int, ...]]]:
+    """The variant of the weights in a folder or hub repository, the plain one first, and the shapes of its tensors."""
+    name = "diffusion_pytorch_model"
+    for variant, end in ((None, ""), ("fp16", ".fp16")):
+        if index := _file(source, subfolder, f"{name}.safetensors.index{end}.json"):
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            parts = [f"{name}{end}.safetensors"]
+        if found := [file for part in parts if (file := _file(source, subfolder, part))]:
+            return variant, {key: shape for file in found for key, shape in _shapes(file).items()}
+    raise ValueError(
+        f"it has no {name}.safetensors, and others, such as .bin, are not read, because that can run what is in them; "
+        "where you trust it, load it with diffusers and save_pretrained it"
+    )
+
+
+def _file(source: str, subfolder: str | None, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(name).name != name:
+        raise ValueError(f"its list of weights has {name[:80]!r}, which is no file's name")
+    if Path(source).is_dir():
+        path = Path(source, subfolder or "", name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, subfolder=subfolder))
+    except EntryNotFoundError:
+        return None
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a safetensors file, by name; nothing but its header is read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+
+
+def _check_shapes(net: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse (ValueError) weights that are not those of a network, before it takes memory for them."""
+    # Attention had other names once. diffusers knows them.
+    found = net._fix_state_dict_keys_on_load(dict(shapes))
+    for name, tensor in net.state_dict().items():
+        if name not in found:
+            raise ValueError(f"its weights lack {name}")
+        if found[name] != tensor.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} by config.json and {list(found[name])} in the weights")

@@ -16,6 +16,7 @@ from igae.models.views import Views, to_signed
 from igae.ranks import derive_seed
 from igae.rendering import Cameras, DecodingMLP, Rendered, RenderOptions, render
 from igae.scenes import BasePlanes, PlanesConfig
+from igae.storage import reason
 
 Losses = dict[str, Tensor]
 
@@ -38,10 +39,9 @@ def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, in
     try:
         latents = autoencoder.posterior(image).mean
         channels, *decoded = autoencoder.decode(latents).shape[1:]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of torch and diffusers: others' networks break in ways of their own
         raise ValueError(
-            f"the autoencoder can't encode and decode RGB images of {height} x {width} ({reason}): "
+            f"the autoencoder can't encode and decode RGB images of {height} x {width} ({reason(error)}): "
             "name another one, or pack the data with another --resize"
         ) from error
     if channels != 3:

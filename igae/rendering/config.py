@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the renderer."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
+
+SHORTEST, LONGEST = 1e-6, 1e6
+"""Lengths that float32 has differences and squares of."""
+MOST_SAMPLES = 4096
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ class RenderOptions:
             value, known = getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in known:
                 raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(known)}")
-        if not (math.isfinite(self.box) and self.box > 0):
-            raise ValueError(f"box is {self.box}; the side of the cube must be a positive number")
-        if self.coarse_samples < 2:
-            raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray needs at least 2 samples")
-        if self.fine_samples < 0:
-            raise ValueError(f"fine_samples is {self.fine_samples}; it must be 0 or more")
+        if not SHORTEST <= self.box <= LONGEST:
+            raise ValueError(f"box is {self.box}; the side of the cube must be positive, {SHORTEST:g} to {LONGEST:g}")
+        if not 2 <= self.coarse_samples <= MOST_SAMPLES:
+            raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray takes 2 to {MOST_SAMPLES} samples")
+        if not 0 <= self.fine_samples <= MOST_SAMPLES:
+            raise ValueError(f"fine_samples is {self.fine_samples}; it must be from 0 to {MOST_SAMPLES}")
         if not 1 <= self.patch <= 16:
             raise ValueError(f"patch is {self.patch}; it must be from 1 to 16")
         if not 1 <= self.rays_per_pixel <= 8:
@@ -62,7 +65,10 @@ class RenderOptions:
         if isinstance(self.near, str) or isinstance(self.far, str):
             if self.near != "auto" or self.far != "auto":
                 raise ValueError(f"near is {self.near!r} and far is {self.far!r}; give two numbers or 'auto' twice")
-        elif not (math.isfinite(self.far) and 0 <= self.near < self.far):
-            raise ValueError(f"near is {self.near} and far is {self.far}; 0 <= near < far must hold")
-        elif self.spacing == "disparity" and self.near == 0:
-            raise ValueError("near is 0; spacing in disparity needs a positive near")
+        elif not (0 <= self.near < self.far <= LONGEST and self.far >= SHORTEST):
+            raise ValueError(
+                f"near is {self.near} and far is {self.far}; 0 <= near < far must hold, and far be {SHORTEST:g} to "
+                f"{LONGEST:g}"
+            )
+        elif self.spacing == "disparity" and self.near < SHORTEST:
+            raise ValueError(f"near is {self.near}; spacing in disparity needs a positive near, at least {SHORTEST:g}")

@@ -8,19 +8,22 @@ from pydantic import Field, model_validator
 
 from igae.config import Section
 
+MOST = 16384
+"""Of texels and features: the number of bytes of planes then is one that torch can count to."""
+
 
 class PlanesConfig(Section):
-    resolution: int = Field(default=64, ge=2)
+    resolution: int = Field(default=64, ge=2, le=MOST)
     """Texels along a side of a plane (R)."""
-    features: int = Field(default=32, ge=1)
+    features: int = Field(default=32, ge=1, le=MOST)
     """Features of a texel that the MLP reads (C): with base planes those of micro and macro planes together."""
     init_std: float = Field(default=0.1, ge=0)
     """Standard deviation of the normal noise that planes start from."""
-    base_planes: int = Field(default=0, ge=0)
+    base_planes: int = Field(default=0, ge=0, le=MOST)
     """Base planes that all scenes share (M); with 0 each scene has planes of its own alone."""
-    micro_features: int = Field(default=0, ge=0)
+    micro_features: int = Field(default=0, ge=0, le=MOST)
     """Features of a texel that are the scene's own; 0: a scene is its weights (and bias) alone."""
-    macro_features: int = Field(default=0, ge=0)
+    macro_features: int = Field(default=0, ge=0, le=MOST)
     """Features of a texel that are a weighted sum of base planes."""
     fusion: Literal["concat", "sum"] = "concat"
     """Whether macro features come after the micro ones or are added to them."""

@@ -4,6 +4,7 @@ from .listing import FileInfo as FileInfo
 from .listing import find_files as find_files
 from .listing import list_files as list_files
 from .listing import look_up as look_up
+from .listing import read_input as read_input
 from .paths import LIMITS as LIMITS
 from .paths import Damaged as Damaged
 from .paths import Missing as Missing

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of folders and object stores, and what tells that one of them was changed."""
 
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +18,8 @@ from igae.storage.paths import LIMITS, file_system
 
 TELLING = re.compile(r"etag|md5|sha|crc|digest|sum$|generation|version|modif|mtime|updated|blob_id", re.IGNORECASE)
 """What stores call a property of a file that is another one when its content is."""
+
+NO_FILE = "is a pipe, a socket or a device: remove it"
 
 
 class FileInfo(NamedTuple):
@@ -66,6 +69,16 @@ def look_up(url: str, names: Collection[str]) -> dict[str, FileInfo]:
     return find_files(url, paths.__contains__)[0]
 
 
+def read_input(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """A whole file of others; OSError for a pipe or a device of this machine, which may never end."""
+    if not isinstance(fs, LocalFileSystem):
+        return bytes(fs.cat_file(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, NO_FILE, path)
+        return file.read()
+
+
 def _walk(root: str, problems: list[str]) -> Iterator[str]:
     """Paths of all files; `problems` gets what can't be followed."""
 
@@ -84,6 +97,8 @@ def _walk(root: str, problems: list[str]) -> Iterator[str]:
         for path in (os.path.join(folder, name) for name in files):
             if os.path.islink(path) and not os.path.exists(path):
                 problems.append(f"{path} is a link to {os.readlink(path)}, which can't be followed: mend or remove it")
+            elif os.path.exists(path) and not os.path.isfile(path):
+                problems.append(f"{path} {NO_FILE}")
             else:
                 yield path
 

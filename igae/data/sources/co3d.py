@@ -21,7 +21,7 @@ from pydantic import BaseModel, FiniteFloat, PositiveInt, TypeAdapter, Validatio
 from igae.data.cameras import RIGID_TOLERANCE, is_rigid
 from igae.data.sources.scene import BadInput, View
 from igae.errors import redact
-from igae.storage import file_system
+from igae.storage import file_system, read_input
 
 ANNOTATIONS = "frame_annotations.jgz"
 UNIT_BOX = False
@@ -95,7 +95,7 @@ def read(folder: str) -> list[View]:
 @functools.lru_cache(maxsize=1)
 def _read_annotations(fs: fsspec.AbstractFileSystem, file: str, version: str) -> Mapping[str, Sequence[dict[str, Any]]]:
     """Sequence -> its frames. `version` changes with the file."""
-    content = json.loads(gzip.decompress(fs.cat_file(file)))
+    content = json.loads(gzip.decompress(read_input(fs, file)))
     if not isinstance(content, list) or not all(isinstance(frame, dict) for frame in content):
         raise ValueError("not a list of frames")
     sequences: dict[str, list[dict[str, Any]]] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from igae.data.sources.files import list_files
 from igae.data.sources.scene import BadInput, View
 from igae.errors import redact
-from igae.storage import file_system
+from igae.storage import file_system, read_input
 
 UNIT_BOX = False
 MODELS = {
@@ -188,7 +188,7 @@ def _camera(where: str, model: str, parameters: tuple[float, ...]) -> _Camera:
 
 def _content(fs: fsspec.AbstractFileSystem, prefix: str, file: str) -> bytes:
     try:
-        data: bytes = fs.cat_file(prefix + file)
+        data: bytes = read_input(fs, prefix + file)
     except FileNotFoundError:
         raise BadInput(f"{file} is missing: write it again with COLMAP") from None
     except OSError as error:

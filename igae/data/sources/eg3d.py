@@ -19,7 +19,7 @@ from torch import Tensor
 from igae.data.sources.files import check_poses, list_files, pair, to_rows, to_tensor
 from igae.data.sources.scene import SUFFIXES, BadInput, View
 from igae.errors import redact
-from igae.storage import file_system, join, split
+from igae.storage import file_system, join, read_input, split
 
 UNIT_BOX = False
 """No file says the scale: ShapeNet's cars are in the box with cameras 1.3 away, faces are seen from 2.7 and around a
@@ -75,7 +75,7 @@ def _read_labels(root: str, version: str) -> Labels | str:
     """The labels in a folder, or what is wrong with them; `version` changes with the file."""
     fs, path = file_system(root)
     try:
-        content = json.loads(fs.cat_file(join(path, FILE)))
+        content = json.loads(read_input(fs, join(path, FILE)))
     except (ValueError, RecursionError) as error:
         return f"{FILE} is not readable JSON: {error}"
     except OSError as error:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igae.data.cameras import RIGID_TOLERANCE, is_rigid
+from igae.data.cameras import LARGEST, RIGID_TOLERANCE, has_numbers, is_rigid
 from igae.data.sources.images import read_files
 from igae.data.sources.scene import BadInput
 from igae.errors import redact
 from igae.storage import file_system
 from igae.storage import list_files as list_with_links
+
+NO_NUMBERS = f"has NaN or infinite numbers, or some beyond {LARGEST:g}"
 
 
 def list_files(folder: str) -> list[str]:
@@ -91,8 +93,7 @@ def check_poses(poses: Tensor, files: Sequence[str]) -> None:
         BadInput: one is not.
     """
     for index in (~is_rigid(poses)).nonzero().flatten().tolist():
-        finite = bool(poses[index].isfinite().all())
-        what = f"is no rigid motion (within {RIGID_TOLERANCE:g})" if finite else "has NaN or infinite numbers"
+        what = f"is no rigid motion (within {RIGID_TOLERANCE:g})" if has_numbers(poses[index]) else NO_NUMBERS
         raise BadInput(f"the pose in {files[index]} {what}: write it again without scale, or remove the view")
 
 

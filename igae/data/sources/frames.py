@@ -3,17 +3,18 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from igae.data.cameras import RIGID_TOLERANCE, is_rigid, opengl_to_opencv
-from igae.data.sources.files import list_files, to_rows
+from igae.data.cameras import RIGID_TOLERANCE, has_numbers, is_rigid, opengl_to_opencv
+from igae.data.sources.files import NO_NUMBERS, list_files, to_rows
 from igae.data.sources.scene import SUFFIXES, BadInput, View
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import file_system, join, read_input
 
 OPENCV = "transforms_opencv.json"
 FOCAL = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y")
@@ -69,7 +70,7 @@ def read_json(folder: str, name: str) -> Any:
     """The content of a JSON file in a folder."""
     fs, path = file_system(folder)
     try:
-        return json.loads(fs.cat_file(join(path, name)))
+        return json.loads(read_input(fs, join(path, name)))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{name} is not readable JSON: {error}") from error
     except OSError as error:
@@ -118,7 +119,8 @@ def read_views(content: Any, name: str, files: Files) -> list[View]:
 def path_in_scene(path: Any, what: str, files: Files) -> str:
     """Path of an image, relative to the scene's folder."""
     if not isinstance(path, str) or not path or not path.isprintable():
-        raise BadInput(f"{what} {path!r} is no path of an image" if path is not None else f"{what} is missing")
+        shown = repr(path) if isinstance(path, str) else reprlib.repr(path)
+        raise BadInput(f"{what} {shown} is no path of an image" if path is not None else f"{what} is missing")
     if "\\" in path:
         raise BadInput(f"{what} {path!r} has backslashes: write it with /, relative to the scene's folder")
     outside = f"{what} {path!r} does not stay in the scene's folder: "
@@ -145,6 +147,8 @@ def _check_model(frame: Mapping[str, Any], content: Mapping[str, Any], where: st
         model = "a fisheye (is_fisheye)"
     elif isinstance(model, str) and model in PERSPECTIVE:
         return
+    elif not isinstance(model, str):
+        model = reprlib.repr(model)
     raise BadInput(
         f"{where}: the camera_model is {model}, not a perspective one: undistort the images first "
         "(colmap image_undistorter)"
@@ -166,14 +170,14 @@ def _lens(frame: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[tuple[s
     if own_angle and "fl_x" in content and not size and not any(key in frame for key in CENTER):
         center = {}  # in pixels of an image whose size nobody says: it goes with the focal length that is not used
     lens = {**focal, **center, **size}
-    return tuple((key, value if isinstance(value, int | float) else repr(value)) for key, value in lens.items())
+    return tuple((key, value if isinstance(value, int | float) else reprlib.repr(value)) for key, value in lens.items())
 
 
 def _distortion(frame: Mapping[str, Any], content: Mapping[str, Any], where: str) -> tuple[tuple[str, float], ...]:
     values = _nearest(DISTORTION, frame, content)
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
-            raise BadInput(f"{where}: the distortion {key} is {value!r}, but has to be a number")
+            raise BadInput(f"{where}: the distortion {key} is {reprlib.repr(value)}, but has to be a number")
     return tuple((key, float(value)) for key, value in values.items() if value)
 
 
@@ -220,8 +224,8 @@ def _matrices(poses: Sequence[Any]) -> Tensor | None:
 
 def _why_not_rigid(pose: Tensor) -> str:
     """What a matrix [4, 4] is instead of a rigid motion, with the likely cause."""
-    if not bool(pose.isfinite().all()):
-        return "has NaN or infinite numbers"
+    if not has_numbers(pose):
+        return NO_NUMBERS
     what = f"is no rigid motion (within {RIGID_TOLERANCE:g})"
     if bool(is_rigid(pose.T)):
         return f"{what}: the matrix is transposed"

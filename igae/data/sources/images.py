@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from igae.data.sources.scene import SUFFIXES, BadInput
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, find_files, join
+from igae.storage import FileInfo, file_system, find_files, join, read_input
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -38,15 +38,14 @@ def read_files(files: Iterable[tuple[str, str]]) -> Iterator[bytes | Exception]:
         folders = {folder: fs._strip_protocol(folder.partition("::")[0]) for folder, _ in chunk}
         paths = [join(folders[folder], name) for folder, name in chunk]
         if isinstance(fs, LocalFileSystem):
-            yield from map(_read_local, paths)
+            yield from (_read_local(fs, path) for path in paths)
         else:
             yield from fs.cat_ranges(paths, None, None, on_error="return")
 
 
-def _read_local(path: str) -> bytes | Exception:
+def _read_local(fs: LocalFileSystem, path: str) -> bytes | Exception:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_input(fs, path)
     except OSError as error:
         return error
 

@@ -13,7 +13,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class BadInput(ValueError):
-    """One sentence about a scene or natural image that cannot be packed."""
+    """One sentence about a scene or natural image that cannot be packed; names in it may have any length."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence if len(sentence) <= 1000 else f"{sentence[:1000]}...")
 
 
 class Normalization(NamedTuple):
