@@ -2,6 +2,7 @@
 """Names and contents of an export's files."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -15,10 +16,12 @@ from igae.storage import Stamp
 FORMAT = 1
 INDEX, SCENES, SHARED, PLANES = "igae.json", "scenes.json", "igae.safetensors", "planes"
 CARD, CONFIG = "README.md", "config.yaml"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {SCENES, SHARED, CARD, CONFIG}
 """Files beside ``igae.json`` that are none of the autoencoder's."""
-MAX_JSON = 1 << 30
-MAX_SIDE = 16384
+MAX_SCENES = 1 << 30
+"""Bytes of scenes.json: that of a million scenes has an eighth of them."""
+MAX_SIDE, MAX_PIXELS = 16384, 4096 * 4096
 Moved = tuple[float, float, float, float]
 # Names in igae.json become paths: nothing but a plain name may come out of a file that anybody can write.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -83,11 +86,11 @@ def parse_description(data: bytes, where: str) -> Description:
     sides = (*result.image_size, result.planes.resolution, result.planes.features)
     if not {SCENES, SHARED} <= set(result.files) or not all(map(_NAME.fullmatch, result.files)):
         problem = "the files that it lists are not those of an export"
-    elif not all(name.endswith((".json", ".safetensors")) for name in result.autoencoder_files):
-        problem = "the autoencoder's files are none that diffusers writes today"  # no pickles
+    elif not {"config.json", WEIGHTS} >= set(result.autoencoder_files):
+        problem = "the autoencoder's files are none that diffusers writes today"  # no pickles, no names of other files
     elif (result.autoencoder is None) != (not result.autoencoder_files):
         problem = "the autoencoder's files do not fit its class"
-    elif not all(0 < side <= MAX_SIDE for side in sides):
+    elif not all(0 < side <= MAX_SIDE for side in sides) or math.prod(result.image_size) > MAX_PIXELS:
         problem = "sizes are out of range"
     else:
         return result

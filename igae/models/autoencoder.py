@@ -2,21 +2,26 @@
 """Image autoencoders of diffusers, and the normalized latents that scenes are rendered in."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
+from igae.storage import is_url
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
 # Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
 AUTO_SPREAD = 0.3
+# Of an autoencoder's settings: entries of a list, numbers, layers of a block. The largest of diffusers have a third.
+MAX_LIST, MAX_NUMBER, MAX_LAYERS, MAX_WEIGHTS = 512, 1 << 20, 32, 1 << 31
 
 
 class Posterior(NamedTuple):
@@ -144,9 +149,28 @@ def _class_of(name: str) -> Any:
     import diffusers
 
     cls = getattr(diffusers, name, None)
-    if cls is None:
-        raise ValueError(f"diffusers has no class {name}")
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ValueError(f"diffusers has no class {name} of a model")
     return cls
+
+
+def _check_size(settings: Mapping[str, Any], make: Callable[[], nn.Module]) -> None:
+    """Refuse settings, which may be somebody else's, of which a model can't be held. Raises ValueError.
+
+    Args:
+        make: makes the model, here without room for its weights.
+    """
+    from accelerate import init_empty_weights  # slow to import, as diffusers
+
+    for key, value in settings.items():
+        parts = tree_leaves(value)
+        most, long = (MAX_LAYERS, 16) if re.search("layers|blocks|depth", key) else (MAX_NUMBER, MAX_LIST)
+        if len(parts) > long or any(isinstance(part, int | float) and abs(part) > most for part in parts):
+            raise ValueError(f"{key} has more than {long} entries, or a number above {most}")
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        count = sum(parameter.numel() for parameter in make().parameters())
+    if count > MAX_WEIGHTS:
+        raise ValueError(f"these settings make {count} weights, more than the {MAX_WEIGHTS} of an autoencoder here")
 
 
 def _create(settings: Mapping[str, Any]) -> nn.Module:
@@ -157,6 +181,7 @@ def _create(settings: Mapping[str, Any]) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"autoencoder.create: {error}") from None
     try:
+        _check_size(settings, lambda: cls(**settings))
         net: nn.Module = cls(**settings)
     except Exception as error:  # diffusers checks little itself: what comes depends on the setting that is wrong
         reason = f"{type(error).__name__}: {error}"
@@ -169,9 +194,13 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
 
     source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
-        name = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)["_class_name"]
+        if is_url(source):
+            raise ValueError("a URL")
+        settings = diffusers.AutoencoderKL.load_config(source, subfolder=subfolder)
+        cls = _class_of(settings["_class_name"])
+        _check_size(settings, lambda: cls.from_config(settings))
         net: nn.Module
-        net, info = _class_of(name).from_pretrained(
+        net, info = cls.from_pretrained(
             source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, AttributeError, KeyError) as error:

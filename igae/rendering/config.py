@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
+MAX_SAMPLES = 4096
+
 
 @dataclass(frozen=True)
 class RenderOptions:
@@ -51,10 +53,10 @@ class RenderOptions:
                 raise ValueError(f"{field.name} is {value!r}; it must be one of {', '.join(known)}")
         if not (math.isfinite(self.box) and self.box > 0):
             raise ValueError(f"box is {self.box}; the side of the cube must be a positive number")
-        if self.coarse_samples < 2:
-            raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray needs at least 2 samples")
-        if self.fine_samples < 0:
-            raise ValueError(f"fine_samples is {self.fine_samples}; it must be 0 or more")
+        if not 2 <= self.coarse_samples <= MAX_SAMPLES:
+            raise ValueError(f"coarse_samples is {self.coarse_samples}; a ray has 2 to {MAX_SAMPLES} of them")
+        if not 0 <= self.fine_samples <= MAX_SAMPLES:
+            raise ValueError(f"fine_samples is {self.fine_samples}; a ray has 0 to {MAX_SAMPLES} of them")
         if not 1 <= self.patch <= 16:
             raise ValueError(f"patch is {self.patch}; it must be from 1 to 16")
         if not 1 <= self.rays_per_pixel <= 8:
