@@ -20,8 +20,9 @@ from igae.storage import is_url
 MARGIN = 1e-3
 # Standard deviation of scale * latents that `scale: auto` aims at: the share of tanh's range that latents fill.
 AUTO_SPREAD = 0.3
-# Of an autoencoder's settings: entries of a list, numbers, layers of a block. The largest of diffusers have a third.
-MAX_LIST, MAX_NUMBER, MAX_LAYERS, MAX_WEIGHTS = 512, 1 << 20, 32, 1 << 31
+# Of an autoencoder: entries of a list, numbers and layers of a block in its settings, and its weights. diffusers' have
+# half of them or less.
+MAX_LIST, MAX_NUMBER, MAX_LAYERS, MAX_WEIGHTS = 512, 1 << 20, 64, 5 * 10**9
 
 
 class Posterior(NamedTuple):
@@ -167,7 +168,7 @@ def _check_size(settings: Mapping[str, Any], make: Callable[[], nn.Module]) -> N
         most, long = (MAX_LAYERS, 16) if re.search("layers|blocks|depth", key) else (MAX_NUMBER, MAX_LIST)
         if len(parts) > long or any(isinstance(part, int | float) and abs(part) > most for part in parts):
             raise ValueError(f"{key} has more than {long} entries, or a number above {most}")
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+    with init_empty_weights(include_buffers=True), torch.random.fork_rng(devices=[]):
         count = sum(parameter.numel() for parameter in make().parameters())
     if count > MAX_WEIGHTS:
         raise ValueError(f"these settings make {count} weights, more than the {MAX_WEIGHTS} of an autoencoder here")

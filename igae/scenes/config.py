@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from igae.config import Section
 
+MAX_NUMBERS = 1 << 32
+"""Of a scene's planes, and of all base planes: 17 GB."""
+
 
 class PlanesConfig(Section):
     resolution: int = Field(default=64, ge=2)
@@ -30,6 +33,11 @@ class PlanesConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "PlanesConfig":
         micro, macro, features = self.micro_features, self.macro_features, self.features
+        of_scene, shared = 3 * self.resolution**2 * features, 3 * self.resolution**2 * macro * self.base_planes
+        if max(of_scene, shared) > MAX_NUMBERS:
+            raise ValueError(
+                f"planes of {max(of_scene, shared)} numbers are more than {MAX_NUMBERS}: make them smaller"
+            )
         if self.base_planes == 0:
             if micro or macro or self.bias or self.fusion != "concat":
                 raise ValueError(
