@@ -23,8 +23,8 @@ from igae.storage.paths import LIMITS, Missing, StoreError, file_system, reason,
 MAX_SMALL = 1 << 20
 """Bytes of a small JSON file: most of them have some kB."""
 MAX_LISTS, MAX_VALUES = 4_000_000, 24_000_000
-"""Of a JSON file: its lists and maps, for each of which a parser takes 100 times its bytes, and its values. A manifest
-of a million scenes has half of them."""
+"""Of a JSON file: its lists and maps, for each of which a parser takes up to 800 bytes, and its values. A manifest of a
+million scenes has half of them."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # ranks that failed together must not come back together
@@ -160,8 +160,10 @@ def read_whole(url: str, what: str, limit: int) -> bytes:
 
 def _check_json(data: bytes) -> None:
     """Raises ValueError where parsing would take any amount of memory."""
-    if data.count(b"[") + data.count(b"{") > MAX_LISTS or data.count(b",") > MAX_VALUES:
-        raise ValueError(f"it has more than {MAX_LISTS} lists and maps, or {MAX_VALUES} values")
+    lists, values = data.count(b"[") + data.count(b"{"), data.count(b",")
+    # Of large files also in relation to their bytes: "[]," takes three, and a scene of a manifest a hundred.
+    if lists > min(MAX_LISTS, 200_000 + len(data) // 64) or values > min(MAX_VALUES, 2_000_000 + len(data) // 8):
+        raise ValueError(f"it has {lists} lists and maps and {values} values, more than a file of its size may have")
 
 
 def parse_json(data: bytes, most: int = MAX_SMALL) -> Any:
