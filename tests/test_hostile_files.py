@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from test_data_security import peak_memory
 from view_models import CPU, Made, make
 
-from igae.cli import evaluate, export, fit
+from igae.cli import evaluate, export, fit, report
 from igae.errors import command
 from igae.viewer import Followed
 
@@ -307,3 +308,65 @@ def test_an_export(
         assert "add data.root=URL" in (error := capsys.readouterr().err) and CANARY not in error
         assert view([str(hostile.export)]) == 0
     assert listener.asked == []
+
+
+# ---- Reports
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> Path:
+    """The folder of a run that has some records, and its secret neighbor."""
+    (tmp_path / "secret").write_text(CANARY)
+    (tmp_path / "run/pictures").mkdir(parents=True)
+    (tmp_path / "run/orbits/joint").mkdir(parents=True)
+    records = [{"step": step, "stage": "joint", "time": step, "joint/total": 1 / step} for step in range(1, 9)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run/config.yaml").write_text("experiment: run\n")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "metrics.json", "evaluation.json", "environment.json"]
+)
+def test_a_report_has_files_of_the_run_alone(logged: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for make_it in (lambda path: path.symlink_to("../secret"), os.mkfifo):
+        (logged / name).unlink(missing_ok=True)
+        make_it(logged / name)
+        assert report.main([str(logged)]) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"error: {logged / name} is ") and err.count("\n") == 1 and CANARY not in out + err
+
+
+def test_media_of_a_report_are_files_of_the_run(logged: Path, listener: Listener) -> None:
+    picture = logged.parent / "picture.png"
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(picture)
+    shutil.copy(picture, logged / "pictures/good-1.png")
+    (logged / "pictures/linked-2.png").symlink_to(picture)
+    os.mkfifo(logged / "pictures/pipe-3.png")
+    os.mkfifo(logged / "orbits/joint/pipe.mp4")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{listener.url}/{CANARY}.ts\n#EXT-X-ENDLIST\n"
+    (logged / "orbits/joint/playlist.mp4").write_text(playlist)
+    (logged / "orbits/joint/linked.mp4").symlink_to(picture)
+    began = time.monotonic()
+    assert report.main([str(logged)]) == 0
+    assert time.monotonic() - began < 20  # a pipe would be waited for
+    page = (logged / "report.html").read_text()
+    assert "good-1" in page and not any(name in page for name in ("linked-2", "pipe", "linked.mp4", "playlist"))
+    assert listener.asked == []
+
+
+def test_a_report_of_large_records_is_bounded(logged: Path) -> None:
+    with (logged / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 9, "stage": "joint", "time": 9} | {f"x{i}": i for i in range(100_000)}) + "\n")
+        for i in range(3000):
+            values = {f"lr/{i}-{k}": 1.0 for k in range(30)}
+            file.write(json.dumps({"step": 10 + i, "stage": f"stage {i}", "time": i, **values}) + "\n")
+            file.write(json.dumps({"step": 10 + i, "stage": "joint", "time": i, **values}) + "\n")
+    with (logged / "metrics.json").open("w") as file:
+        json.dump({"joint": {f"name {i}": i for i in range(30_000)}}, file)
+    before, began = peak_memory(reset=True), time.process_time()
+    assert report.main([str(logged)]) == 0
+    assert time.process_time() - began < 10 and peak_memory() - before < 150 << 20
+    assert (logged / "report.html").stat().st_size < 1 << 20
+    large(lambda _: logged / "metrics.jsonl")(None)  # type: ignore[arg-type]
+    assert report.main([str(logged)]) == 0 and peak_memory() - before < 200 << 20

@@ -88,7 +88,7 @@ def own_file(folder: str, name: str) -> str:
     url = join(folder, name)
     fs, path = file_system(url, f"{redact(url)} cannot be read")
     if isinstance(fs, LocalFileSystem):
-        real, root = os.path.realpath(path), os.path.realpath(os.path.dirname(path))
+        real, root = os.path.realpath(path), os.path.realpath(path.removesuffix(name))
         cache, is_cached, _ = root.rpartition("/snapshots/")  # of the hub, where all files are links into blobs
         if not real.startswith((f"{root}/", f"{cache}/blobs/") if is_cached else f"{root}/"):
             raise StoreError(f"{redact(url)} is a link that leads out of its folder: put the file in its place")
