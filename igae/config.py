@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from igae.errors import UNKNOWN, Key, did_you_mean, expand_home, explain, kind_of, origin_of, sections_at
+from igae.errors import COMMAND_LINE, UNKNOWN, Key, did_you_mean, expand_home, explain, kind_of, origin_of, sections_at
 from igae.errors import ConfigError as ConfigError
 
 log = logging.getLogger("igae")
@@ -154,8 +154,35 @@ _SCALARS = [
 ]
 
 
+MAX_YAML = 256 << 10
+"""Bytes of a configuration, which may be somebody else's. Its values are bounded as well: aliases can stand for any
+number of them, and each of the others takes a tenth of a millisecond."""
+MAX_VALUES, MAX_DEPTH = 10_000, 32
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    _depth = _values = 0
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[Any, int] = {}  # of those that are read: none is in itself
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._values
+        if getattr(event, "tag", None) not in (None, "!", "tag:yaml.org,2002:str"):
+            problem = f"could not determine a constructor for the tag {event.tag!r}"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        self._depth, self._values = self._depth + 1, self._values + 1
+        node = super().compose_node(parent, index) if self._depth <= MAX_DEPTH else None
+        if isinstance(event, yaml.AliasEvent):
+            self._values += self._sizes.get(node, MAX_VALUES) - 1
+        if node is None or self._values > MAX_VALUES:
+            problem = f"has more than {MAX_VALUES} values, aliases written out, or more than {MAX_DEPTH} levels"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth, self._sizes[node] = self._depth - 1, self._values - before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -177,6 +204,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > 24:
+        raise yaml.constructor.ConstructorError(None, None, f"{text[:24]}... has too many digits", node.start_mark)
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
@@ -186,7 +215,14 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
+    """The values of a YAML text of bounded size, as they are written: without `base`, and without the environment.
+
+    Raises:
+        ConfigError: it is no YAML, or too large; ``where`` names it.
+    """
+    if len(text) > MAX_YAML:
+        raise ConfigError(f"{where}: has {len(text)} characters, more than the {MAX_YAML} of a configuration")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -197,7 +233,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _parse_keys(text: str, where: str) -> dict[Any, Any]:
-    data = _parse(text, where)
+    data = parse(text, where)
     if data is not None and not isinstance(data, dict):
         raise ConfigError(f"{where}: expected keys and values at the top, got {kind_of(data)}")
     return data or {}
@@ -259,16 +295,16 @@ def _override(cls: type[Section], data: dict[str, Any], override: str, origins: 
     for depth, name in enumerate(key[:-1], start=1):
         if data.get(name) is None:
             data[name] = {}
-            origins[key[:depth]] = "command line"
+            origins[key[:depth]] = COMMAND_LINE
         data = data[name]
         if not isinstance(data, dict):
             raise ConfigError(
                 f"command line: {dotted}: {'.'.join(key[:depth])} is {kind_of(data)}, not a section; set it as a whole"
             )
-    data[key[-1]] = _parse(text, f"command line: {dotted}")
+    data[key[-1]] = parse(text, f"command line: {dotted}")
     for known in [known for known in origins if known[: len(key)] == key]:
         del origins[known]
-    origins[key] = "command line"
+    origins[key] = COMMAND_LINE
 
 
 def _renamed(cls: type[Section], key: Key) -> Key:

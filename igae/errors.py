@@ -24,6 +24,7 @@ from igae.ranks import rank, world_size
 
 MASK = "***"
 Key = tuple[str, ...]
+COMMAND_LINE = "command line"
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # pydantic's names of a key that does not exist
 
 # What follows a scheme. A chain of file systems (zip://...::s3://...) is several URLs. A Path of a URL has one slash.

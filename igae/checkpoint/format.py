@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.storage import Damaged, Stamp, file_system, join, named_errors
+from igae.storage import Damaged, Stamp, file_system, join, named_errors, parse_json
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
+MAX_STATE = 64 << 20
+"""Bytes of state.json: some hundred for each rank, or for each wave of a fit."""
 LEARNING_RATES = "planes/learning_rates"
 """The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
 FOLDER = re.compile(r"step-\d{8,}(-end)?")
@@ -108,8 +110,8 @@ def parse_state(data: bytes) -> tuple[Progress, dict[str, FileEntry]]:
         ValueError: another format.
     """
     try:
-        state = json.loads(data)
-    except (ValueError, RecursionError):
+        state = parse_json(data, MAX_STATE)
+    except ValueError:
         raise Damaged("it is no JSON") from None
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:

@@ -12,11 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igae.checkpoint.format import CONFIG, OPTIMIZER, SHARED, STATE, FileEntry, Progress, parse_state, scenes_name
+from igae.checkpoint.format import (
+    CONFIG,
+    MAX_STATE,
+    OPTIMIZER,
+    SHARED,
+    STATE,
+    FileEntry,
+    Progress,
+    parse_state,
+    scenes_name,
+)
 from igae.errors import redact
-from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_errors, read_whole
+from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_errors, own_file, read_whole
 
-MAX_TEXT = 1 << 30
 RowType = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -93,7 +102,7 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
     progress, files, config = read_head(folder)
 
     def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
-        file = TensorFile(join(folder, name), files[name])
+        file = TensorFile(own_file(folder, name), files[name])
         return file, file.tensors()
 
     names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
@@ -127,7 +136,8 @@ def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
 
 
 def _read(folder: str, name: str) -> bytes:
-    return read_whole(join(folder, name), redact(join(folder, name)), MAX_TEXT)
+    url = own_file(folder, name)
+    return read_whole(url, redact(url), MAX_STATE)
 
 
 def _check_scenes(file: TensorFile, tensors: dict[str, Tensor], count: int | None, rows: dict[str, RowType]) -> None:

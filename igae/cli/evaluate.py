@@ -23,7 +23,7 @@ from igae.checkpoint import is_complete
 from igae.data import Manifest, Scene
 from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, problems, spread
-from igae.export import SECTIONS, Trained, find_model, is_export, load_trained
+from igae.export import SECTIONS, Trained, data_root, find_model, is_export, load_trained
 from igae.models import LPIPS
 from igae.ranks import Channel, check_rank_variables, rank, world_size
 from igae.scenes import SceneStore
@@ -68,7 +68,7 @@ def evaluate(
     found = find_model(where)
     folder = _output(where, found, output)
     trained, recipe = _load(found, overrides)
-    manifest = trained.manifest or Manifest.load(recipe.data.root)
+    manifest = trained.manifest or Manifest.load(data_root(recipe.data, recipe.origins))
     scenes = _choose(trained, recipe, manifest, names)
     model = trained.model_for(manifest.image_size, recipe.data.background)
     model.options, model.renderer = recipe.render, recipe.train.kernels
@@ -113,6 +113,8 @@ def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
 
     def complete(data: dict[str, Any]) -> None:
         data.pop("autoencoder", None)  # where the run had it from
+        if not any(override.startswith("data.cache=") for override in overrides):
+            (data.get("data") or {}).pop("cache", None)  # a folder to write to, perhaps of another machine
         trained.complete(data)
 
     return trained, config.load(Recipe, redact(where), overrides, complete=complete, saved=trained.config or NO_RUN)

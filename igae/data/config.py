@@ -24,7 +24,7 @@ class DataConfig(Section):
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """RGB color in [0, 1] behind the objects; images with an alpha channel are composited over it. It can't
     change within a run, and a fit has its model's."""
-    workers: int = Field(default=2, ge=0)
+    workers: int = Field(default=2, ge=0, le=1024)
     """Processes that decode images; 0 decodes in the training process."""
     shuffle: int = Field(default=2000, ge=0)
     """Images in the shuffle buffer."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -115,7 +115,9 @@ class Manifest:
         except StoreError as error:  # it has no credentials in it, its causes may
             raise ValueError(str(error)) from None
         try:
-            version = _VERSION.validate_json(text)["format"]
+            version = _VERSION.validate_json(text).format
+            if version is None:
+                raise ValueError(f"{where} names no format: it is no manifest of packed data")
             if version != FORMAT:
                 raise ValueError(f"{where} has format {version}, this version reads {FORMAT}: pack the data again")
             manifest = _MANIFEST.validate_json(text)
@@ -123,8 +125,6 @@ class Manifest:
             first = error.errors()[0]
             what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
             raise ValueError(f"{where} is damaged ({what}): pack the data again") from error
-        except KeyError as error:
-            raise ValueError(f"{where} names no format: it is no manifest of packed data") from error
         if problem := next(manifest._problems(), None):
             raise ValueError(f"{where} is damaged ({problem}): pack the data again")
         return manifest
@@ -203,8 +203,13 @@ class Manifest:
             yield "the shards' natural images are not as many as it says"
 
 
+@dataclass(frozen=True)
+class _Version:
+    format: Any = None
+
+
 _MANIFEST = TypeAdapter(Manifest)
-_VERSION = TypeAdapter(dict[str, object])
+_VERSION = TypeAdapter(_Version)
 
 
 def name_problem(name: str) -> str | None:

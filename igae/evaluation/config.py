@@ -21,4 +21,4 @@ class EvaluationConfig(Section):
     """Scenes in the picture grids: views, and channels of their latents."""
     orbits: int = Field(default=4, ge=0)
     """Scenes with an orbit video at the end of a stage."""
-    orbit_frames: int = Field(default=48, ge=2)
+    orbit_frames: int = Field(default=48, ge=2, le=3600)

@@ -9,6 +9,7 @@ from .reader import Export as Export
 from .reader import is_export as is_export
 from .reader import load_model as load_model
 from .trained import SECTIONS as SECTIONS
+from .trained import data_root as data_root
 from .trained import find_model as find_model
 from .trained import load_trained as load_trained
 from .trained import read_run as read_run

@@ -2,6 +2,7 @@
 """Names and contents of an export's files."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -15,10 +16,12 @@ from igae.storage import Stamp
 FORMAT = 1
 INDEX, SCENES, SHARED, PLANES = "igae.json", "scenes.json", "igae.safetensors", "planes"
 CARD, CONFIG = "README.md", "config.yaml"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {SCENES, SHARED, CARD, CONFIG}
 """Files beside ``igae.json`` that are none of the autoencoder's."""
-MAX_JSON = 1 << 30
-MAX_SIDE = 16384
+MAX_SCENES = 1 << 30
+"""Bytes of scenes.json: that of a million scenes has an eighth of them."""
+MAX_SIDE, MAX_PIXELS = 16384, 4096 * 4096
 Moved = tuple[float, float, float, float]
 # Names in igae.json become paths: nothing but a plain name may come out of a file that anybody can write.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -88,7 +91,7 @@ def parse_description(data: bytes, where: str) -> Description:
         result.autoencoder is not None and "config.json" not in result.files
     ):
         problem = "the autoencoder's files do not fit its class"
-    elif not all(0 < side <= MAX_SIDE for side in result.image_size):
+    elif not all(0 < side <= MAX_SIDE for side in result.image_size) or math.prod(result.image_size) > MAX_PIXELS:
         problem = "sizes are out of range"
     else:
         return result

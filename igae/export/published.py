@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from igae.config import ConfigError, parse
 from igae.export.model import Content
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
@@ -226,8 +226,8 @@ def architecture(vae: Mapping[str, Tensor]) -> dict[str, Any]:
 def read_settings(path: Path) -> Mapping[str, Any]:
     """The published code's configuration. Raises ValueError where the file is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tree = parse(path.read_text(encoding="utf-8"), "YAML")
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path} can't be read as the published code's configuration: {text}") from None
     if not isinstance(tree, dict):

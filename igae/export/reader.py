@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading exports: the model, and of the scenes those that are asked for."""
 
-import json
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,10 +16,11 @@ from igae.errors import did_you_mean, redact
 from igae.export.format import (
     CONFIG,
     INDEX,
-    MAX_JSON,
+    MAX_SCENES,
     PLANES,
     SCENES,
     SHARED,
+    WEIGHTS,
     SceneFile,
     parse_description,
     parse_scenes,
@@ -28,7 +28,18 @@ from igae.export.format import (
 from igae.export.model import Trained
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.scenes import PlanesConfig
-from igae.storage import Missing, Stamp, StoreError, TensorFile, join, named_errors, read_whole
+from igae.storage import (
+    MAX_SMALL,
+    Missing,
+    Stamp,
+    StoreError,
+    TensorFile,
+    join,
+    named_errors,
+    own_file,
+    parse_json,
+    read_whole,
+)
 
 HIDDEN = 64
 """Hidden features of the decoding MLP."""
@@ -50,7 +61,7 @@ class Export(Trained):
         self, url: str, device: str | torch.device = "cpu", renderer: Literal["auto", "cuda", "torch"] = "torch"
     ) -> None:
         self.where, self.device, self.renderer = url, torch.device(device), renderer
-        data = read_small(join(url, INDEX))
+        data = read_small(url, INDEX)
         if data is None:
             raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export")
         self.description = parse_description(data, redact(join(url, INDEX)))
@@ -68,7 +79,7 @@ class Export(Trained):
             return AutoencoderConfig(path="identity")
         data, tensors = self._read("config.json"), self._shared()
         with named_errors(join(self.where, "config.json")):
-            create = dict(json.loads(data))
+            create = dict(parse_json(data))
         create = {key: value for key, value in create.items() if not key.startswith("_") or key == "_class_name"}
         with named_errors(join(self.where, SHARED)):
             return AutoencoderConfig(create=create, scale=float(tensors["autoencoder.scale"]))
@@ -76,10 +87,7 @@ class Export(Trained):
     @cached_property
     def model(self) -> IGAE:
         described, where, tensors = self.description, redact(join(self.where, SHARED)), self._shared()
-        # Checked before anything is allocated with sizes that igae.json claims.
-        for name, size in _sizes(described.planes).items():
-            if name not in tensors or tensors[name].shape != size:
-                raise ValueError(f"{where} is damaged: its {name} is not that of the planes in {INDEX}")
+        check_planes(described.planes, tensors, where, INDEX)
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             for name in described.autoencoder_files:
                 (Path(folder) / name).write_bytes(self._read(name))
@@ -107,7 +115,7 @@ class Export(Trained):
 
     def _shared(self) -> dict[str, Tensor]:
         """Tensors of igae.safetensors."""
-        return TensorFile(join(self.where, SHARED), self.description.files[SHARED]).tensors()
+        return TensorFile(own_file(self.where, SHARED), self.description.files[SHARED]).tensors()
 
     @cached_property
     def _places(self) -> dict[str, tuple[SceneFile, int]]:
@@ -123,7 +131,7 @@ class Export(Trained):
 
     def _file(self, scenes: SceneFile) -> TensorFile:
         if scenes.name not in self._open:
-            file = TensorFile(join(self.where, scenes.name))
+            file = TensorFile(own_file(self.where, scenes.name))
             entry, shape = file.entries.get(PLANES), (len(scenes.scenes), *self.planes.row_shape)
             if PLANES not in file.row_names() or not entry or (entry.shape, entry.dtype) != (shape, torch.float32):
                 raise ValueError(f"{redact(file.url)} is damaged: it does not hold the planes of its scenes")
@@ -133,7 +141,8 @@ class Export(Trained):
     def _read(self, name: str) -> bytes:
         """A file that igae.json lists, as it was written."""
         where, file = redact(join(self.where, name)), self.description.files[name]
-        data = read_small(join(self.where, name), file.bytes)
+        limits = {SCENES: MAX_SCENES, WEIGHTS: file.bytes}
+        data = read_small(self.where, name, limits.get(name, MAX_SMALL))
         if data is None:
             raise ValueError(f"{where} is missing")
         if Stamp(len(data), zlib.crc32(data)) != file:
@@ -152,12 +161,13 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
 
 def is_export(url: str) -> bool:
     """Whether a path or URL is that of a complete export. Raises ValueError where that can't be found out."""
-    return read_small(join(url, INDEX)) is not None
+    return read_small(url, INDEX) is not None
 
 
-def read_small(url: str, most: int = MAX_JSON) -> bytes | None:
-    """A file of at most ``most`` bytes, or None where there is none. Raises ValueError where it can't be read."""
+def read_small(folder: str, name: str, most: int = MAX_SMALL) -> bytes | None:
+    """A folder's own file of at most ``most`` bytes, or None where there is none. ValueError where it can't be read."""
     try:
+        url = own_file(folder, name)
         return read_whole(url, redact(url), most)
     except Missing:
         return None
@@ -170,7 +180,9 @@ def shared_tensors(model: IGAE) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("autoencoder.net.")}
 
 
-def _sizes(planes: PlanesConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the shared tensors that follow from the planes' sizes."""
+def check_planes(planes: PlanesConfig, tensors: Mapping[str, Tensor], where: str, settings: str) -> None:
+    """Refuse shared tensors of other planes than some settings claim, before anything of their size is allocated."""
     shape = (planes.base_planes, 3, planes.resolution, planes.resolution, planes.macro_features)
-    return {"mlp.w1": (HIDDEN, planes.features), **({"base.planes": shape} if planes.base_planes else {})}
+    for name, size in {"mlp.w1": (HIDDEN, planes.features), **({"base.planes": shape} if shape[0] else {})}.items():
+        if name not in tensors or tensors[name].shape != size:
+            raise ValueError(f"{where} is damaged: its {name} is not that of the planes in {settings}")

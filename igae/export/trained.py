@@ -2,7 +2,7 @@
 """Loading trained models: runs, checkpoints and exports."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,15 +14,15 @@ from igae import config
 from igae.checkpoint import LEARNING_RATES, Checkpoint, is_complete, list_complete, load_checkpoint, saved_config
 from igae.config import Section
 from igae.data import DataConfig, Manifest
-from igae.errors import did_you_mean, redact
+from igae.errors import COMMAND_LINE, Key, did_you_mean, origin_of, redact
 from igae.evaluation import current_name
 from igae.export.format import CONFIG
 from igae.export.model import Content, Trained
-from igae.export.reader import Export, is_export, read_small
+from igae.export.reader import Export, check_planes, is_export, read_small
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig, SceneStore
-from igae.storage import join
+from igae.storage import is_url, join
 
 SECTIONS = ("autoencoder", "data", "planes", "render")
 """Sections of a run's configuration that matter to its model."""
@@ -55,15 +55,32 @@ def find_model(where: str) -> str:
     return where if is_export(where) else find_checkpoint(where)
 
 
+def data_root(data: DataConfig, origins: Mapping[Key, str]) -> str:
+    """Where the data of saved settings are. A ValueError says what to give where only a file names a URL."""
+    origin = origin_of(("data", "root"), origins, "")
+    if is_url(data.root) and origin != COMMAND_LINE:
+        raise ValueError(
+            f"{origin} has its data at {redact(data.root)}, a URL that is not asked because a file names it: add "
+            "data.root=URL"
+        )
+    return data.root
+
+
 def find_checkpoint(where: str) -> str:
     """The checkpoint that a path means: itself, or the newest complete one of a run's or of a checkpoints folder."""
     if is_complete(where):
         return where
     roots = [join(where, "checkpoints"), where]
-    found = read_small(join(where, CONFIG))
+    found = read_small(where, CONFIG)
     if found is not None:
         text = found.decode(errors="replace")
-        elsewhere = config.load(RunSettings, redact(join(where, CONFIG)), saved=text).checkpoint.get("root")
+        settings = config.load(RunSettings, redact(join(where, CONFIG)), saved=text)
+        elsewhere = str(settings.checkpoint.get("root") or "")
+        if is_url(elsewhere):
+            raise ValueError(
+                f"{redact(join(where, CONFIG))} has its checkpoints at {redact(elsewhere)}, a URL that is not asked "
+                f"because a file names it: give it in the place of {redact(where)}"
+            )
         roots = [elsewhere] if elsewhere else roots
     for root in roots:
         if complete := list_complete(root):
@@ -148,7 +165,7 @@ class TrainedRun(Trained):
 
     @cached_property
     def manifest(self) -> Manifest:
-        root = self.settings.data.root
+        root = data_root(self.settings.data, self.settings.origins)
         manifest = Manifest.load(root)
         categories = self.settings.data.categories
         same = manifest.digest == self.loaded.progress.data
@@ -192,6 +209,7 @@ class TrainedRun(Trained):
 
     @cached_property
     def model(self) -> IGAE:
+        check_planes(self.planes, self.state(), redact(self.where), CONFIG)
         autoencoder = load_autoencoder(self.autoencoder)
         model = IGAE(autoencoder, self.planes, self.render, self.manifest.image_size, self.background)
         try:
@@ -207,7 +225,7 @@ class TrainedRun(Trained):
     def metrics(self) -> dict[str, float]:
         """Those of the run's metrics.json that are of this checkpoint."""
         progress, run = self.loaded.progress, self.where.rpartition("/")[0].rpartition("/")[0]
-        data = read_small(join(run, "metrics.json")) if progress.finished else None
+        data = read_small(run, "metrics.json") if progress.finished else None
         try:
             stages = {} if data is None else TypeAdapter(dict[str, dict[str, float]]).validate_json(data)
         except ValidationError:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
-from igae.storage import reason
+from igae.storage import is_url, reason
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
@@ -207,6 +207,8 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
 
     source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
+        if is_url(source):
+            raise ValueError("a URL")
         settings = dict(diffusers.AutoencoderKL.load_config(source, subfolder=subfolder))
         cls = _class_of(settings.get("_class_name"))
         variant, shapes = _find_weights(source, subfolder)

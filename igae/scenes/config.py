@@ -10,6 +10,8 @@ from igae.config import Section
 
 MOST = 16384
 """Of texels and features: the number of bytes of planes then is one that torch can count to."""
+MAX_NUMBERS = 1 << 32
+"""Of a scene's planes, and of all base planes: 17 GB."""
 
 
 class PlanesConfig(Section):
@@ -33,6 +35,11 @@ class PlanesConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "PlanesConfig":
         micro, macro, features = self.micro_features, self.macro_features, self.features
+        of_scene, shared = 3 * self.resolution**2 * features, 3 * self.resolution**2 * macro * self.base_planes
+        if max(of_scene, shared) > MAX_NUMBERS:
+            raise ValueError(
+                f"planes of {max(of_scene, shared)} numbers are more than {MAX_NUMBERS}: make them smaller"
+            )
         if self.base_planes == 0:
             if micro or macro or self.bias or self.fusion != "concat":
                 raise ValueError(

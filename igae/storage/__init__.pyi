@@ -12,11 +12,15 @@ from .paths import StoreError as StoreError
 from .paths import base_name as base_name
 from .paths import file_system as file_system
 from .paths import in_archive as in_archive
+from .paths import is_url as is_url
 from .paths import join as join
 from .paths import named_errors as named_errors
+from .paths import own_file as own_file
 from .paths import reason as reason
 from .paths import split as split
+from .reading import MAX_SMALL as MAX_SMALL
 from .reading import File as File
+from .reading import parse_json as parse_json
 from .reading import read_whole as read_whole
 from .reading import retry as retry
 from .tensors import DTYPES as DTYPES

@@ -3,11 +3,13 @@
 
 import asyncio
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from igae.errors import redact
 
@@ -69,6 +71,30 @@ def _parts(url: str) -> tuple[str, str]:
     links = url.split("::")  # of a chain such as simplecache::zip://path::s3://...: the path is in the first with ://
     first = next((i for i, link in enumerate(links) if "://" in link), len(links) - 1)
     return "::".join(links[: first + 1]), "".join(f"::{link}" for link in links[first + 1 :])
+
+
+def is_url(path: str) -> bool:
+    """Whether reading it may ask another machine. Where a file of somebody else's names such a place, it is not asked
+    unless the command names it too: the request would tell that machine who reads the file, and where."""
+    return "://" in path or "::" in path
+
+
+def own_file(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder that may be somebody else's: a run, a checkpoint or an export.
+
+    Raises:
+        StoreError: it is a link that leads out of the folder, or no file (a pipe would be waited for).
+    """
+    url = join(folder, name)
+    fs, path = file_system(url, f"{redact(url)} cannot be read")
+    if isinstance(fs, LocalFileSystem):
+        real, root = os.path.realpath(path), os.path.realpath(path.removesuffix(name))
+        cache, is_cached, _ = root.rpartition("/snapshots/")  # of the hub, where all files are links into blobs
+        if not real.startswith((f"{root}/", f"{cache}/blobs/") if is_cached else f"{root}/"):
+            raise StoreError(f"{redact(url)} is a link that leads out of its folder: put the file in its place")
+        if os.path.exists(real) and not os.path.isfile(real):
+            raise StoreError(f"{redact(url)} is no file: remove it, or put the file in its place")
+    return url
 
 
 def in_archive(url: str) -> str:

@@ -7,6 +7,7 @@ some of these themselves, which is part of one attempt here; the HTTP client nev
 """
 
 import asyncio
+import json
 import logging
 import os
 import random
@@ -17,8 +18,13 @@ from typing import Any, BinaryIO, TypeVar
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from igae.storage.paths import LIMITS, Missing, StoreError, file_system, reason
+from igae.storage.paths import LIMITS, Missing, StoreError, file_system, reason, split
 
+MAX_SMALL = 1 << 20
+"""Bytes of a small JSON file: most of them have some kB."""
+MAX_LISTS, MAX_VALUES = 4_000_000, 24_000_000
+"""Of a JSON file: its lists and maps, for each of which a parser takes up to 800 bytes, and its values. A manifest of a
+million scenes has half of them."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # ranks that failed together must not come back together
@@ -139,11 +145,36 @@ class File:
 
 
 def read_whole(url: str, what: str, limit: int) -> bytes:
-    """Read a file of at most `limit` bytes; raises as `File` does."""
+    """Read a file of at most `limit` bytes; raises as `File` does. JSON has a bounded number of values, too."""
     with File(url, what) as file:
         if file.size > limit:
             raise StoreError(f"{what} has {file.size} bytes, more than the {limit} that it may have")
-        return file.read(file.size)
+        data = file.read(file.size)
+    if split(url)[1].endswith(".json"):
+        try:
+            _check_json(data)
+        except ValueError as error:
+            raise StoreError(f"{what} is damaged: {error}") from None
+    return data
+
+
+def _check_json(data: bytes) -> None:
+    """Raises ValueError where parsing would take any amount of memory."""
+    lists, values = data.count(b"[") + data.count(b"{"), data.count(b",")
+    # Of large files also in relation to their bytes: "[]," takes three, and a scene of a manifest a hundred.
+    if lists > min(MAX_LISTS, 200_000 + len(data) // 64) or values > min(MAX_VALUES, 2_000_000 + len(data) // 8):
+        raise ValueError(f"it has {lists} lists and maps and {values} values, more than a file of its size may have")
+
+
+def parse_json(data: bytes, most: int = MAX_SMALL) -> Any:
+    """What JSON of at most ``most`` bytes says. ValueError where it is none, or not of a size that igae writes."""
+    if len(data) > most:
+        raise ValueError(f"it has {len(data)} bytes, more than the {most} that it may have")
+    try:
+        _check_json(data)
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def retry(attempt: Callable[[float], T], what: str, clock: Any = time) -> T:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igae.storage.paths import LIMITS, Damaged, file_system, named_errors
+from igae.storage.reading import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -253,8 +254,8 @@ def _as_sums(tensor: Tensor) -> NDArray[Any]:
 def _parse(header: bytes, size: int) -> dict[str, Entry]:
     """The entries of a header, in the order of the file. They must fill the data without gaps and overlaps."""
     try:
-        table = dict(json.loads(header))
-    except (TypeError, ValueError, RecursionError):
+        table = dict(parse_json(header, MAX_HEADER))
+    except (TypeError, ValueError):
         raise Damaged("its header is no JSON table") from None
     table.pop("__metadata__", None)
     entries = sorted(((name, _entry(name, item)) for name, item in table.items()), key=lambda item: item[1][2:])

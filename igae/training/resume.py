@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
+from igae.config import parse
 from igae.data import ViewBatch
 from igae.errors import sections_at
 from igae.export import load_trained
@@ -144,7 +144,7 @@ def _same_place(a: str, b: str) -> bool:
 
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
-    before, now = _flat(yaml.safe_load(settings)), _flat(yaml.safe_load(public_settings(recipe)))
+    before, now = _flat(parse(settings, folder)), _flat(parse(public_settings(recipe), folder))
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
     for key in [key for key in now if key in before and before[key] != now[key]]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from igae.viewer.guard import guarded
 from igae.viewer.session import Session
 from igae.viewer.subject import Followed
 
 if TYPE_CHECKING:
     import viser
 
+MAX_PAGES = 32
 log = logging.getLogger("igae")
 
 
@@ -68,6 +70,9 @@ class Viewer:
             thread.join(10)
 
     def _connect(self, client: "viser.ClientHandle") -> None:
+        if len(self.sessions) >= MAX_PAGES:
+            client.add_notification("too many pages", f"{MAX_PAGES} are open: close some of them", color="red")
+            return
         client.gui.main_panel.dock_right()
         self.sessions[client.client_id] = Session(client, self.subject, self._wake.set)
         if client.client_id not in self._server.get_clients():  # closed meanwhile
@@ -135,7 +140,7 @@ def _start(host: str, port: int) -> "viser.ViserServer":
 
     # A page may be closed while a picture is drawn for it.
     warnings.filterwarnings("ignore", "Queued a .* on a closed connection")
-    with _quiet():
+    with _quiet(), guarded(host):
         server = Server(host=host, port=port, label="igae", verbose=False)
     if port not in (0, server.get_port()):  # it takes the next one where another process was quicker
         server.stop()

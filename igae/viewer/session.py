@@ -5,6 +5,7 @@ import io
 import math
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from igae.errors import redact
 from igae.evaluation import Picture, write_video
 from igae.viewer.cameras import Camera, between, dump_path, lens_of, orbit_from, parse_path, pose_of, rotation_of
 from igae.viewer.drawing import ALL, RGB, VIEWS, Sheet, arrange, draw, is_decoded, panels, side_by_side, views_of
+from igae.viewer.guard import Uploads
 from igae.viewer.subject import ELEVATION, Subject
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ REST = 0.25  # seconds without a new camera after which it rests
 BUDGET = 0.12  # seconds that a picture may take while the camera moves; else fewer pixels are rendered
 MOVING, RESTING = (768, 85), (1280, 95)
 """Pixels of a picture's longer side at most, and quality of its JPEG; a PNG takes 15 times as long."""
-MAX_UPLOAD = 16 << 20  # bytes
+SECONDS = (1, 30)  # of a video
+ANGLES = (5.0, 120.0)  # degrees
 UP = {"z": (0, 0, 1), "y": (0, 1, 0), "x": (1, 0, 0), "-z": (0, 0, -1), "-y": (0, -1, 0), "-x": (-1, 0, 0)}
 NEXT, PATH = "next", "camera path"
 THUMBNAILS, BACK = "Show thumbnails", "Back to the scene"
@@ -55,6 +58,9 @@ class Session:
         sheet: of thumbnails, while they are shown.
     """
 
+    _saving = threading.Lock()
+    """Held while a page makes a picture or a video to save: these take the memory of many pictures."""
+
     def __init__(self, client: "viser.ClientHandle", subject: Subject, wake: Callable[[], None]) -> None:
         self.client, self.subject, self._wake = client, subject, wake
         self.name, self.path = subject.names[0], list[Camera]()
@@ -63,6 +69,8 @@ class Session:
         self._found, self._page = subject.names, 0
         self._dirty, self._coarse, self._moved, self._cost = True, False, 0.0, 0.0
         self._closed = False
+        large = ValueError("the file is too large for a camera path")
+        client.gui._current_file_upload_states = Uploads(lambda: self.fail(large, "Load path: failed"))
         self._add_controls()
         client.camera.on_update(lambda _: self._touch(moved=True))
         self._list()
@@ -85,7 +93,9 @@ class Session:
         """Where the page's camera is now."""
         camera = self.client.camera
         wxyz, position = (torch.tensor(x, dtype=torch.float64) for x in (camera.wxyz, camera.position))
-        return Camera(pose_of(rotation_of(wxyz), position), lens_of(self.angle.value, self.subject.image_size))
+        return Camera(
+            pose_of(rotation_of(wxyz), position), lens_of(_between(self.angle.value, *ANGLES), self.subject.image_size)
+        )
 
     def update(self) -> bool:
         """Draw what has to be drawn now, if anything. Returns whether there will be more to draw soon."""
@@ -159,8 +169,8 @@ class Session:
             pages.on_click(lambda _: self._list(1 if pages.value == NEXT else -1))
             self.place = gui.add_text("shown", "", disabled=True)
         with gui.add_folder("camera"):
-            angle, hint = min(max(round(2 * subject.angle) / 2, 5.0), 120.0), "vertical angle of view in degrees"
-            self.angle = gui.add_slider("angle", 5.0, 120.0, 0.5, angle, hint=hint)
+            angle, hint = _between(round(2 * subject.angle) / 2, *ANGLES), "vertical angle of view in degrees"
+            self.angle = gui.add_slider("angle", *ANGLES, 0.5, angle, hint=hint)
             self.angle.on_update(lambda _: self._zoom())
             self.up = gui.add_dropdown("up", list(UP), initial_value="z", hint="the axis that points upwards")
             self.up.on_update(lambda _: self._reset())
@@ -173,10 +183,10 @@ class Session:
             upload = gui.add_upload_button("Load path (JSON)", mime_type="application/json")
             upload.on_upload(lambda _: self._try("Load path", lambda: self._load_path(upload.value.content)))
         with gui.add_folder("save"):
-            self._button("Save picture (PNG)", self._save_picture)
+            self._button("Save picture (PNG)", lambda: self._save(self._save_picture))
             self.way = gui.add_dropdown("video of", ("orbit", PATH))
-            self.seconds = gui.add_slider("seconds", 1, 30, 1, 5)
-            self.video = self._button("Save video (MP4)", self._save_video)
+            self.seconds = gui.add_slider("seconds", *SECONDS, 1, 5)
+            self.video = self._button("Save video (MP4)", lambda: self._save(self._save_video))
 
     def _button(self, label: str, action: Callable[[], None]) -> "viser.GuiButtonHandle":
         button = self.client.gui.add_button(label)
@@ -190,7 +200,7 @@ class Session:
             self.fail(error, f"{label}: failed")
 
     def _zoom(self) -> None:
-        self.client.camera.fov = math.radians(self.angle.value)
+        self.client.camera.fov = math.radians(_between(self.angle.value, *ANGLES))
         self._touch()
 
     def _reset(self) -> None:
@@ -227,6 +237,8 @@ class Session:
         self._touch()
 
     def _select(self, name: str) -> None:
+        if name not in self.subject.names:
+            return  # a page can send anything
         self.name = name
         if name not in self.choice.options:
             self.choice.options = self._options()
@@ -258,14 +270,20 @@ class Session:
         _set(self.count, str(len(path)))
 
     def _load_path(self, data: bytes) -> None:
-        if len(data) > MAX_UPLOAD:
-            raise ValueError("the file is too large for a camera path")
         self._set_path(parse_path(data, self.subject.image_size))
 
     def _save_path(self) -> None:
         if not self.path:
             raise ValueError("there is no path yet: add cameras to it first")
         self._give("json", dump_path(self.path, self.subject.image_size))
+
+    def _save(self, make: Callable[[], None]) -> None:
+        if not self._saving.acquire(blocking=False):
+            raise ValueError("something is being saved already: try again when it is there")
+        try:
+            make()
+        finally:
+            self._saving.release()
 
     def _save_picture(self) -> None:
         data = io.BytesIO()
@@ -275,7 +293,7 @@ class Session:
 
     def _save_video(self) -> None:
         subject, view = self.subject, self.view.value
-        cameras = self._cameras_of_video(FPS * self.seconds.value)
+        cameras = self._cameras_of_video(FPS * int(_between(self.seconds.value, *SECONDS)))
         self.video.disabled = True
         note = self.client.add_notification("video", "", loading=True, with_close_button=False)
         try:
@@ -307,6 +325,10 @@ class Session:
     def _give(self, ending: str, data: bytes) -> None:
         name = re.sub(r"[^\w.\-]+", "-", self.name).strip(".-") or "scene"
         self.client.send_file_download(f"{name}.{ending}", data, save_immediately=True)
+
+
+def _between(value: float, low: float, high: float) -> float:
+    return min(max(low, value), high)  # in this order: low, where a page sends what is no number
 
 
 def _set(control: Any, value: str) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms files: JSON with `frames`, each with an image, a pose and, unless the file has it for all, a lens."""
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -14,9 +13,11 @@ from igae.data.cameras import RIGID_TOLERANCE, has_numbers, is_rigid, opengl_to_
 from igae.data.sources.files import NO_NUMBERS, list_files, to_rows
 from igae.data.sources.scene import SUFFIXES, BadInput, View
 from igae.errors import redact
-from igae.storage import file_system, join, read_input
+from igae.storage import file_system, join, parse_json, read_input
 
 OPENCV = "transforms_opencv.json"
+MAX_JSON = 64 << 20
+"""Bytes of a transforms file: those of ten thousand views take a tenth."""
 FOCAL = ("fl_x", "fl_y", "camera_angle_x", "camera_angle_y")
 CENTER = ("cx", "cy")
 SIZE = ("w", "h")
@@ -70,8 +71,8 @@ def read_json(folder: str, name: str) -> Any:
     """The content of a JSON file in a folder."""
     fs, path = file_system(folder)
     try:
-        return json.loads(read_input(fs, join(path, name)))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_input(fs, join(path, name)), MAX_JSON)
+    except ValueError as error:
         raise BadInput(f"{name} is not readable JSON: {error}") from error
     except OSError as error:
         raise BadInput(f"{name} cannot be read: {redact(str(error))}") from None

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import NamedTuple
 
-from igae.viewer.report.run import LoggedStep
+from igae.viewer.report.run import MAX_NAMES, LoggedStep
 
 WIDTH, HEIGHT = 420, 200  # of a chart, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 52, 18, 410, 176  # edges of the plot in it
@@ -57,9 +57,13 @@ def charts(steps: list[LoggedStep]) -> list[Chart]:
     """A chart for each metric, or for those that are compared: PSNRs, learning rates, gradient norms, ..."""
     groups: dict[str, dict[str, dict[str, list[Point]]]] = {}  # chart -> line -> stage -> points
     starts: dict[str, float] = {}
+    names: set[str] = set()
     for logged in steps:
         starts[logged.stage] = min(logged.step, starts.get(logged.stage, logged.step))
         for name, value in logged.values.items():
+            if name not in names and len(names) == MAX_NAMES:
+                continue
+            names.add(name)
             title, label = _group(name)
             stages = groups.setdefault(title, {}).setdefault(label, {})
             stages.setdefault(logged.stage, []).append((logged.step, value))

@@ -6,13 +6,16 @@ import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import imageio_ffmpeg
 from PIL import Image
+
+from igae.storage import own_file
 
 T = TypeVar("T")
 COUNT = 12  # pictures, and videos
@@ -30,7 +33,7 @@ class Medium:
 def pictures(folder: Path, budget: int = BUDGET) -> tuple[list[Medium], int]:
     """Pictures of a run, spread over its steps, the last one among them; and how many are left out."""
     steps: dict[int, list[Path]] = {}
-    for path in sorted((folder / "pictures").glob("[!.]*.png")):
+    for path in _own(folder, (folder / "pictures").glob("[!.]*.png")):
         number = re.search(r"(\d+)$", path.stem)
         steps.setdefault(int(number[1]) if number else 0, []).append(path)
     groups = [steps[step] for step in sorted(steps, reverse=True)]
@@ -43,12 +46,21 @@ def orbits(folder: Path, stages: Sequence[str], budget: int = BUDGET) -> tuple[l
     """Videos of the latest of the stages that has some, by scene; and how many of them are left out."""
     for stage in reversed(stages):
         root = folder / "orbits" / stage
-        paths = sorted(root.rglob("[!.]*.mp4")) if stage not in ("", ".", "..") and "/" not in stage else []
+        paths = _own(folder, root.rglob("[!.]*.mp4")) if stage not in ("", ".", "..") and "/" not in stage else []
         if paths:
             files = {path.relative_to(root).with_suffix("").as_posix(): path for path in paths}
             found = _within(budget, files, _video, "video/mp4")
             return found, len(paths) - len(found)
     return [], 0
+
+
+def _own(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those that are files in the folder: no pipes, and no links that lead out of it."""
+    found = []
+    for path in sorted(paths):
+        with suppress(ValueError):
+            found.append(Path(own_file(str(folder), path.relative_to(folder).as_posix())))
+    return found
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
@@ -81,7 +93,9 @@ def _picture(path: Path) -> bytes | None:
 def _video(path: Path) -> bytes | None:
     with tempfile.TemporaryDirectory() as scratch:
         small = Path(scratch) / "small.mp4"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path}"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error"]
+        # Not what ffmpeg takes it for: a playlist would name other files.
+        command += ["-f", "mov", "-protocol_whitelist", "file", "-i", f"file:{path}"]
         command += ["-an", "-vf", f"scale=-2:min(ih\\,{LINES})", "-c:v", "libx264", "-crf", "27"]
         command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", f"file:{small}"]
         try:

@@ -17,7 +17,7 @@ from igae.errors import redact
 from igae.evaluation import problems
 from igae.storage import write_text
 from igae.viewer.report import curves, media
-from igae.viewer.report.run import LoggedRun, read_run
+from igae.viewer.report.run import MAX_NAMES, LoggedRun, read_run
 
 ROWS = 1000  # of the table of scenes
 ENDS = 5  # best and worst scenes
@@ -99,7 +99,7 @@ def scene_table(scenes: dict[str, dict[str, float]], means: dict[str, float]) ->
 
     Scenes are ranked by the PSNR of decoded renders, or by the nearest thing that was measured.
     """
-    columns = list(dict.fromkeys([*means, *(name for values in scenes.values() for name in values)]))
+    columns = list(dict.fromkeys([*means, *(name for values in scenes.values() for name in values)]))[:MAX_NAMES]
     psnrs = [name for name in columns if name.endswith("psnr")]
     by = next((name for name in (*RANKED_BY, *psnrs, *columns) if name in columns), "")
     sign = -1 if by.rpartition("_")[2] in SMALL_IS_GOOD else 1

@@ -2,7 +2,7 @@
 """A run's folder, read for its report. Nothing in it is trusted: it may be the run of somebody else."""
 
 import functools
-import json
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,10 @@ from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from igae.errors import redact
 from igae.evaluation import current_name as renamed
+from igae.storage import MAX_SMALL, Missing, own_file, parse_json, read_whole
 
+MAX_RECORDS, MAX_EVALUATION, MAX_NAMES, MAX_STAGES = 32 << 20, 256 << 20, 200, 20
+"""Bytes of metrics.jsonl that are shown and of evaluation.json, metrics of a record (igae's has 40), stages."""
 T = TypeVar("T")
 current_name = functools.cache(renamed)  # asked for the same few names again and again
 
@@ -21,7 +24,8 @@ def finite(data: Any) -> Any:
     """The finite numbers of a map, under today's names; what is no map comes back as it is."""
     if not isinstance(data, dict):
         return data
-    numbers = {k: v for k, v in data.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    few = itertools.islice(data.items(), MAX_NAMES)
+    numbers = {k: v for k, v in few if isinstance(v, int | float) and not isinstance(v, bool)}
     return {current_name(k): float(v) for k, v in numbers.items() if abs(v) < 1e300}
 
 
@@ -66,38 +70,57 @@ def read_run(folder: Path) -> LoggedRun:
     Raises:
         ValueError: the folder is no run's, or a file in it is damaged.
     """
-    config = folder / "config.yaml"
-    if not config.is_file() and not (folder / "metrics.jsonl").is_file():
+    config = _bytes(folder, "config.yaml", MAX_SMALL)
+    if config is None and not (folder / "metrics.jsonl").is_file():
         raise ValueError(
             f"{folder} is not the folder of a run, it has neither metrics.jsonl nor config.yaml: give outputs/NAME"
         )
-    run = LoggedRun(folder, _read_steps(folder / "metrics.jsonl"))
-    run.stage_metrics = _read(folder / "metrics.json", dict[str, Metrics]) or {}
-    run.evaluation = _read(folder / "evaluation.json", SceneMetrics)
-    if config.is_file():
-        run.config = redact(config.read_text(encoding="utf-8", errors="replace"))
-    environment = _read(folder / "environment.json", dict[str, Any]) or {}
+    run = LoggedRun(folder, _read_steps(folder))
+    run.stage_metrics = _read(folder, "metrics.json", dict[str, Metrics]) or {}
+    run.evaluation = _read(folder, "evaluation.json", SceneMetrics, MAX_EVALUATION)
+    run.config = redact((config or b"").decode(errors="replace"))
+    environment = _read(folder, "environment.json", dict[str, Any]) or {}
     run.environment = {name: str(value) for name, value in environment.items()}
     return run
 
 
-def _read_steps(path: Path) -> list[LoggedStep]:
-    steps = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
+def _read_steps(folder: Path) -> list[LoggedStep]:
+    """Of metrics.jsonl, the last records of a long one."""
+    path, steps, stages = Path(own_file(str(folder), "metrics.jsonl")), list[LoggedStep](), set[str]()
+    for line in _tail(path) if path.is_file() else ():
         try:
-            found = dict(json.loads(line))
+            found = dict(parse_json(line))
             step, stage, time = float(found.pop("step")), str(found.pop("stage")), float(found.pop("time"))
-        except (ValueError, KeyError, TypeError, RecursionError):  # the run is being written, or was killed then
+        except (ValueError, KeyError, TypeError, OverflowError):  # the run is being written, or was killed then
             continue
-        if math.isfinite(step) and math.isfinite(time):
+        if math.isfinite(step) and math.isfinite(time) and (stage in stages or len(stages) < MAX_STAGES):
+            stages.add(stage)
             steps.append(LoggedStep(step, stage, time, finite(found)))
     return steps
 
 
-def _read(path: Path, kind: type[T]) -> T | None:
+def _tail(path: Path) -> list[bytes]:
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - MAX_RECORDS)
+        file.seek(start)
+        return file.read(MAX_RECORDS).splitlines()[start > 0 :]
+
+
+def _bytes(folder: Path, name: str, most: int) -> bytes | None:
+    """A file of the run's own, of bounded size; None if there is none."""
+    url = own_file(str(folder), name)
+    try:
+        return read_whole(url, url, most)
+    except Missing:
+        return None
+
+
+def _read(folder: Path, name: str, kind: type[T], most: int = MAX_SMALL) -> T | None:
     """A JSON file of a kind; None if there is no such file."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes()) if path.is_file() else None
+        data = _bytes(folder, name, most)
+        return None if data is None else TypeAdapter(kind).validate_json(data)
     except ValidationError:
-        raise ValueError(f"{path} is damaged, it is not what igae writes: make it again, or remove it") from None
+        raise ValueError(
+            f"{folder / name} is damaged, it is not what igae writes: make it again, or remove it"
+        ) from None
