@@ -201,7 +201,7 @@ def _close_all() -> None:  # before multiprocessing's exit, which sends workers 
     # Workers left over where a signal interrupted the making of a DataLoader: only this process can end them.
     for child in multiprocessing.active_children():
         if child.daemon:
-            child.terminate()
+            child.kill()
 
 
 class Loader(Generic[B]):
@@ -209,7 +209,10 @@ class Loader(Generic[B]):
 
     Attributes:
         plan: what it reads.
+        timeout: seconds after which a worker that was given a batch to decode is taken for lost.
     """
+
+    timeout: float = 600.0
 
     def __init__(self, plan: Plan, decoder: Decoder[B], batch_size: int, workers: int, state: StreamState | None):
         if batch_size < 1:
@@ -246,6 +249,7 @@ class Loader(Generic[B]):
             raise StopIteration
         try:
             if self._iterator is None:
+                self._loader.timeout = self.timeout if self._loader.num_workers else 0
                 self._iterator = iter(self._loader)
             batch = self._next(self._iterator)
             if self._batches.interrupt is not None:
@@ -269,6 +273,16 @@ class Loader(Generic[B]):
             if self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
             raise LostWorker(str(error) or type(error).__name__) from error
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            self._kill()
+            raise LostWorker(f"killed, it had not decoded a batch in {self.timeout:g} s") from error
+
+    def _kill(self) -> None:
+        """End workers that may be stopped, which hear of nothing else."""
+        for worker in getattr(self._iterator, "_workers", ()):
+            worker.kill()
 
     def _advance(self, number: int) -> None:
         epochs, position = divmod(self._state.position + number, self.plan.samples)
@@ -284,6 +298,7 @@ class Loader(Generic[B]):
         # The iterator's destructor does this too, but an exception's traceback may keep the iterator.
         if (shutdown := getattr(self._iterator, "_shutdown_workers", None)) is not None:
             shutdown()
+            self._kill()  # those that did not hear of it
         self._iterator = None
 
     def __del__(self) -> None:

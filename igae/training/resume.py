@@ -144,7 +144,7 @@ def _same_place(a: str, b: str) -> bool:
 
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
-    before, now = _flat(yaml.safe_load(settings)), _flat(yaml.safe_load(public_settings(recipe)))
+    before, now = flat(yaml.safe_load(settings)), flat(yaml.safe_load(public_settings(recipe)))
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
     for key in [key for key in now if key in before and before[key] != now[key]]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):
@@ -156,12 +156,10 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
             log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
 
 
-def _flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
+def flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
     """Saved settings by dotted keys, with the names that keys have now."""
     if not isinstance(tree, dict):
         return {".".join(key): tree}
     kinds = sections_at(Recipe, key)
     renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(str(name), str(name)))).items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, (*key, renamed.get(str(name), str(name)))).items()}
