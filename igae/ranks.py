@@ -2,6 +2,7 @@
 """Facts about the ranks of a run, the seeds that every rank derives alike, and exchanges of small things."""
 
 import hashlib
+import json
 import os
 import queue
 import re
@@ -160,6 +161,10 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values.get(key), default=str)[:200]  # as recipes are written: true, null
+
+
 class Channel:
     """Exchanges small things between all ranks, over the CPU, apart from training's collectives.
 
@@ -220,7 +225,7 @@ class Channel:
             if differing := [key for key in {**first, **other} if first.get(key) != other.get(key)]:
                 key, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
                 raise ValueError(
-                    f"{key} is {first.get(key)!r:.200}{of_first} on rank 0 and {other.get(key)!r:.200}{of_other} on "
+                    f"{key} is {_shown(first, key)}{of_first} on rank 0 and {_shown(other, key)}{of_other} on "
                     f"rank {number}{more}: start all ranks with the same command, files and version of igae"
                 )
 

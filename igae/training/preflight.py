@@ -17,8 +17,7 @@ from igae.ranks import SWITCHES, Channel, world_size
 from igae.scenes import PlanesConfig
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageName
-from igae.training.resume import flat
-from igae.training.run_folder import public_settings
+from igae.training.run_folder import flat, public_settings
 
 OF_A_MACHINE = ("data.root", "data.cache", "data.workers")
 """Settings that may differ between machines: what the data are, the manifest says."""

@@ -12,14 +12,13 @@ import yaml
 
 from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
 from igae.data import ViewBatch
-from igae.errors import sections_at
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
 from igae.scenes import SceneStore
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe
-from igae.training.run_folder import public_settings
+from igae.training.run_folder import flat, public_settings
 from igae.training.stage import StageState
 
 FIXED = [
@@ -154,12 +153,3 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
             )
         if key.split(".")[0] in ("data", "train", "autoencoder"):
             log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
-
-
-def flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Saved settings by dotted keys, with the names that keys have now."""
-    if not isinstance(tree, dict):
-        return {".".join(key): tree}
-    kinds = sections_at(Recipe, key)
-    renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
-    return {k: v for name, sub in tree.items() for k, v in flat(sub, (*key, renamed.get(str(name), str(name)))).items()}

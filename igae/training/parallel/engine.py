@@ -50,6 +50,8 @@ class Engine:
         self, timeout: float = 600.0, async_steps: bool = False, bf16: bool = False, alone: bool = False
     ) -> None:
         check_rank_variables()
+        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
+        _check_launch(deepspeed)
         join(timeout)
         world, on_gpu = world_size(), torch.cuda.is_available()
         ahead = on_gpu and async_steps
@@ -57,8 +59,6 @@ class Engine:
             # Captured steps run one after another, and other collectives wait until they have ended (see ddp.py): NCCL
             # need not separate them with fences, which cost more than a small collective.
             os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
-        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
-        _check_launch(deepspeed)
         # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
         # DeepSpeed refuses it, and needs to be told gloo instead.
         backend = {"backend": "gloo"} if deepspeed and not on_gpu else {}
