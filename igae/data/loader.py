@@ -115,12 +115,14 @@ class _Batches:
     Attributes:
         error: what went wrong while reading, after the batches that were given out.
         interrupt: what was raised while this process waited for a batch.
+        waiting: whether it does.
     """
 
     def __init__(self, samples: Iterator[RawSample], batch_size: int) -> None:
         self._samples, self._batch_size = samples, batch_size
         self.error: BaseException | None = None
         self.interrupt: BaseException | None = None
+        self.waiting = False
         self._ready: queue.Queue[list[RawSample] | None] = queue.Queue(READ_AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,10 +136,13 @@ class _Batches:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="igae-read-ahead", daemon=True)
                 self._thread.start()
+            self.waiting = True
             return self._ready.get()
         except BaseException as error:  # a signal
             self.interrupt = error
             return None
+        finally:
+            self.waiting = False
 
     def _read(self) -> None:
         batch: list[RawSample] = []
@@ -249,7 +254,6 @@ class Loader(Generic[B]):
             raise StopIteration
         try:
             if self._iterator is None:
-                self._loader.timeout = self.timeout if self._loader.num_workers else 0
                 self._iterator = iter(self._loader)
             batch = self._next(self._iterator)
             if self._batches.interrupt is not None:
@@ -265,19 +269,30 @@ class Loader(Generic[B]):
         return batch
 
     def _next(self, iterator: Iterator[B | ShardError]) -> B | ShardError | None:
+        done, late = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not done.wait(self.timeout):
+                if not self._batches.waiting:  # for a store, which has limits of its own
+                    late.set()
+                    self._kill()
+                    return
+
+        # A thread: whatever waits for a stopped worker, its answers or its shared memory, does so for ever.
+        if self._loader.num_workers:
+            threading.Thread(target=watch, name="igae-workers", daemon=True).start()
         try:
             return next(iterator, None)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
+            if late.is_set():
+                raise LostWorker(f"killed, it had not decoded a batch in {self.timeout:g} s") from error
             # A worker that dies while it hands over a batch breaks the connection: one of several errors. An error
             # raised inside a worker arrives with its traceback as text.
-            if self._loader.num_workers == 0 or str(error).startswith("Caught "):
+            if isinstance(error, RuntimeError) or self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
             raise LostWorker(str(error) or type(error).__name__) from error
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):
-                raise
-            self._kill()
-            raise LostWorker(f"killed, it had not decoded a batch in {self.timeout:g} s") from error
+        finally:
+            done.set()
 
     def _kill(self) -> None:
         """End workers that may be stopped, which hear of nothing else."""
