@@ -89,9 +89,14 @@ def test_a_worker_is_stopped(tmp_path: Path) -> None:
     assert [run.exit_codes(TIMEOUT + 40) for run in started] == [[1], [1, 1]]
     assert time.monotonic() - began < TIMEOUT + 15
     for file in files:
-        told = [line for line in errors(file) if f"killed, it had not decoded a batch in {TIMEOUT} s" in line]
-        assert len(told) == 1 and told[0].startswith("error: a process that decodes images has ended ("), errors(file)
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)  # nothing that is stopped is left
+        told = [line for line in errors(file) if line.startswith("error: a process that decodes images has ended (")]
+        # Where torch's handler of SIGCHLD is faster, in its words.
+        reasons = (f"killed, it had not decoded a batch in {TIMEOUT} s", "is killed by signal: Killed")
+        assert len(told) == 1 and any(reason in told[0] for reason in reasons), errors(file)
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for w in workers if (path := Path(f"/proc/{w}/stat")).exists()
+    ]
+    assert set(states) <= {"Z"}, states  # nothing that is stopped is left: it would hold its rank's connections
 
 
 def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
