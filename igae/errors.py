@@ -152,7 +152,8 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def in_one_sentence(error: RuntimeError) -> str | None:
     """What to tell of an error that ends a command; None where it takes a traceback."""
     if str(error).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the program is
-        error = LostWorker(str(error))
+        before = error.__context__  # why it was killed, if this process did it
+        error = before if isinstance(before, LostWorker) else LostWorker(str(error))
     if isinstance(error, (TrainingError, LostWorker)) or type(error).__name__ == "OutOfMemoryError":
         return str(error)
     if "can't allocate memory" in str(error):  # torch's on the CPU

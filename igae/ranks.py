@@ -2,15 +2,48 @@
 """Facts about the ranks of a run, the seeds that every rank derives alike, and exchanges of small things."""
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and `accelerate launch` of several processes set, all of it."""
+SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Number of processes that something else than these launchers has started."""
+_FLAG = (r"true|false", "write true or false")
+HONORED = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "set mixed_precision to no, and train.precision to bf16"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "set dynamo_backend to no, and train.compile to true"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1|auto",
+        "set gradient_accumulation_steps to 1, and train.*.accumulate",
+    ),
+    "ACCELERATE_GRADIENT_CLIPPING": (r"0(\.0)?|auto", "leave gradient_clipping out, gradients are not clipped"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("[1-3]", "set zero_stage to 1, 2 or 3"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", "set offload_optimizer_device to none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "set offload_param_device to none"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "use a file of launch/accelerate"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "use a file of launch/accelerate"),
+    "ACCELERATE_TORCH_DEVICE": (r"(cpu|cuda)(:\d+)?", "name cpu or cuda"),
+    **dict.fromkeys((*SWITCHES, "ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE"), _FLAG),
+}
+"""Variables that `accelerate launch` sets: the values that igae honors, and what to do instead of others."""
+HONORED_OF_FSDP = {
+    "FSDP_VERSION": ("2", "set fsdp_version to 2, as launch/accelerate/fsdp2.yaml does"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "set fsdp_offload_params to false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "set fsdp_activation_checkpointing to false"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "set fsdp_reshard_after_forward to true"),
+}
 
 
 def rank() -> int:
@@ -29,19 +62,93 @@ def _variable(name: str, otherwise: int) -> int:
 
 
 def check_rank_variables() -> None:
-    """Refuse RANK and WORLD_SIZE that no launcher sets: they are left over from something else.
+    """Refuse an environment that training can't work in as it says: variables that no launcher sets together, which are
+    left over from something else, and options of `accelerate launch` that igae does not honor.
 
     Raises:
         ValueError: the sentence names the variable.
     """
-    for name in ("RANK", "WORLD_SIZE"):
-        if not os.environ.get(name, "0").isdecimal():
-            raise ValueError(f"{name}={os.environ[name]} in the environment is no number: unset it")
-    if rank() >= world_size():
+    env, fsdp = os.environ, os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    for name, (pattern, advice) in (HONORED | HONORED_OF_FSDP if fsdp else HONORED).items():
+        value = env.get(name, "1" if name == "FSDP_VERSION" else None)  # what Accelerate takes where it is not set
+        if value is not None and not re.fullmatch(pattern, value, re.ASCII | re.IGNORECASE):
+            raise ValueError(f"{name}={value} of the launch is not supported: {advice}, or unset it")
+    for name in (*LAUNCH[:3], "LOCAL_WORLD_SIZE", *TASKS):
+        if not re.fullmatch(r"\d{1,9}", env.get(name, "0"), re.ASCII):
+            raise ValueError(f"{name}={env[name]} in the environment is no number: unset it")
+    world = world_size()
+    there = [name for name in (*LAUNCH[:3], *SWITCHES) if env.get(name, "false").lower() != "false"]
+    needed = LAUNCH if world > 1 or set(there) & {*LAUNCH[2:], *SWITCHES} else LAUNCH[:2] if there else ()
+    if missing := [name for name in needed if not env.get(name)]:
         raise ValueError(
-            f"RANK={rank()} and WORLD_SIZE={world_size()} in the environment don't belong together: unset both, or "
-            "start with accelerate launch"
+            f"{there[-1]}={env[there[-1]]} is in the environment and {missing[0]} is not: unset {there[-1]}, or start "
+            "with accelerate launch or torchrun, which set both"
         )
+    if set(SWITCHES) <= set(there):
+        raise ValueError(f"{' and '.join(SWITCHES)} are both true in the environment: unset one of them")
+    local, local_world = _variable("LOCAL_RANK", 0), _variable("LOCAL_WORLD_SIZE", world)
+    for name, number, bound, limit in (
+        ("RANK", rank(), "WORLD_SIZE", world),
+        ("LOCAL_RANK", local, "RANK", rank() + 1),
+        ("LOCAL_RANK", local, "LOCAL_WORLD_SIZE", local_world),
+        ("LOCAL_WORLD_SIZE", local_world, "WORLD_SIZE", world + 1),
+    ):
+        if number >= limit:
+            raise ValueError(
+                f"{name}={number} and {bound}={_variable(bound, world)} in the environment don't belong together: "
+                "unset both, or start with accelerate launch"
+            )
+    if needed == LAUNCH and not (env["MASTER_PORT"].isdecimal() and 0 < int(env["MASTER_PORT"]) < 2**16):
+        raise ValueError(f"MASTER_PORT={env['MASTER_PORT']} in the environment is no port: set one from 1 to 65535")
+    if tasks := [name for name in TASKS if world == 1 and _variable(name, 1) > 1]:
+        raise ValueError(
+            f"{tasks[0]}={env[tasks[0]]}: as many processes were started, and none of them would know of the others: "
+            f"start accelerate launch on each machine, as launch/slurm does, or unset {tasks[0]}"
+        )
+
+
+def join(timeout: float = 600.0) -> None:
+    """Join the process group, where there is one and this process is not in it.
+
+    Args:
+        timeout: seconds after which a rank that waits for another one gives up, here and in collectives.
+
+    Raises:
+        ValueError: the ranks don't meet; the sentence names address and port.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if dist.is_initialized():
+        return
+    wait, met = timedelta(seconds=timeout), queue.SimpleQueue[Any]()
+
+    def meet() -> None:
+        try:
+            met.put(next(rendezvous("env://", timeout=wait)))
+        except Exception as error:
+            met.put(error)
+
+    # In a thread: torch waits for ever for what takes the connection and does not answer.
+    threading.Thread(target=meet, name="igae-rendezvous", daemon=True).start()
+    try:
+        found = met.get(timeout=timeout)
+    except queue.Empty:
+        found = TimeoutError(f"no answer within {timeout:g} s")
+    if isinstance(found, Exception):
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"rank {rank()} can't meet the other ranks at {where}, which MASTER_ADDR and MASTER_PORT say "
+            f"({str(found).splitlines()[0].strip('. ')}): start all {world_size()} of them, with the address of the "
+            "first rank's machine and a port that is free there"
+        )
+    store, number, world = found
+    store.set_timeout(wait)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=wait)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -52,6 +159,10 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values.get(key), default=str)[:200]  # as recipes are written: true, null
 
 
 class Channel:
@@ -66,6 +177,7 @@ class Channel:
 
     def __init__(self, timeout: float = 600.0) -> None:
         self._group: Any = None
+        self.timeout = timeout
         if world_size() > 1:
             import torch.distributed as dist  # here: configurations are checked before torch is imported
 
@@ -84,17 +196,38 @@ class Channel:
     def on_first_rank(self, action: Callable[[], T]) -> T:
         """Run an action on the first rank only and return its result on all. Where it fails with a ValueError or
         OSError, all ranks raise the same ValueError."""
-        done: tuple[Any, str | None] = (None, None)
-        if rank() == 0:
-            try:
-                done = (action(), None)
-            except (OSError, ValueError) as error:
-                done = (None, str(error))
-        value, problem = self.gather(done)[0]
-        if problem is not None:
-            raise ValueError(problem)
-        result: T = value
-        return result
+        result = self.together(lambda: action() if rank() == 0 else None)
+        return cast(T, self.gather(result)[0])
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run an action on all ranks and return what it returns here. Where it fails with a ValueError or OSError on
+        some, all ranks raise a ValueError: their own, or that of another."""
+        result, problem = None, None
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        for number, other in enumerate(self.gather(problem)):
+            if other is not None:
+                raise ValueError(problem or (f"rank {number}: {other}" if number else other))
+        return cast(T, result)
+
+    def agree(self, values: Mapping[str, Any], where: str = "") -> None:
+        """Refuse, on all ranks alike, values that are not the same on all of them.
+
+        Args:
+            values: by the names of what they are.
+            where: what this rank has them of.
+        """
+        found = self.gather((dict(values), f" ({where})" if where else ""))
+        first, of_first = found[0]
+        for number, (other, of_other) in enumerate(found):
+            if differing := [key for key in {**first, **other} if first.get(key) != other.get(key)]:
+                key, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+                raise ValueError(
+                    f"{key} is {_shown(first, key)}{of_first} on rank 0 and {_shown(other, key)}{of_other} on "
+                    f"rank {number}{more}: start all ranks with the same command, files and version of igae"
+                )
 
     def sum(self, values: "Tensor") -> "Tensor":
         """Element-wise sum over the ranks of a CPU tensor."""

@@ -49,7 +49,7 @@ def test_mistakes_are_told_within_a_second(tmp_path: Path, arguments: list[str],
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=1 in the environment don't belong together"),
+        ({"RANK": "1"}, "RANK=1 is in the environment and WORLD_SIZE is not"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0 in the environment"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is no number"),
         ({"RANK": "", "WORLD_SIZE": ""}, "RANK= in the environment is no number"),

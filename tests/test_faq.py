@@ -184,7 +184,7 @@ PROVOKED: dict[str, Call] = {
         Tracker(f, TrackingConfig(trackers=["wandb"])),
     ),
     "this machine has ... GPUs, and more processes than that were launched on it": lambda f, s, m: (
-        other_world(m, 2, LOCAL_RANK="1"),
+        other_world(m, 2, RANK="1", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"),
         m.setattr(torch.cuda, "is_available", lambda: True),
         m.setattr(torch.cuda, "device_count", lambda: 1),
         Engine(),
@@ -193,12 +193,12 @@ PROVOKED: dict[str, Call] = {
         other_world(m, 9),
         RankData.split(load(f, s)),
     ),
-    "mixed_precision ... of the launch is not supported": lambda f, s, m: (
-        m.setenv("ACCELERATE_MIXED_PRECISION", "fp16"),
+    "... of the launch is not supported: ...": lambda f, s, m: (
+        m.setenv("ACCELERATE_MIXED_PRECISION", "bf16"),
         Engine(),
     ),
-    "FSDP version 1 is not supported: set fsdp_version to 2": lambda f, s, m: (
-        m.setenv("ACCELERATE_USE_FSDP", "true"),
+    "... is in the environment and ... is not: unset ...": lambda f, s, m: (
+        m.setenv("RANK", "0"),
         Engine(),
     ),
     "backend is cuda, but ...": on_cpu,

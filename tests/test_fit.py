@@ -287,10 +287,29 @@ def test_other_shards_are_refused(folder: Path, fitted: Checkpoint, tmp_path: Pa
         Fit(load_fit(folder, "experiment=whole", f"data.root={other}")).run()
 
 
-def test_more_ranks_than_waves_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"3 ranks have only 2 waves of up to 2 scenes to fit: set fit\.wave=1"):
-        Fit(load_fit(folder, "fit.wave=2"))
+def test_more_ranks_than_waves_are_refused(folder: Path, tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+    assert ranks.Ranks(runs.train, 3, str(folder / "fit.yaml"), "fit.wave=2", log=log).exit_codes() == [2] * 3
+    text = Path(log).read_text()
+    assert text.count("error: 3 ranks have only 2 waves of up to 2 scenes to fit: set fit.wave=1") == 3, text
+
+
+def test_a_rank_that_is_stopped_ends_the_others(folder: Path, tmp_path: Path) -> None:
+    """Those that wait for its waves, and those that still make some."""
+    log, many = str(tmp_path / "log"), ["train.warmup.epochs=4000", "train.timeout=10"]
+    run = ranks.Ranks(runs.train, 2, str(folder / "fit.yaml"), "experiment=hangs", "fit.wave=2", *many, log=log)
+    deadline = time.monotonic() + 60
+    while "wave 1 of 2, warmup: step" not in (text := Path(log).read_text() if Path(log).exists() else ""):
+        assert time.monotonic() < deadline and run.processes[0].is_alive(), text
+        time.sleep(0.1)
+    os.kill(run.processes[1].pid or 0, signal.SIGSTOP)
+    began = time.monotonic()
+    run.processes[0].join(40)
+    waited, code = time.monotonic() - began, run.processes[0].exitcode
+    for process in run.processes:
+        process.kill()
+    text = Path(log).read_text()
+    assert code == 1 and waited < 20 and "error: rank 0 has lost another rank" in text, (code, waited, text)
 
 
 def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Checkpoint) -> None:

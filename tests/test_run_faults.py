@@ -71,6 +71,34 @@ def test_a_worker_is_killed(recipe: str) -> None:
     assert errors(recipe)[-1].endswith("ask for more or set data.workers lower")
 
 
+def test_a_worker_is_stopped(tmp_path: Path) -> None:
+    """Of the second of two ranks, and of a run of one rank at the same time: all ranks end, with the cause."""
+    files = []
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        files.append(str(runs.recipe_file(tmp_path / str(world), runs.packed_data(tmp_path / str(world)))))
+    started = [begin(file, world, "data.workers=1") for file, world in zip(files, (1, 2), strict=True)]
+    workers = []
+    for run in started:
+        pid = run.processes[-1].pid
+        workers += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    began = time.monotonic()
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    assert [run.exit_codes(TIMEOUT + 40) for run in started] == [[1], [1, 1]]
+    assert time.monotonic() - began < TIMEOUT + 15
+    for file in files:
+        told = [line for line in errors(file) if line.startswith("error: a process that decodes images has ended (")]
+        # Where torch's handler of SIGCHLD is faster, in its words.
+        reasons = (f"killed, it had not decoded a batch in {TIMEOUT} s", "is killed by signal: Killed")
+        assert len(told) == 1 and any(reason in told[0] for reason in reasons), errors(file)
+    states = [
+        path.read_text().rpartition(")")[2].split()[0] for w in workers if (path := Path(f"/proc/{w}/stat")).exists()
+    ]
+    assert set(states) <= {"Z"}, states  # nothing that is stopped is left: it would hold its rank's connections
+
+
 def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     run = begin(recipe, 2, "train.timeout=600")
     run.processes[1].kill()

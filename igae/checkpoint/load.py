@@ -27,6 +27,8 @@ from igae.errors import redact
 from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_errors, own_file, read_whole
 
 RowType = tuple[torch.dtype, tuple[int, ...]]
+Found = dict[str, tuple[TensorFile, dict[str, Tensor]]]
+"""Name of a file -> the file, and its tensors but for the rows."""
 
 
 @dataclass
@@ -48,9 +50,6 @@ class Checkpoint:
         self._ids = ids[order]
         self._file = np.repeat(np.arange(len(counts)), counts)[order]
         self._row = np.concatenate([np.arange(count) for count in counts])[order]
-        twice = self._ids[1:][self._ids[1:] == self._ids[:-1]]
-        if len(twice):
-            raise ValueError(f"{self._folder} is damaged: scene {twice[0]} is in it twice")
 
     @property
     def ids(self) -> frozenset[int]:
@@ -101,20 +100,48 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
     """
     progress, files, config = read_head(folder)
 
+    names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
+    with _advice(folder):
+        found = _read_files(folder, files, names)
+        shared, optimizer = found.pop(SHARED)[1], found.pop(OPTIMIZER, (None, {}))[1]
+        ids = check_scenes(folder, files, found)
+        return Checkpoint(progress, config, shared, optimizer, folder, [file for file, _ in found.values()], ids)
+
+
+def check_scenes(folder: str, files: dict[str, FileEntry], found: Found | None = None) -> list[NDArray[np.int64]]:
+    """Refuse files of scenes in a folder that are of one checkpoint and don't belong together.
+
+    Args:
+        files: all of the checkpoint.
+        found: those of scenes, where they are open already.
+
+    Returns:
+        The ids of the scenes in each.
+
+    Raises:
+        ValueError: rows of one are of other types than those of another, or two have the same scene.
+    """
+    if found is None:
+        found = _read_files(folder, files, sorted(name for name, entry in files.items() if entry.rows is not None))
+    for name, (file, tensors) in found.items():
+        with named_errors(file.url):
+            _check_scenes(file, tensors, files[name].rows, _row_types(next(iter(found.values()))[0]))
+    ids = [tensors["ids"].numpy() for _, tensors in found.values()]
+    every, counts = np.unique(np.concatenate(ids), return_counts=True)
+    if len(twice := every[counts > 1]):
+        raise ValueError(f"{folder} is damaged: scene {twice[0]} is in it twice")
+    return ids
+
+
+def _read_files(folder: str, files: dict[str, FileEntry], names: list[str]) -> Found:
+    """Open files and read all but their rows."""
+
     def read(name: str) -> tuple[TensorFile, dict[str, Tensor]]:
         file = TensorFile(own_file(folder, name), files[name])
         return file, file.tensors()
 
-    names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
-    with _advice(folder), ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
-        found = dict(zip(names, pool.map(read, names), strict=True))
-        shared, optimizer = found.pop(SHARED)[1], found.pop(OPTIMIZER, (None, {}))[1]
-        scenes = [file for file, _ in found.values()]
-        for name, (file, tensors) in found.items():
-            with named_errors(file.url):
-                _check_scenes(file, tensors, files[name].rows, _row_types(scenes[0]))
-        ids = [tensors["ids"].numpy() for _, tensors in found.values()]
-        return Checkpoint(progress, config, shared, optimizer, folder, scenes, ids)
+    with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
+        return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:

@@ -29,6 +29,7 @@ from igae.checkpoint.format import (
     list_complete,
     scenes_name,
 )
+from igae.checkpoint.load import check_scenes
 from igae.errors import LostRank, redact
 from igae.ranks import Channel, rank
 from igae.storage import LIMITS, file_system, join, reason, sync_folder, write_file, write_tensors
@@ -191,6 +192,7 @@ def mark_complete(folder: str, progress: Progress, config: str, files: dict[str,
         if time.monotonic() > deadline:
             raise ValueError(f"{lost} is not there as it was written, and all nodes must share the folder")
         time.sleep(min(1.0, LIMITS.visible_seconds))
+    check_scenes(folder, files)  # ranks that were started differently, of what no load could make sense
     text = config.encode()
     write_file(join(folder, CONFIG), text)
     state = dump_state(progress, {**files, CONFIG: FileEntry(len(text), zlib.crc32(text))})

@@ -25,10 +25,10 @@ from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, problems, spread
 from igae.export import SECTIONS, Trained, data_root, find_model, is_export, load_trained
 from igae.models import LPIPS
-from igae.ranks import Channel, check_rank_variables, rank, world_size
+from igae.ranks import Channel, check_rank_variables, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.storage import write_text
-from igae.training import Engine, Recipe, check_memory, waves
+from igae.training import Engine, Recipe, agree, check_memory, waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"
 # What a configuration must say beyond data and model, for exports that have none.
@@ -65,10 +65,13 @@ def evaluate(
     Raises:
         ValueError: wrong input, the same on every rank.
     """
-    found = find_model(where)
+    join()
+    channel = Channel()
+    channel.agree({"--checkpoint": where, "--scenes": [*names], "--output": output})
+    found = channel.on_first_rank(lambda: find_model(where))  # the newest checkpoint may be another one a moment later
     folder = _output(where, found, output)
-    trained, recipe = _load(found, overrides)
-    manifest = trained.manifest or Manifest.load(data_root(recipe.data, recipe.origins))
+    trained, recipe = channel.together(lambda: _load(found, overrides))
+    manifest = agree(recipe, channel, lambda: trained.manifest or Manifest.load(data_root(recipe.data, recipe.origins)))
     scenes = _choose(trained, recipe, manifest, names)
     model = trained.model_for(manifest.image_size, recipe.data.background)
     model.options, model.renderer = recipe.render, recipe.train.kernels

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from igae import __version__
 from igae.errors import command, did_you_mean, end, say
+from igae.ranks import check_rank_variables
 
 COMMANDS = {
     "train": "train an autoencoder with its scenes, or resume a run",
@@ -22,6 +23,8 @@ COMMANDS = {
     "kernels": "compile the CUDA kernels ahead of time",
     "reference": "print all configuration keys as Markdown",
 }
+RANKED = ("train", "fit", "evaluate")
+"""Commands that several processes run together."""
 TOOLS = {"demo": "make_demo", "render": "render_objects"}
 """Commands that are scripts of data_tools/, which come with the package."""
 
@@ -46,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
         # There its neighbors are found, also by the processes that it starts.
         sys.path.insert(0, str(config.shipped("data_tools")))
+    if name in RANKED:
+        check_rank_variables()
     module = importlib.import_module(TOOLS.get(name, f"igae.cli.{name}"))
     run: Callable[[list[str]], int] = module.main
     return run(arguments[1:])

@@ -13,7 +13,7 @@ from typing import Any
 
 from igae import config
 from igae.errors import Parser, command, log_to_stderr, redact
-from igae.ranks import check_rank_variables
+from igae.ranks import check_rank_variables, rank, world_size
 from igae.training import Recipe
 
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, or fit, as the arguments say. What is wrong with them is told before anything slow is imported."""
     log_to_stderr()
     # What concerns all ranks is logged once; warnings and errors by each.
-    logging.getLogger("igae").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("igae").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     check_rank_variables()
     recipe = config.load(Recipe, arguments.config, arguments.overrides, complete=_take_settings)
     if arguments.print_config:
@@ -69,19 +69,19 @@ def run(arguments: argparse.Namespace) -> None:
             f"outputs: {redact(recipe.outputs)} is a URL: give a folder on this machine (checkpoint.root may be a URL)"
         )
     root = recipe.data.root
-    if "://" not in root and not (Path(root) / "manifest.json").is_file():
+    # Several ranks must hear of it together, once they have met.
+    if world_size() == 1 and "://" not in root and not (Path(root) / "manifest.json").is_file():
         raise ValueError(f"no manifest.json in {redact(root)}: pack the data first with data_tools/pack_shards.py")
     _end_with_the_launcher()
     # torch's own modules use names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-    from igae import ranks
     from igae.training import Fit, Trainer
     from igae.viewer import try_to_write
 
     started = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume)
     started.run(arguments.stage)
-    if ranks.rank() == 0:
+    if rank() == 0:
         try_to_write(started.folder)
 
 

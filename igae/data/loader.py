@@ -115,12 +115,14 @@ class _Batches:
     Attributes:
         error: what went wrong while reading, after the batches that were given out.
         interrupt: what was raised while this process waited for a batch.
+        waiting: whether it does.
     """
 
     def __init__(self, samples: Iterator[RawSample], batch_size: int) -> None:
         self._samples, self._batch_size = samples, batch_size
         self.error: BaseException | None = None
         self.interrupt: BaseException | None = None
+        self.waiting = False
         self._ready: queue.Queue[list[RawSample] | None] = queue.Queue(READ_AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -134,10 +136,13 @@ class _Batches:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._read, name="igae-read-ahead", daemon=True)
                 self._thread.start()
+            self.waiting = True
             return self._ready.get()
         except BaseException as error:  # a signal
             self.interrupt = error
             return None
+        finally:
+            self.waiting = False
 
     def _read(self) -> None:
         batch: list[RawSample] = []
@@ -201,7 +206,7 @@ def _close_all() -> None:  # before multiprocessing's exit, which sends workers 
     # Workers left over where a signal interrupted the making of a DataLoader: only this process can end them.
     for child in multiprocessing.active_children():
         if child.daemon:
-            child.terminate()
+            child.kill()
 
 
 class Loader(Generic[B]):
@@ -209,7 +214,10 @@ class Loader(Generic[B]):
 
     Attributes:
         plan: what it reads.
+        timeout: seconds after which a worker that was given a batch to decode is taken for lost.
     """
+
+    timeout: float = 600.0
 
     def __init__(self, plan: Plan, decoder: Decoder[B], batch_size: int, workers: int, state: StreamState | None):
         if batch_size < 1:
@@ -261,14 +269,35 @@ class Loader(Generic[B]):
         return batch
 
     def _next(self, iterator: Iterator[B | ShardError]) -> B | ShardError | None:
+        done, late = threading.Event(), threading.Event()
+
+        def watch() -> None:
+            while not done.wait(self.timeout):
+                if not self._batches.waiting:  # for a store, which has limits of its own
+                    late.set()
+                    self._kill()
+                    return
+
+        # A thread: whatever waits for a stopped worker, its answers or its shared memory, does so for ever.
+        if self._loader.num_workers:
+            threading.Thread(target=watch, name="igae-workers", daemon=True).start()
         try:
             return next(iterator, None)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:
+            if late.is_set():
+                raise LostWorker(f"killed, it had not decoded a batch in {self.timeout:g} s") from error
             # A worker that dies while it hands over a batch breaks the connection: one of several errors. An error
             # raised inside a worker arrives with its traceback as text.
-            if self._loader.num_workers == 0 or str(error).startswith("Caught "):
+            if isinstance(error, RuntimeError) or self._loader.num_workers == 0 or str(error).startswith("Caught "):
                 raise
             raise LostWorker(str(error) or type(error).__name__) from error
+        finally:
+            done.set()
+
+    def _kill(self) -> None:
+        """End workers that may be stopped, which hear of nothing else."""
+        for worker in getattr(self._iterator, "_workers", ()):
+            worker.kill()
 
     def _advance(self, number: int) -> None:
         epochs, position = divmod(self._state.position + number, self.plan.samples)
@@ -284,6 +313,7 @@ class Loader(Generic[B]):
         # The iterator's destructor does this too, but an exception's traceback may keep the iterator.
         if (shutdown := getattr(self._iterator, "_shutdown_workers", None)) is not None:
             shutdown()
+            self._kill()  # those that did not hear of it
         self._iterator = None
 
     def __del__(self) -> None:

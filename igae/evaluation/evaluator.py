@@ -73,6 +73,7 @@ class Evaluator:
         sums: dict[int, tuple[Tensor, int]] = {}
         in_order = data.model_copy(update={"shuffle": 0})
         loader = view_loader(in_order, manifest, own, batch_size=CHUNK, split=split, repeat=False)
+        loader.timeout = self.channel.timeout
         for batch in loader:
             for i, scene in enumerate(batch.scene.tolist()):
                 if split == "train":

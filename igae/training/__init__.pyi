@@ -7,6 +7,7 @@ from .parallel.all_reduce import BucketedAllReduce as BucketedAllReduce
 from .parallel.ddp import DDP as DDP
 from .parallel.engine import Engine as Engine
 from .parallel.strategy import Strategy as Strategy
+from .preflight import agree as agree
 from .preflight import check_memory as check_memory
 from .rank_data import RankData as RankData
 from .rank_data import waves as waves

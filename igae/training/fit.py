@@ -8,32 +8,64 @@ take waves in turns and don't wait for each other. The scenes of a wave are writ
 """
 
 import logging
+import threading
 import time
 from contextlib import closing
 
 from igae.checkpoint import Progress, WaveCheckpoint, folder_of, is_complete, load_checkpoint
 from igae.evaluation import spread
-from igae.ranks import Channel, derive_seed, rank, world_size
+from igae.ranks import Channel, derive_seed, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import check_memory, scene_bytes
+from igae.training.preflight import agree, check_memory, scene_bytes
 from igae.training.rank_data import RankData, select, waves
 from igae.training.recipe import Recipe, StageName
 from igae.training.resume import compare_settings, initialize
 from igae.training.run_folder import METRICS, open_run, public_settings, write_metrics
 from igae.training.stage import Stage, StageState
 
-# Ranks that have no wave left wait for those that have, for days perhaps; one that dies ends the wait at once.
-LONGEST_WAIT = 30 * 24 * 3600.0
 # What all scenes of a fit have in common.
 FIXED = [
     *("seed", "model", "autoencoder", "planes", "render", "fit", "data.categories", "data.background"),
     *("train.warmup", "train.joint", "train.precision", "train.plane_optimizer"),
 ]
 log = logging.getLogger("igae")
+
+
+class _Others(threading.Thread):
+    """Asks all ranks, again and again, for how their waves went: ranks wait for each other, for days perhaps, but for
+    none that is stopped or gone."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(name="igae-others", daemon=True)
+        self._channel, self._done = channel, threading.Event()
+        self._outcomes: list[bool | None] = [None]
+        self._own: bool | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while None in self._outcomes:
+                self._done.wait(1.0)
+                self._outcomes = self._channel.gather(self._own)
+        except Exception as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what the silence of another rank has led to."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self, own: bool) -> list[bool | None]:
+        """What each rank has given here, when all have."""
+        self._own = own
+        self._done.set()
+        self.join()
+        self.check()
+        return self._outcomes
 
 
 class Fit(Job):
@@ -48,9 +80,11 @@ class Fit(Job):
 
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         assert recipe.fits_in_waves
+        join(recipe.train.timeout)
+        channel = Channel(recipe.train.timeout)
+        manifest, scenes = select(recipe, agree(recipe, channel, resume=resume))
         _check(recipe, resume)
         self.resume = resume
-        manifest, scenes = select(recipe)
         if not scenes:
             raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
         self.waves = waves(manifest, scenes, recipe.fit.wave)
@@ -61,7 +95,9 @@ class Fit(Job):
             )
         engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
         check_memory(len(self.waves[0]) * scene_bytes(recipe.planes), engine.device, "lower fit.wave")
-        super().__init__(recipe, RankData.alone(recipe.data, manifest, scenes), engine, Channel(LONGEST_WAIT))
+        data = RankData.alone(recipe.data, manifest, scenes, recipe.train.timeout)
+        super().__init__(recipe, data, engine, channel)
+        self._others = _Others(Channel(recipe.train.timeout))
         self.evaluation = recipe.evaluation.model_copy(update={"natural_images": 0})
         initialize(self.model, recipe, self.data, self.channel)
         self.parts = WaveCheckpoint(folder_of(recipe.checkpoint_root, 0, True))
@@ -73,6 +109,7 @@ class Fit(Job):
             Means over the evaluated scenes (empty where nothing was to do, or a signal came before the end: the same
             command resumes after the waves that are finished).
         """
+        self.channel.agree({"--stage": only})
         if only is not None:
             raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
         with open_run(self.recipe, self.channel, self.engine.device):
@@ -102,11 +139,12 @@ class Fit(Job):
         """Whether all waves are fitted; the checkpoint is complete then."""
         mine = [i for i in range(rank(), len(self.waves), world_size()) if i not in finished]
         log.info("%d scenes in %d waves, %d finished", len(self.data.scenes), len(self.waves), len(finished))
+        self._others.start()
         with self.signals:
             for index in mine:
                 if not self.fit_wave(index):
                     break
-        if any(self.channel.gather(self.signals.received is not None)):
+        if any(self._others.wait(self.signals.received is not None)):
             log.warning("stopped; finished waves are written, the same command resumes after them")
             return False
         progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.manifest.digest)
@@ -120,12 +158,13 @@ class Fit(Job):
         # A scene's initial planes depend on the scene alone; the order of its views depends on the wave.
         store = SceneStore(recipe.planes, [scene.id for scene in scenes], recipe.seed, self.engine.device)
         recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
-        data, metrics = RankData.alone(recipe.data, self.data.manifest, scenes), dict[str, float]()
+        data = RankData.alone(recipe.data, self.data.manifest, scenes, recipe.train.timeout)
+        metrics = dict[str, float]()
         for name in recipe.train.stages:
             with closing(Stage(name, recipe, self.engine, self.model, store, data, StageState())) as stage:
                 label = f"wave {index + 1} of {len(self.waves)}, {name}"
                 for _ in Loop(stage, Progress(name, 0, 0), self.signals, label, self.async_steps):
-                    pass
+                    self._others.check()
                 if self.signals.received is not None:
                     return False
                 store.catch_up()

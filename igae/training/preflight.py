@@ -1,14 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked before a run trains: data for its stages, memory for its scenes."""
+"""What is checked before a run trains: that all ranks do the same, data for its stages, memory for its scenes."""
 
+import hashlib
 import math
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import yaml
 
+from igae import __version__
+from igae.data import Manifest
 from igae.models import LPIPS
+from igae.ranks import SWITCHES, Channel, world_size
 from igae.scenes import PlanesConfig
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageName
+from igae.training.run_folder import flat, public_settings
+
+OF_A_MACHINE = ("data.root", "data.cache", "data.workers")
+"""Settings that may differ between machines: what the data are, the manifest says."""
+
+
+def agree(recipe: Recipe, channel: Channel, load: Callable[[], Manifest] | None = None, **arguments: Any) -> Manifest:
+    """Refuse, on all ranks alike, that another one has other settings, arguments, data or another igae. Collective.
+
+    Args:
+        load: reads the manifest; that of `data.root` if left out.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: the sentence names the first key that differs, and both values.
+    """
+    settings = {"the version of igae": __version__, **{f"--{name}": value for name, value in arguments.items()}}
+    settings |= {name: os.environ.get(name, "false").lower() for name in SWITCHES}
+    settings |= {k: v for k, v in flat(yaml.safe_load(public_settings(recipe))).items() if k not in OF_A_MACHINE}
+    channel.agree(settings)
+    found = channel.together(load or (lambda: Manifest.load(recipe.data.root)))
+    if world_size() > 1:
+        digest = hashlib.sha256(found.to_json()).hexdigest()[:16]
+        channel.agree({"the digest of the manifest of data.root": digest}, recipe.data.root)
+    return found
 
 
 def check_data(recipe: Recipe, data: RankData) -> None:

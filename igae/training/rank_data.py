@@ -23,6 +23,7 @@ class RankData:
         parts: the scenes of each rank.
         rank: which of the ranks that train on the data this one is.
         world: how many there are.
+        timeout: seconds after which a worker that does not answer is taken for lost.
     """
 
     config: DataConfig
@@ -31,15 +32,19 @@ class RankData:
     parts: list[list[Scene]]
     rank: int = field(default_factory=rank)
     world: int = field(default_factory=world_size)
+    timeout: float = 600.0
 
     @classmethod
-    def split(cls, recipe: Recipe) -> "RankData":
+    def split(cls, recipe: Recipe, manifest: Manifest | None = None) -> "RankData":
         """Split the data of a run among its ranks: the same on every rank, without communication.
+
+        Args:
+            manifest: of the data, where it is read already.
 
         Raises:
             ValueError: there is no such data, or not enough of it for each rank.
         """
-        manifest, scenes = select(recipe)
+        manifest, scenes = select(recipe, manifest)
         ids = {scene.name: scene.id for scene in scenes}
         shards = [
             {ids[name]: views for name, views in shard.scenes.items() if name in ids}
@@ -48,14 +53,15 @@ class RankData:
         ]
         parts = assign_scenes(shards, world_size()) if scenes else [[] for _ in range(world_size())]
         data = cls(recipe.data, manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
+        data.timeout = recipe.train.timeout
         if manifest.images and any(stage.natural_images for stage in recipe.train.stages.values()):
             len(data.natural_images)  # refuses more ranks than natural images
         return data
 
     @classmethod
-    def alone(cls, config: DataConfig, manifest: Manifest, scenes: list[Scene]) -> "RankData":
+    def alone(cls, config: DataConfig, manifest: Manifest, scenes: list[Scene], timeout: float = 600.0) -> "RankData":
         """Scenes that this rank trains by itself."""
-        return cls(config, manifest, scenes, [scenes], 0, 1)
+        return cls(config, manifest, scenes, [scenes], 0, 1, timeout)
 
     @property
     def owned(self) -> list[Scene]:
@@ -83,15 +89,19 @@ class RankData:
         """
         config = self.config if repeat else self.config.model_copy(update={"shuffle": 0})
         state = StreamState(*divmod(consumed, sum(scene.views for scene in self.owned)))
-        return view_loader(
+        loader = view_loader(
             config, self.manifest, self.owned, batch_size=batch_size, seed=seed, repeat=repeat, state=state
         )
+        loader.timeout = self.timeout
+        return loader
 
     def open_natural_images(self, batch_size: int, seed: int = 0, *, consumed: int = 0) -> ImageLoader:
         """Endless shuffled batches uint8 [batch_size, 3, H, W] of this rank's natural images."""
         config, part = self.config.model_copy(update={"workers": min(1, self.config.workers)}), self.natural_images
         state = StreamState(*divmod(consumed, len(part)))
-        return image_loader(config, self.manifest, part=part, batch_size=batch_size, seed=seed, state=state)
+        loader = image_loader(config, self.manifest, part=part, batch_size=batch_size, seed=seed, state=state)
+        loader.timeout = self.timeout
+        return loader
 
     def log_parts(self, strategy: str, scene_bytes: int) -> None:
         """Say how many ranks there are, and what each owns (``scene_bytes`` of memory for each scene)."""
@@ -101,10 +111,10 @@ class RankData:
             log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
 
 
-def select(recipe: Recipe) -> tuple[Manifest, list[Scene]]:
-    """The manifest, and the scenes of the run in its order."""
+def select(recipe: Recipe, manifest: Manifest | None = None) -> tuple[Manifest, list[Scene]]:
+    """The manifest, which may be read already, and the scenes of the run in its order."""
     root, categories = recipe.data.root, recipe.data.categories
-    manifest = Manifest.load(root)
+    manifest = manifest or Manifest.load(root)
     scenes = manifest.select(categories, recipe.origins)
     if manifest.scenes and not scenes:
         where = origin_of(("data", "categories", *(categories or ())), recipe.origins, "the recipe")

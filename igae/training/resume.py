@@ -12,14 +12,13 @@ import torch
 from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
 from igae.config import parse
 from igae.data import ViewBatch
-from igae.errors import sections_at
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
 from igae.scenes import SceneStore
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe
-from igae.training.run_folder import public_settings
+from igae.training.run_folder import flat, public_settings
 from igae.training.stage import StageState
 
 FIXED = [
@@ -144,7 +143,7 @@ def _same_place(a: str, b: str) -> bool:
 
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
-    before, now = _flat(parse(settings, folder)), _flat(parse(public_settings(recipe), folder))
+    before, now = flat(parse(settings, folder)), flat(parse(public_settings(recipe), folder))
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
     for key in [key for key in now if key in before and before[key] != now[key]]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):
@@ -154,14 +153,3 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
             )
         if key.split(".")[0] in ("data", "train", "autoencoder"):
             log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
-
-
-def _flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Saved settings by dotted keys, with the names that keys have now."""
-    if not isinstance(tree, dict):
-        return {".".join(key): tree}
-    kinds = sections_at(Recipe, key)
-    renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flat(sub, (*key, renamed.get(str(name), str(name)))).items()
-    }

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from igae import __version__, config
-from igae.errors import redact
+from igae.errors import redact, sections_at
 from igae.evaluation import current_name
 from igae.ranks import Channel, world_size
 from igae.storage import write_text
@@ -98,6 +98,15 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def public_settings(recipe: Recipe) -> str:
     """The resolved configuration as YAML, as it may be saved and shown: without credentials."""
     return redact(config.dump(recipe))
+
+
+def flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Saved settings by dotted keys, with the names that keys have now."""
+    if not isinstance(tree, dict):
+        return {".".join(key): tree}
+    kinds = sections_at(Recipe, key)
+    renamed: dict[str, str] = {old: new for kind in kinds for old, new in getattr(kind, "RENAMED", {}).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, (*key, renamed.get(str(name), str(name)))).items()}
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:

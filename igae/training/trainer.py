@@ -6,13 +6,13 @@ from contextlib import closing, suppress
 
 from igae.checkpoint import LEARNING_RATES, CheckpointWriter, Progress
 from igae.errors import LostRank, TrainingError
-from igae.ranks import Channel, rank, world_size
+from igae.ranks import Channel, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import check_data, check_memory, scene_bytes
+from igae.training.preflight import agree, check_data, check_memory, scene_bytes
 from igae.training.rank_data import RankData
 from igae.training.recipe import STAGES, Recipe, StageName
 from igae.training.resume import find, initialize, restore
@@ -36,11 +36,14 @@ class Trainer(Job):
 
     def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
         train, settings = recipe.train, recipe.checkpoint
-        data = RankData.split(recipe)
+        join(train.timeout)
+        channel = Channel(train.timeout)
+        manifest = agree(recipe, channel, resume=resume)
+        # Here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
+        saving = Channel(train.timeout)
+        data = RankData.split(recipe, manifest)
         check_data(recipe, data)
         engine = Engine(train.timeout, train.async_steps, train.precision == "bf16")
-        # Both here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
-        channel, saving = Channel(train.timeout), Channel(train.timeout)
         if rank() == 0:
             data.log_parts(engine.strategy, scene_bytes(recipe.planes))
         found = find(recipe.checkpoint_root, resume, channel)
@@ -63,6 +66,7 @@ class Trainer(Job):
             The last evaluation's metrics (empty if nothing was to do). A run that a signal ended returns early, after
             its checkpoint.
         """
+        self.channel.agree({"--stage": only})
         progress, metrics = self.progress, dict[str, float]()
         with open_run(self.recipe, self.channel, self.engine.device), self.tracking(progress.total), self.signals:
             try:

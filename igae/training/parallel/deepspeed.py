@@ -30,6 +30,8 @@ class DeepSpeed(Sharded):
             problem = f"ZeRO stage {self._stage}: choose 1, 2 or 3"
         elif config.get("fp16", {}).get("enabled") in (True, "true") or config.get("bf16", {}).get("enabled") is True:
             problem = "fp16 or bf16: leave them out, train.precision says what the arithmetic is"
+        elif config.get("gradient_accumulation_steps", "auto") not in ("auto", 1):
+            problem = "gradient_accumulation_steps: leave it out, and set train.*.accumulate"
         elif config.get("gradient_clipping", "auto") not in ("auto", 0, 0.0):
             problem = "gradient_clipping: leave it out, gradients are not clipped"
         elif any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")):

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from igae.ranks import world_size
+from igae.ranks import check_rank_variables, join, world_size
 from igae.training.parallel.ddp import DDP
 from igae.training.parallel.deepspeed import DeepSpeed
 from igae.training.parallel.fsdp import FSDP
@@ -49,14 +49,16 @@ class Engine:
     def __init__(
         self, timeout: float = 600.0, async_steps: bool = False, bf16: bool = False, alone: bool = False
     ) -> None:
+        check_rank_variables()
+        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
+        _check_launch(deepspeed)
+        join(timeout)
         world, on_gpu = world_size(), torch.cuda.is_available()
         ahead = on_gpu and async_steps
         if ahead:
             # Captured steps run one after another, and other collectives wait until they have ended (see ddp.py): NCCL
             # need not separate them with fences, which cost more than a small collective.
             os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
-        deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
-        _check_launch(deepspeed)
         # cpu=True in code: `accelerate launch --cpu` with several processes silently starts independent ones.
         # DeepSpeed refuses it, and needs to be told gloo instead.
         backend = {}
@@ -194,20 +196,13 @@ class Engine:
 
 
 def _switch(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def _check_launch(deepspeed: bool) -> None:
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision in ("fp16", "fp8"):
-        raise ValueError(
-            f"mixed_precision {precision} of the launch is not supported: set it to no, and train.precision to bf16"
-        )
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available() and local >= gpus:
         raise ValueError(f"this machine has {gpus} GPUs, and more processes than that were launched on it")
-    if _switch("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError(f"FSDP version 1 is not supported: set fsdp_version to 2, or {LAUNCH}fsdp2.yaml`")
     if deepspeed:
         missing = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
         if missing:
