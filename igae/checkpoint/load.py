@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
 
+import errno
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,14 @@ from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_e
 
 MAX_TEXT = 1 << 30
 RowType = tuple[torch.dtype, tuple[int, ...]]
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that does not hold what was written; ``why`` names the file, without advice."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(redact(f"{why}: fix that, or remove {folder} to resume from the one before"))
+        self.why = redact(why)
 
 
 @dataclass
@@ -41,7 +50,7 @@ class Checkpoint:
         self._row = np.concatenate([np.arange(count) for count in counts])[order]
         twice = self._ids[1:][self._ids[1:] == self._ids[:-1]]
         if len(twice):
-            raise ValueError(f"{self._folder} is damaged: scene {twice[0]} is in it twice")
+            raise DamagedCheckpoint(self._folder, f"{self._folder} is damaged: scene {twice[0]} is in it twice")
 
     @property
     def ids(self) -> frozenset[int]:
@@ -55,7 +64,8 @@ class Checkpoint:
             names: which tensors; all if left out.
 
         Raises:
-            ValueError: scenes that are not there, or damaged files.
+            DamagedCheckpoint: as of :func:`load_checkpoint`.
+            ValueError: scenes that are not there, or files that can't be read.
         """
         wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
         missing = wanted[~np.isin(wanted, self._ids)]
@@ -68,7 +78,7 @@ class Checkpoint:
         where = np.searchsorted(self._ids, wanted)
         rows = {name: row for name, row in _row_types(self._files[0]).items() if names is None or name in names}
         result = {name: torch.empty((len(wanted), *shape), dtype=dtype) for name, (dtype, shape) in rows.items()}
-        with _advice(self._folder):
+        with advice(self._folder):
             for number in np.unique(self._file[where]):
                 places = np.flatnonzero(self._file[where] == number)
                 for name, out in result.items():
@@ -88,7 +98,8 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
         moments: read those of the optimizer too; without them ``optimizer`` is empty.
 
     Raises:
-        ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
+        DamagedCheckpoint: a file is damaged or missing; the sentence names it.
+        ValueError: there is none, it can't be read, or is of another format.
     """
     progress, files, config = read_head(folder)
 
@@ -97,7 +108,7 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
         return file, file.tensors()
 
     names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
-    with _advice(folder), ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
+    with advice(folder), ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
         found = dict(zip(names, pool.map(read, names), strict=True))
         shared, optimizer = found.pop(SHARED)[1], found.pop(OPTIMIZER, (None, {}))[1]
         scenes = [file for file, _ in found.values()]
@@ -116,7 +127,7 @@ def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
         raise ValueError(f"{redact(folder)} has no {STATE}: give the folder of a complete checkpoint") from None
     except StoreError as error:
         raise ValueError(str(error)) from None
-    with _advice(folder):
+    with advice(folder):
         with named_errors(join(folder, STATE)):
             progress, files = parse_state(state)
         config = _read(folder, CONFIG)
@@ -144,9 +155,16 @@ def _row_types(file: TensorFile) -> dict[str, RowType]:
 
 
 @contextmanager
-def _advice(folder: str) -> Iterator[None]:
+def advice(folder: str) -> Iterator[None]:
+    """Tell damage from what could not be read, and what to do about it."""
     try:
         yield
+    except DamagedCheckpoint:
+        raise
     except ValueError as error:
-        text = f"{error}: fix that, or remove {folder} to resume from the one before"
-        raise ValueError(redact(text)) from error
+        cause = error.__cause__  # of what could not be read, perhaps for now only, or for this user
+        if isinstance(error, StoreError) and not isinstance(error, Missing):
+            raise
+        if cause and not isinstance(cause, FileNotFoundError) and getattr(cause, "errno", None) != errno.EIO:
+            raise
+        raise DamagedCheckpoint(folder, str(error)) from error
