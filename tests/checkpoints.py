@@ -55,7 +55,9 @@ def example(total: int) -> State:
         "flags": torch.rand(3, 5, generator=generator) > 0.5,
     }
     consumed = {"views": total * 4, "natural_images": 1}
-    progress = Progress("joint", max(total - 1, 0), total, skipped=2, skipped_in_a_row=1, data="ab12", consumed=consumed)
+    progress = Progress(
+        "joint", max(total - 1, 0), total, skipped=2, skipped_in_a_row=1, data="ab12", consumed=consumed
+    )
     return State(progress, f"experiment: größe\nseed: {total}\n", shared, optimizer, scenes)
 
 

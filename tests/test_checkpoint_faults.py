@@ -274,7 +274,9 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path: Path, small_files: Non
     with pytest.raises(ValueError) as error:
         put(maker, large)
         maker.wait()
-    assert str(at(tmp_path, 2)) in sentence(error) and "scenes-00000.safetensors can't be written: File too large (" in sentence(error)
+    assert str(at(tmp_path, 2)) in sentence(
+        error
+    ) and "scenes-00000.safetensors can't be written: File too large (" in sentence(error)
     assert names(tmp_path) == ["step-00000001"] and same(at(tmp_path, 1), example(1))
 
 

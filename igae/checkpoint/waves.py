@@ -55,11 +55,11 @@ class WaveCheckpoint:
             except ValidationError:
                 raise Damaged("it is not what was written, remove the folder and fit again") from None
 
-    def finished(self, mend: bool = False) -> dict[int, FileEntry]:
+    def finished(self, mend: bool | None = None) -> dict[int, FileEntry]:
         """The waves that are there, by number.
 
         Args:
-            mend: a damaged one is none, and is told; its files are written again.
+            mend: look into their files too. True: a damaged wave is none, and is told. False: it is refused.
         """
         with named_errors(self.folder):
             self._fs.invalidate_cache()
@@ -68,7 +68,7 @@ class WaveCheckpoint:
         found: dict[int, FileEntry] = {}
         for number in numbers:
             try:
-                found[number] = self._check(number)
+                found[number] = self._check(number, files=mend is not None)
             except DamagedCheckpoint as error:
                 if not mend:
                     raise ValueError(f"{error.why}: remove {_mark(number)}, and its scenes are fitted again") from None
@@ -76,8 +76,8 @@ class WaveCheckpoint:
                 log.warning("%s: its scenes are fitted again", error.why)
         return found
 
-    def _check(self, number: int) -> FileEntry:
-        """The entry of a wave, whose file is checked, but for the rows: who reads a row checks it."""
+    def _check(self, number: int, files: bool) -> FileEntry:
+        """The entry of a wave, with ``files`` checked, but for the rows: who reads a row checks it."""
         mark = join(self.folder, _mark(number))
         with advice(self.folder):
             with named_errors(mark):
@@ -85,7 +85,8 @@ class WaveCheckpoint:
                     entry = _ENTRY.validate_json(self._fs.cat_file(join(self._path, _mark(number))))
                 except ValidationError:
                     raise Damaged("it is not what was written") from None
-            TensorFile(join(self.folder, scenes_name(number)), entry).tensors()
+            if files:
+                TensorFile(join(self.folder, scenes_name(number)), entry).tensors()
         return entry
 
     def write(self, number: int, scenes: Tensors) -> None:
