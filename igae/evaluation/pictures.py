@@ -150,9 +150,7 @@ def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
         command += ["-movflags", "+faststart", "-f", "mp4", "-y", f"file:{staging}"]
         done = subprocess.run(command, input=np.ascontiguousarray(frames).reshape(-1).data, capture_output=True)
         if done.returncode:
-            raise OSError(
-                errno.EIO, done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or "ffmpeg failed"
-            )
+            raise OSError(errno.EIO, " ".join(done.stderr.decode(errors="replace").split())[:300])
 
 
 def _stretch(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
