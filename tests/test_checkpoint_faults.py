@@ -306,6 +306,26 @@ def test_old_ones_that_cannot_be_removed(
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
+def test_halves_that_cannot_be_removed_go_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, and one that removes nothing: what is left is no checkpoint, and the next save removes it."""
+    save(tmp_path, example(1), keep=2)
+
+    def refuse(path: str, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(ValueError, match="No space left on device"):
+            save(tmp_path, example(2), keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"] and complete(tmp_path) == names(tmp_path)[:1]
+    save(tmp_path, example(3), keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
 def test_a_copy_that_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")

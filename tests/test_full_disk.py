@@ -2,6 +2,7 @@
 """Commands whose disk is full: one sentence with the file and the disk, and nothing half written is left."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,3 +128,40 @@ def test_a_whole_disk_is_no_obstacle(trained: Path, tmp_path: Path) -> None:
         act(trained, tmp_path)
         assert (tmp_path / file).exists()
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"joint": {"step": 1}}
+
+
+def test_bytes_are_on_the_disk_before_they_have_a_name(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash after a rename must not leave zeros of the right size. Of shards, notes say that they are there."""
+    synced, named = set[int](), list[str]()
+    fsync, renames = os.fsync, {name: getattr(os, name) for name in ("replace", "rename")}
+
+    def note_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def check(name: str) -> Callable[[Path, Path], None]:
+        def rename(source: Path, target: Path) -> None:
+
+            if ".partial" not in str(target):
+                assert os.stat(source).st_ino in synced, target
+                named.append(Path(target).name)
+            if ".done" in str(target):
+                shards = [path for path in Path(target).parent.iterdir() if path.name.endswith(".tar.partial")]
+                assert shards and all(path.stat().st_ino in synced for path in shards)
+                named.append("note")
+            renames[name](source, target)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    for name in renames:
+        monkeypatch.setattr(os, name, check(name))
+    for point in ("metrics", "picture", "video", "autoencoder"):
+        POINTS[point][1](trained, tmp_path)
+    assert packed(trained, tmp_path) == 0
+    expected = ["metrics.json", "a.png", "a.mp4", "config.json", "diffusion_pytorch_model.safetensors", "note"]
+    shards = ["heldout-00000.tar", "scenes-00000.tar", "manifest.json"]
+    assert [name for name in named if name in expected] == expected and [n for n in named if n in shards] == shards
+    assert {(tmp_path / "shards").stat().st_ino, tmp_path.stat().st_ino} <= synced

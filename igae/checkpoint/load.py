@@ -37,7 +37,7 @@ class Checkpoint:
     config: str
     shared: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    _folder: str = field(repr=False)
+    folder: str
     _files: list[TensorFile] = field(repr=False)
     _ids_of_files: list[NDArray[np.int64]] = field(repr=False)
 
@@ -50,7 +50,7 @@ class Checkpoint:
         self._row = np.concatenate([np.arange(count) for count in counts])[order]
         twice = self._ids[1:][self._ids[1:] == self._ids[:-1]]
         if len(twice):
-            raise DamagedCheckpoint(self._folder, f"{self._folder} is damaged: scene {twice[0]} is in it twice")
+            raise DamagedCheckpoint(self.folder, f"{self.folder} is damaged: scene {twice[0]} is in it twice")
 
     @property
     def ids(self) -> frozenset[int]:
@@ -72,13 +72,13 @@ class Checkpoint:
         if len(missing):
             shown = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
-                f"{redact(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
+                f"{redact(self.folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
                 "train the scenes that it has, or use a new experiment=NAME"
             )
         where = np.searchsorted(self._ids, wanted)
         rows = {name: row for name, row in _row_types(self._files[0]).items() if names is None or name in names}
         result = {name: torch.empty((len(wanted), *shape), dtype=dtype) for name, (dtype, shape) in rows.items()}
-        with advice(self._folder):
+        with advice(self.folder):
             for number in np.unique(self._file[where]):
                 places = np.flatnonzero(self._file[where] == number)
                 for name, out in result.items():

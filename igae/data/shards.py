@@ -87,19 +87,18 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = False
         try:
             with writes_to(self._url):
                 try:
                     self._tar.close()
                 finally:
                     self._target.file.close()
-                if kind is None and isinstance(self._fs, LocalFileSystem):
+                if isinstance(self._fs, LocalFileSystem):
                     sync(Path(self._path))  # before anything says that it is there
-        except BaseException as error:
-            kind = type(error)
-            raise
+                whole = kind is None
         finally:
-            if kind is not None:
+            if not whole:
                 with suppress(Exception):
                     self._fs.rm_file(self._path)
 

@@ -90,7 +90,7 @@ def restore(
         problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
         if not problem and found is not None:
             channel.on_first_rank(functools.partial(_set_aside, damaged, folder))
-            return *_put(folder, *found, recipe, data, model, store), list(damaged)
+            return *_put(*found, recipe, data, model, store), list(damaged)
         damaged[folder] = problem
     first = DamagedCheckpoint(*next(iter(damaged.items())))
     if len(damaged) == 1:
@@ -122,16 +122,10 @@ def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> tup
 
 
 def _put(
-    folder: str,
-    loaded: Checkpoint,
-    rows: dict[str, Tensor],
-    recipe: Recipe,
-    data: RankData,
-    model: IGAE,
-    store: SceneStore,
+    loaded: Checkpoint, rows: dict[str, Tensor], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore
 ) -> tuple[Progress, StageState]:
     """Put what was read into place."""
-    progress = loaded.progress
+    progress, folder = loaded.progress, loaded.folder
     try:
         model.load_state_dict(loaded.shared)
     except RuntimeError as error:
