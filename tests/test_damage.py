@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 import ranks
 import runs
@@ -149,8 +150,20 @@ def test_two_ranks_take_the_same(trained: Path, copy: Path) -> None:
     assert "joint" in json.loads((copy.parent / "metrics.json").read_text())
 
 
-def test_where_nothing_is_renamed(trained: Path, copy: Path) -> None:
-    """As in an object store: a damaged one stays, does not count as kept, and is replaced by that of the same step."""
+def test_in_an_object_store(trained: Path, copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is renamed there: it is skipped, and left."""
+    damage(copy / SAVED[-1] / "optimizer.safetensors", "short")
+    fs = fsspec.filesystem("memory")
+    fs.put(str(copy), "/damage", recursive=True)
+    trainer = resume(trained, copy, "auto", "checkpoint.root=memory://damage")
+    assert trainer.progress.total == 6 and trainer.writer.damaged == {f"memory://damage/{SAVED[-1]}"}
+    assert "optimizer.safetensors is damaged" in caplog.text and "(it stays where it is)" in caplog.text
+    assert [Path(folder).name for folder in checkpoint.list_complete("memory://damage")] == SAVED
+    fs.rm("/damage", recursive=True)
+
+
+def test_one_that_stays(trained: Path, copy: Path) -> None:
+    """It does not count as kept, and is replaced by that of the same step."""
     damaged = str(copy / SAVED[1])
     damage(Path(damaged) / "shared.safetensors", "zeros")
     shutil.rmtree(copy / SAVED[2])
