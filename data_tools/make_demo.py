@@ -34,6 +34,7 @@ from demo_objects import BALL, COMPOSED, Array, Solid, column, length, make_soli
 
 from igae.data import ItemFailed, ProcessPool, ProgressCallback  # noqa: E402
 from igae.errors import Parser, command, end, local_path, say  # noqa: E402
+from igae.storage import writes_to  # noqa: E402
 
 FORMAT = 1
 RADIUS = 1.3
@@ -215,7 +216,12 @@ def write_crops(root: Path, natural_image: Path, numbers: Sequence[int], size: i
 
 def start() -> Callable[[Job, ProgressCallback], str]:
     """What a process does with a job."""
-    return lambda job, _: job[0](*job[1])
+
+    def work(job: Job, _: ProgressCallback) -> str:
+        with writes_to(job[1][0]):
+            return job[0](*job[1])
+
+    return work
 
 
 def finished(jobs: Sequence[Job], workers: int) -> Iterator[str]:
@@ -229,11 +235,22 @@ def finished(jobs: Sequence[Job], workers: int) -> Iterator[str]:
 
 def make(output: Path, arguments: dict[str, int], workers: int) -> None:
     """Make the set in a folder beside `output`, which gets its final name when all is written."""
-    scenes, views, size, seed = (arguments[key] for key in ("scenes", "views", "size", "seed"))
-    sources = natural_images() if arguments["natural_images"] else []
     staging = output.with_name(f".{output.name}.partial")
     if staging.exists():  # left by an interrupted run
         shutil.rmtree(staging)
+    try:
+        with writes_to(output):
+            write(staging, arguments, workers)
+            os.replace(staging, output)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write(staging: Path, arguments: dict[str, int], workers: int) -> None:
+    """Write all files of the set into a folder."""
+    scenes, views, size, seed = (arguments[key] for key in ("scenes", "views", "size", "seed"))
+    sources = natural_images() if arguments["natural_images"] else []
     objects, natural = staging / "train" / "objaverse", staging / "train" / "imagenet" / f"square{size}"
     objects.mkdir(parents=True)
     natural.mkdir(parents=True)
@@ -252,7 +269,6 @@ def make(output: Path, arguments: dict[str, int], workers: int) -> None:
     names = [solid_name(index) for index in range(scenes)]
     (objects / "dataset_map.json").write_text(json.dumps({"objaverse": names}, indent=0) + "\n", encoding="utf-8")
     (staging / "demo.json").write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, output)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

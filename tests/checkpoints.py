@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from igae.checkpoint import Checkpoint, CheckpointWriter, Progress, folder_of, list_complete, load_checkpoint
+from igae.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    DamagedCheckpoint,
+    Progress,
+    folder_of,
+    list_complete,
+    load_checkpoint,
+)
 from igae.ranks import Channel
 
 FILES = {"shared.safetensors", "optimizer.safetensors", "scenes-00000.safetensors", "config.yaml", "state.json"}
@@ -47,7 +55,9 @@ def example(total: int) -> State:
         "flags": torch.rand(3, 5, generator=generator) > 0.5,
     }
     consumed = {"views": total * 4, "natural_images": 1}
-    progress = Progress("joint", total - 1, total, skipped=2, skipped_in_a_row=1, data="ab12", consumed=consumed)
+    progress = Progress(
+        "joint", max(total - 1, 0), total, skipped=2, skipped_in_a_row=1, data="ab12", consumed=consumed
+    )
     return State(progress, f"experiment: größe\nseed: {total}\n", shared, optimizer, scenes)
 
 
@@ -95,7 +105,7 @@ def read_all(folder: Path) -> Checkpoint:
 
 
 def sentence(error: pytest.ExceptionInfo[ValueError]) -> str:
-    assert type(error.value) is ValueError and "\n" not in str(error.value)
+    assert type(error.value) in (ValueError, DamagedCheckpoint) and "\n" not in str(error.value)
     return str(error.value)
 
 

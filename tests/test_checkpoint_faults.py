@@ -233,8 +233,9 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(ValueError) as error:
             save(tmp_path, example(total), keep=2)
         folder = at(tmp_path, total)
-        reason = "rank 0: No space left on device; earlier ones are untouched"
-        assert sentence(error) == f"the checkpoint {folder} can't be written: {reason}"
+        told = f"the checkpoint {folder} can't be written: rank 0: {folder}/"
+        assert sentence(error).startswith(told) and sentence(error).endswith("; earlier ones are untouched")
+        assert "can't be written: No space left on device (" in sentence(error).removeprefix(told)
         assert names(tmp_path) == ["step-00000001", "step-00000002"]
         assert all(same(at(tmp_path, earlier), example(earlier)) for earlier in (1, 2))
 
@@ -252,7 +253,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ValueError) as error:
         save(tmp_path, example(2), keep=2)
-    assert "rank 0: No space left on device" in sentence(error)
+    assert f"rank 0: {at(tmp_path, 2) / file} can't be written: No space left on device (" in sentence(error)
     assert names(tmp_path) == ["step-00000001"] and same(at(tmp_path, 1), example(1))
 
 
@@ -273,7 +274,9 @@ def test_a_file_that_the_system_refuses_to_grow(tmp_path: Path, small_files: Non
     with pytest.raises(ValueError) as error:
         put(maker, large)
         maker.wait()
-    assert str(at(tmp_path, 2)) in sentence(error) and "rank 0: File too large" in sentence(error)
+    assert str(at(tmp_path, 2)) in sentence(
+        error
+    ) and "scenes-00000.safetensors can't be written: File too large (" in sentence(error)
     assert names(tmp_path) == ["step-00000001"] and same(at(tmp_path, 1), example(1))
 
 
@@ -301,6 +304,26 @@ def test_old_ones_that_cannot_be_removed(
     assert same(at(tmp_path, 2), example(2))
     save(tmp_path, example(4), keep=2)
     assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_halves_that_cannot_be_removed_go_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, and one that removes nothing: what is left is no checkpoint, and the next save removes it."""
+    save(tmp_path, example(1), keep=2)
+
+    def refuse(path: str, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(ValueError, match="No space left on device"):
+            save(tmp_path, example(2), keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"] and complete(tmp_path) == names(tmp_path)[:1]
+    save(tmp_path, example(3), keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
 def test_a_copy_that_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

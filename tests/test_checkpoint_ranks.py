@@ -211,8 +211,14 @@ def save_large(root: str, limited: list[int], large: list[int], background: bool
 
 def check_refused(root: Path, large: list[int], background: bool, limited: list[int], reason: str) -> None:
     first, *others = ranks.run(save_large, 2, str(root), limited, large, background)
-    message = f"the checkpoint {at(root, 2)} can't be written: {reason}; earlier ones are untouched"
-    assert others == [message]  # the same on all ranks
+    message = others[0]
+    number, _, rest = reason.partition(": ")
+    what, *more = rest.split(" (and")
+    file = at(root, 2) / f"scenes-0000{number[-1]}.safetensors"
+    told = f"the checkpoint {at(root, 2)} can't be written: {number}: {file} can't be written: {what} ("
+    assert message.startswith(told)
+    assert message.endswith("; earlier ones are untouched") and all(f") (and{end};" in message for end in more)
+    # The same on all ranks:
     assert first == f"{message}; ['step-00000001']"  # and the half written one is gone
     assert complete(root) == names(root) == ["step-00000001", "step-00000003"]
     for total in (1, 3):

@@ -79,7 +79,7 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     mark = tmp_path / "scenes-00000.json"
     good = mark.read_text()
     mark.write_text(good[:10])
-    with pytest.raises(ValueError, match=r"scenes-00000\.json is damaged: remove it") as error:
+    with pytest.raises(ValueError, match=r"scenes-00000\.json is damaged: .*: remove scenes-00000\.json") as error:
         waves.finished()
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
     mark.write_text(good)
@@ -97,3 +97,25 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
         waves.begin(CONFIG, "ab12")
     with pytest.raises(ValueError, match="can't be written"):
         waves.write(0, scenes(1))
+
+
+@pytest.mark.parametrize("damage", ["zeros", "short", "missing", "mark"])
+def test_a_damaged_wave_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    waves = WaveCheckpoint(str(tmp_path))
+    waves.begin(CONFIG, "ab12")
+    for number in (0, 1):
+        waves.write(number, scenes(number))
+    file = tmp_path / ("scenes-00001.json" if damage == "mark" else "scenes-00001.safetensors")
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] if damage == "short" else bytes(len(raw)))
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{file} .*: remove scenes-00001.json, and its scenes are fitted again"):
+        waves.finished(mend=False)
+    assert not caplog.text and set(waves.finished(mend=True)) == {0}
+    assert str(file) in caplog.text and "its scenes are fitted again" in caplog.text
+    assert (tmp_path / "scenes-00001.safetensors-damaged").exists() == (damage != "missing")
+    waves.write(1, scenes(1))
+    assert set(waves.finished(mend=True)) == {0, 1}
+    waves.close(progress(), CONFIG, SHARED)
+    assert load_checkpoint(waves.folder).ids == {0, 1}

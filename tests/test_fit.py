@@ -239,6 +239,23 @@ def test_a_fit_that_is_done_is_left_alone(folder: Path, fitted: Checkpoint, capl
     assert {path: path.stat().st_mtime_ns for path in checkpoints(folder, "whole").iterdir()} == before
 
 
+def test_a_damaged_wave_is_fitted_again(folder: Path, fitted: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """And results that a crash has emptied are made again; strict refuses the wave."""
+    recipe, end = load_fit(folder, "experiment=damaged"), checkpoints(folder, "damaged")
+    part = Fit(recipe)
+    part.parts.begin(fitted.config, fitted.progress.data)
+    for number, ids in enumerate(wave for wave in part.waves):
+        scenes = [scene.id for scene in ids]
+        part.parts.write(number, {"ids": torch.tensor(scenes), **fitted.rows(scenes)})
+    (end / "scenes-00001.safetensors").write_bytes(bytes((end / "scenes-00001.safetensors").stat().st_size))
+    (end.parent.parent / "metrics.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"scenes-00001\.safetensors is damaged: .*: remove scenes-00001\.json"):
+        Fit(recipe, "strict").run()
+    assert Fit(recipe).run() and "scenes-00001.safetensors is damaged" in caplog.text
+    torch.testing.assert_close(planes(result(folder, "damaged")), planes(fitted), rtol=0, atol=1e-5)  # measured: 2.2e-6
+    assert "fit" in json.loads((end.parent.parent / "metrics.json").read_text())
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +277,7 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
         (["experiment=whole", "fit.wave=3"], ["fit.wave was 1"]),
         (["experiment=whole", "--resume", "never"], ["already has scenes", "experiment=NAME"]),
         (["--resume", "outputs/x"], ["leave --resume out"]),
+        (["model="], ["model is empty", "model=outputs/RUN"]),
         (["--stage", "joint"], ["leave --stage out"]),
         (["train.warmup.epochs=0", "train.joint.epochs=0"], ["nothing to do"]),
         (

@@ -162,10 +162,10 @@ def test_failed_video_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(AssertionError):
         pictures.write_video(path, np.zeros((0, 8, 8, 3), np.uint8))
 
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("no ffmpeg")
-
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", broken)
-    with pytest.raises(OSError, match="no ffmpeg"):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\necho no codec >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(broken))
+    with pytest.raises(OSError, match="orbit.mp4 can't be written: no codec"):
         pictures.write_video(path, np.zeros((2, 8, 8, 3), np.uint8))
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and {each.name for each in tmp_path.iterdir()} == {"orbit.mp4", "ffmpeg"}

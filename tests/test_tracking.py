@@ -192,6 +192,8 @@ def expected(run: Path) -> list[tuple[int, float, float]]:
 def test_wandb_offline_loses_nothing_when_it_is_killed(wandb_run: Path) -> None:
     """Without account, network or home folder: a start that is killed, one that goes on from an earlier step, and both
     sent by `wandb sync`, folder by folder: it sends no more of a run after a file that a kill has cut off."""
+    wandb_run.mkdir(exist_ok=True)
+    (wandb_run / "wandb-id.txt").write_bytes(b"")  # as a crash may leave it: no reason not to start
     killed = start_wandb(wandb_run, 0, 150, "killed", WANDB_MODE="offline")
     assert killed.wait(60) == -9
     resumed = start_wandb(wandb_run, 140, 160, "closed", WANDB_MODE="offline")

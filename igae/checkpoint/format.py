@@ -2,14 +2,16 @@
 """Names and contents of a checkpoint's files."""
 
 import json
+import os
 import re
 import zlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field, TypeAdapter, ValidationError
 
-from igae.storage import Damaged, Stamp, file_system, join, named_errors, parse_json
+from igae.storage import Damaged, Stamp, file_system, join, named_errors, parse_json, reason
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
@@ -19,6 +21,8 @@ MAX_STATE = 64 << 20
 LEARNING_RATES = "planes/learning_rates"
 """The learning rates of the planes' optimizer, one for each step, among the tensors of OPTIMIZER."""
 FOLDER = re.compile(r"step-\d{8,}(-end)?")
+Count = Annotated[int, Field(ge=0, lt=1 << 60)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 60)]
 RENAMED_STREAMS = {"photos": "natural_images"}
 """Names of streams that version 0.1.0 wrote."""
 
@@ -27,18 +31,18 @@ RENAMED_STREAMS = {"photos": "natural_images"}
 class Progress:
     """Where a run stands: ``step`` steps of ``stage`` are done, ``total`` of all stages together."""
 
-    stage: str
-    step: int
-    total: int
+    stage: Literal["warmup", "joint"]
+    step: Count
+    total: Count
     finished: bool = False
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped: Count = 0
+    skipped_in_a_row: Count = 0
     data: str = ""
     """Digest of the manifest's shards."""
-    world: int = 1
+    world: Positive = 1
     """Number of ranks that have written the checkpoint."""
-    steps_per_epoch: int = 1
-    consumed: dict[str, int] = field(default_factory=dict)
+    steps_per_epoch: Positive = 1
+    consumed: dict[str, Count] = field(default_factory=dict)
     """Name of each stream -> samples that a rank has taken of it in this stage."""
     format: int = FORMAT
 
@@ -47,7 +51,7 @@ class Progress:
 class FileEntry(Stamp):
     """A file of a checkpoint: its stamp, and the number of its scenes, if any."""
 
-    rows: int | None = None
+    rows: Count | None = None
 
 
 _PROGRESS, _FILES = TypeAdapter(Progress), TypeAdapter(dict[str, FileEntry])
@@ -87,6 +91,21 @@ def list_complete(root: str) -> list[str]:
     with named_errors(root, "listed"):
         fs, path = file_system(root)
         return [join(root, name) for name in folders(fs, path) if fs.exists(join(path, name, STATE))]
+
+
+def set_aside(folder: str) -> str:
+    """Rename a damaged checkpoint, so that it is none; nothing of it is removed. An object store has no renaming: there
+    it stays. Returns what was done."""
+    fs, path = file_system(folder)
+    if not isinstance(fs, LocalFileSystem):
+        return "it stays where it is"
+    names = (f"{path}-damaged{number}" for number in ("", *range(2, 100)))
+    target = next(name for name in names if not os.path.lexists(name))
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        return f"it stays where it is ({reason(error)})"
+    return f"it was renamed to {target}"
 
 
 def is_complete(folder: str) -> bool:

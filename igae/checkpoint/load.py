@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading checkpoints: all of what is shared, and of the scenes the rows that are asked for."""
 
+import errno
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,14 @@ Found = dict[str, tuple[TensorFile, dict[str, Tensor]]]
 """Name of a file -> the file, and its tensors but for the rows."""
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that does not hold what was written; ``why`` names the file, without advice."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(redact(f"{why}: fix that, or remove {folder} to resume from the one before"))
+        self.why = redact(why)
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint that was read, but for the rows of its scenes."""
@@ -39,7 +48,7 @@ class Checkpoint:
     config: str
     shared: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    _folder: str = field(repr=False)
+    folder: str
     _files: list[TensorFile] = field(repr=False)
     _ids_of_files: list[NDArray[np.int64]] = field(repr=False)
 
@@ -63,20 +72,21 @@ class Checkpoint:
             names: which tensors; all if left out.
 
         Raises:
-            ValueError: scenes that are not there, or damaged files.
+            DamagedCheckpoint: as of :func:`load_checkpoint`.
+            ValueError: scenes that are not there, or files that can't be read.
         """
         wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
         missing = wanted[~np.isin(wanted, self._ids)]
         if len(missing):
             shown = ", ".join(map(str, missing[:5].tolist())) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
-                f"{redact(self._folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
+                f"{redact(self.folder)} has no rows for {len(missing)} of {len(wanted)} scenes ({shown}): "
                 "train the scenes that it has, or use a new experiment=NAME"
             )
         where = np.searchsorted(self._ids, wanted)
         rows = {name: row for name, row in _row_types(self._files[0]).items() if names is None or name in names}
         result = {name: torch.empty((len(wanted), *shape), dtype=dtype) for name, (dtype, shape) in rows.items()}
-        with _advice(self._folder):
+        with advice(self.folder):
             for number in np.unique(self._file[where]):
                 places = np.flatnonzero(self._file[where] == number)
                 for name, out in result.items():
@@ -96,12 +106,13 @@ def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
         moments: read those of the optimizer too; without them ``optimizer`` is empty.
 
     Raises:
-        ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
+        DamagedCheckpoint: a file is damaged or missing; the sentence names it.
+        ValueError: there is none, it can't be read, or is of another format.
     """
     progress, files, config = read_head(folder)
 
     names = [SHARED, *([OPTIMIZER] if moments else []), *map(scenes_name, range(progress.world))]
-    with _advice(folder):
+    with advice(folder):
         found = _read_files(folder, files, names)
         shared, optimizer = found.pop(SHARED)[1], found.pop(OPTIMIZER, (None, {}))[1]
         ids = check_scenes(folder, files, found)
@@ -119,7 +130,8 @@ def check_scenes(folder: str, files: dict[str, FileEntry], found: Found | None =
         The ids of the scenes in each.
 
     Raises:
-        ValueError: rows of one are of other types than those of another, or two have the same scene.
+        DamagedCheckpoint: two have the same scene.
+        ValueError: rows of one are of other types than those of another.
     """
     if found is None:
         found = _read_files(folder, files, sorted(name for name, entry in files.items() if entry.rows is not None))
@@ -129,7 +141,7 @@ def check_scenes(folder: str, files: dict[str, FileEntry], found: Found | None =
     ids = [tensors["ids"].numpy() for _, tensors in found.values()]
     every, counts = np.unique(np.concatenate(ids), return_counts=True)
     if len(twice := every[counts > 1]):
-        raise ValueError(f"{folder} is damaged: scene {twice[0]} is in it twice")
+        raise DamagedCheckpoint(folder, f"{folder} is damaged: scene {twice[0]} is in it twice")
     return ids
 
 
@@ -152,7 +164,7 @@ def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:
         raise ValueError(f"{redact(folder)} has no {STATE}: give the folder of a complete checkpoint") from None
     except StoreError as error:
         raise ValueError(str(error)) from None
-    with _advice(folder):
+    with advice(folder):
         with named_errors(join(folder, STATE)):
             progress, files = parse_state(state)
         config = _read(folder, CONFIG)
@@ -181,9 +193,16 @@ def _row_types(file: TensorFile) -> dict[str, RowType]:
 
 
 @contextmanager
-def _advice(folder: str) -> Iterator[None]:
+def advice(folder: str) -> Iterator[None]:
+    """Tell damage from what could not be read, and what to do about it."""
     try:
         yield
+    except DamagedCheckpoint:
+        raise
     except ValueError as error:
-        text = f"{error}: fix that, or remove {folder} to resume from the one before"
-        raise ValueError(redact(text)) from error
+        cause = error.__cause__  # of what could not be read, perhaps for now only, or for this user
+        if isinstance(error, StoreError) and not isinstance(error, Missing):
+            raise
+        if cause and not isinstance(cause, FileNotFoundError) and getattr(cause, "errno", None) != errno.EIO:
+            raise
+        raise DamagedCheckpoint(folder, str(error)) from error

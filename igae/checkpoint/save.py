@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -49,10 +49,13 @@ class CheckpointWriter:
         keep: how many of the newest to keep.
         channel: for this writer alone.
         background: write in a thread while training goes on, from a copy in CPU memory.
+        damaged: complete checkpoints that are none: one is replaced by that of the same step, and none counts as kept.
     """
 
-    def __init__(self, root: str, keep: int, channel: Channel, background: bool = False) -> None:
-        self.root, self.keep, self.background = root, keep, background
+    def __init__(
+        self, root: str, keep: int, channel: Channel, background: bool = False, damaged: Collection[str] = ()
+    ) -> None:
+        self.root, self.keep, self.background, self.damaged = root, keep, background, set(damaged)
         self._channel = channel
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -159,7 +162,10 @@ class CheckpointWriter:
         for other in folders(fs, root):
             if fs.exists(join(root, other, STATE)):
                 if other == name:
-                    return True
+                    if folder not in self.damaged:
+                        return True
+                    _remove(folder)
+                    self.damaged.remove(folder)
             elif age(other) <= age(name):
                 _try_to_remove(join(self.root, other))
         fs.makedirs(join(root, name), exist_ok=True)
@@ -169,7 +175,8 @@ class CheckpointWriter:
     def _remove_old(self, folder: str) -> None:
         """On rank 0: keep as many as are to be kept, and always the one just written: a run that was taken back to an
         older checkpoint writes lower steps than are there."""
-        others, failure = _attempt(lambda: [other for other in list_complete(self.root) if other != folder])
+        spared = {folder, *self.damaged}
+        others, failure = _attempt(lambda: [other for other in list_complete(self.root) if other not in spared])
         if failure:
             log.warning("old checkpoints in %s are kept: %s", redact(self.root), failure)
         for old in (others or [])[: -(self.keep - 1) or None]:

@@ -2,19 +2,21 @@
 """A checkpoint whose scenes are finished wave after wave, each by any rank and perhaps after a restart."""
 
 import json
+import logging
 import re
 from dataclasses import asdict, replace
 
 from pydantic import TypeAdapter, ValidationError
 
-from igae.checkpoint.format import OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name
-from igae.checkpoint.load import read_head
+from igae.checkpoint.format import OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name, set_aside
+from igae.checkpoint.load import DamagedCheckpoint, advice, read_head
 from igae.checkpoint.save import Tensors, mark_complete, write_files
-from igae.storage import file_system, join, named_errors, sync_folder, write_file
+from igae.storage import Damaged, TensorFile, file_system, join, named_errors, sync_folder, write_file
 
 BEGUN = "begun.json"
 MARK = re.compile(r"scenes-(\d+)\.json")
-_ENTRY = TypeAdapter(FileEntry)
+_ENTRY, _BEGUN = TypeAdapter(FileEntry), TypeAdapter(tuple[str, str])
+log = logging.getLogger("igae")
 
 
 class WaveCheckpoint:
@@ -46,22 +48,46 @@ class WaveCheckpoint:
             self._fs.makedirs(self._path, exist_ok=True)
             if not self._fs.exists(join(self._path, BEGUN)):
                 write_file(join(self.folder, BEGUN), json.dumps([config, data]).encode())
-            begun = json.loads(self._fs.cat_file(join(self._path, BEGUN)))
-            return str(begun[0]), str(begun[1])
+            data_of_begun = self._fs.cat_file(join(self._path, BEGUN))
+        with named_errors(join(self.folder, BEGUN)):
+            try:
+                return _BEGUN.validate_json(data_of_begun)
+            except ValidationError:
+                raise Damaged("it is not what was written, remove the folder and fit again") from None
 
-    def finished(self) -> dict[int, FileEntry]:
-        """The waves that are there, by number."""
+    def finished(self, mend: bool | None = None) -> dict[int, FileEntry]:
+        """The waves that are there, by number.
+
+        Args:
+            mend: look into their files too. True: a damaged wave is none, and is told. False: it is refused.
+        """
         with named_errors(self.folder):
             self._fs.invalidate_cache()
             names = [str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)]
             numbers = sorted(int(match[1]) for match in map(MARK.fullmatch, names) if match)
-            return {number: self._read_mark(_mark(number)) for number in numbers}
+        found: dict[int, FileEntry] = {}
+        for number in numbers:
+            try:
+                found[number] = self._check(number, files=mend is not None)
+            except DamagedCheckpoint as error:
+                if not mend:
+                    raise ValueError(f"{error.why}: remove {_mark(number)}, and its scenes are fitted again") from None
+                set_aside(join(self.folder, scenes_name(number)))
+                log.warning("%s: its scenes are fitted again", error.why)
+        return found
 
-    def _read_mark(self, name: str) -> FileEntry:
-        try:
-            return _ENTRY.validate_json(self._fs.cat_file(join(self._path, name)))
-        except ValidationError:
-            raise ValueError(f"{name} is damaged: remove it, and the scenes beside it are fitted again") from None
+    def _check(self, number: int, files: bool) -> FileEntry:
+        """The entry of a wave, with ``files`` checked, but for the rows: who reads a row checks it."""
+        mark = join(self.folder, _mark(number))
+        with advice(self.folder):
+            with named_errors(mark):
+                try:
+                    entry = _ENTRY.validate_json(self._fs.cat_file(join(self._path, _mark(number))))
+                except ValidationError:
+                    raise Damaged("it is not what was written") from None
+            if files:
+                TensorFile(join(self.folder, scenes_name(number)), entry).tensors()
+        return entry
 
     def write(self, number: int, scenes: Tensors) -> None:
         """Write a wave: ``ids`` (int64 [N]) and tensors [N, ...] of its scenes, with the same names and shapes of rows

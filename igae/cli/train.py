@@ -37,7 +37,7 @@ def parser(default: str | None = None, prog: str | None = None) -> argparse.Argu
     made = _Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
     made.add_argument("--config", required=default is None, default=default, help="a YAML file, or a recipe's name")
     made.add_argument("--stage", choices=["warmup", "joint"], help="run this stage only (default: what is still to do)")
-    made.add_argument("--resume", default="auto", help="auto (default), never, or the folder of a checkpoint")
+    made.add_argument("--resume", default="auto", help="auto (default), strict, never, or the folder of a checkpoint")
     made.add_argument("--print-config", action="store_true", help="print the resolved recipe and do nothing else")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.joint.batch_size=8")
     return made
@@ -86,6 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _take_settings(data: dict[str, Any]) -> None:
+    if "model" in data and not data["model"] and "autoencoder" not in data:
+        raise ValueError(
+            "model is empty: say which run, checkpoint or export the scenes are fitted to, model=outputs/RUN"
+        )
     if data.get("model") is not None:
         from igae.export import take_settings
 

@@ -25,7 +25,7 @@ from igae.data.sources.images import check_image, read_files
 from igae.data.sources.pixels import pack_view
 from igae.data.sources.scene import BadInput, SceneRef, View
 from igae.errors import redact
-from igae.storage import file_system, join
+from igae.storage import file_system, join, write_file
 
 NOTE = ".done"
 
@@ -219,7 +219,7 @@ def _write_note(job: Job, result: JobResult) -> None:
         raise OSError(f"{name} in {redact(job.output.url)} is not as large as what was written to it")
     # pydantic's JSON has no place for file names that are not UTF-8.
     note = json.dumps(_NOTE.dump_python(replace(result, job=job.digest)))
-    fs.pipe_file(join(root, job.note), note.encode())
+    write_file(join(job.output.url, job.note), note.encode())
 
 
 def _incomplete(job: Job, result: JobResult) -> str | None:

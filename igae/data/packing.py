@@ -31,7 +31,7 @@ from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, join, look_up
+from igae.storage import FileInfo, file_system, join, look_up, sync_folder, write_file
 
 log = logging.getLogger("igae")
 
@@ -115,7 +115,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         _remove(fs, root, [*(name + staged for name in names), *(job.note for job in jobs)])
         raise Refused(problems)
     _remove(fs, root, [name + staged for name in names - {shard.name for shard in manifest.shards}])
-    _finish(fs, root, manifest, staged)
+    _finish(output, manifest, staged)
     return manifest, problems
 
 
@@ -261,8 +261,9 @@ def _remove(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> N
             fs.rm_file(join(root, name))
 
 
-def _finish(fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest, staged: str) -> None:
+def _finish(output: str, manifest: Manifest, staged: str) -> None:
     """Gives the shards their names and writes the manifest, which says that all of them are there, last."""
+    fs, root = file_system(output)
     manifest_file = join(root, NAME)
     names = {shard.name for shard in manifest.shards}
 
@@ -275,11 +276,10 @@ def _finish(fs: fsspec.AbstractFileSystem, root: str, manifest: Manifest, staged
     if staged:
         for name in sorted(names):
             fs.mv(join(root, name + staged), join(root, name))
+        sync_folder(output)  # before the notes go, and the manifest says so
     fs.invalidate_cache(root)
     _remove(fs, root, [name for name in present() if name.endswith(NOTE + staged)])
-    fs.pipe_file(manifest_file + staged, manifest.to_json())
-    if staged:
-        fs.mv(manifest_file + staged, manifest_file)
+    write_file(join(output, NAME), manifest.to_json())
 
 
 def verify_packed(root: str, workers: int = 1) -> list[str]:

@@ -13,14 +13,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from fsspec.implementations.local import LocalFileSystem
 from webdataset import TarWriter
 
 from igae.data.config import Verify
 from igae.data.manifest import Shard, ShardKind
 from igae.errors import redact
-from igae.storage import Cache, File, StoreError, file_system, join
+from igae.storage import Cache, File, StoreError, file_system, join, sync, writes_to
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 MEMBER = re.compile(r"((?!.*\.\.)[^/\\]+/[0-9]{1,18})\.(png|jpg|jpeg|webp|json)", re.DOTALL)
@@ -65,13 +68,16 @@ def seeded(seed: int, use: str) -> random.Random:
 
 
 class ShardWriter:
-    """Writes a shard; `entry()` is its manifest entry once it is closed. The same samples give the same bytes."""
+    """Writes a shard; `entry()` is its manifest entry once it is closed. The same samples give the same bytes. One that
+    an error ends is removed."""
 
     def __init__(self, url: str, name: str, kind: ShardKind) -> None:
         self._name, self._kind = name, kind
         self._samples, self._scenes = 0, Counter[str]()
         fs, path = file_system(url)
-        self._target = _Digest(fs.open(path, "wb"))
+        self._fs, self._path, self._url = fs, path, url
+        with writes_to(url):
+            self._target = _Digest(fs.open(path, "wb"))
         # Nothing but name and size, no time and no user: the bytes depend on the content alone.
         self._tar = TarWriter(self._target, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
         tar = self._tar.tarstream  # the writer's own format argument has no effect
@@ -80,16 +86,27 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = False
         try:
-            self._tar.close()
+            with writes_to(self._url):
+                try:
+                    self._tar.close()
+                finally:
+                    self._target.file.close()
+                if isinstance(self._fs, LocalFileSystem):
+                    sync(Path(self._path))  # before anything says that it is there
+                whole = kind is None
         finally:
-            self._target.file.close()
+            if not whole:
+                with suppress(Exception):
+                    self._fs.rm_file(self._path)
 
     def add(self, key: str, members: Mapping[str, bytes], scene: str | None = None) -> None:
         """Appends a sample: extension -> content."""
-        for suffix, body in members.items():  # one by one: a sample's members would be sorted
-            self._tar.write({"__key__": key, suffix: body})
+        with writes_to(self._url):
+            for suffix, body in members.items():  # one by one: a sample's members would be sorted
+                self._tar.write({"__key__": key, suffix: body})
         self._tar.tarstream.members.clear()  # it would keep all headers
         self._samples += 1
         if scene is not None:

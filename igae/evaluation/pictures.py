@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and videos out of tensors. Pictures are uint8 arrays [H, W, 3], several of them [N, H, W, 3]."""
 
+import errno
 import math
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,22 +142,15 @@ def write_video(path: Path, frames: Picture, fps: float = 24) -> None:
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as staging:
-        writer = imageio_ffmpeg.write_frames(
-            str(staging),
-            (frames.shape[2], frames.shape[1]),
-            fps=fps,
-            codec="libx264",
-            pix_fmt_out="yuv420p",
-            quality=8,  # of 10
-            macro_block_size=2,
-            # the index first, so that a browser plays the file while it loads
-            output_params=["-movflags", "+faststart", "-f", "mp4"],
-            ffmpeg_log_level="error",
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
+        # imageio_ffmpeg's own writer does not tell of a full disk.
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command += ["-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", str(fps), "-i", "pipe:0", "-an"]
+        command += ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "10"]
+        # The index first, so that a browser plays the file while it loads.
+        command += ["-movflags", "+faststart", "-f", "mp4", "-y", f"file:{staging}"]
+        done = subprocess.run(command, input=np.ascontiguousarray(frames).reshape(-1).data, capture_output=True)
+        if done.returncode:
+            raise OSError(errno.EIO, " ".join(done.stderr.decode(errors="replace").split())[:300])
 
 
 def _stretch(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from igae.export.format import (
 )
 from igae.export.model import Content
 from igae.export.reader import shared_tensors
-from igae.storage import Stamp, file_system, join, reason, write_tensors
+from igae.storage import Stamp, file_system, join, reason, write_file, write_tensors
 
 FILE_BYTES = 256 << 20
 _HUB = re.compile(r"hf://(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
@@ -113,7 +113,7 @@ class _Files:
 
     def put(self, name: str, data: bytes) -> Stamp:
         self.begun.append(name)
-        self.fs.pipe_file(join(self.path, name), data)
+        write_file(join(self.target, name), data)
         return Stamp(len(data), zlib.crc32(data))
 
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> Stamp:

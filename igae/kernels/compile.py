@@ -4,12 +4,13 @@
 `IGAE_KERNEL_CACHE` is the folder of the results, by default `~/.cache/igae/kernels`.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import re
-import tempfile
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,12 +77,12 @@ def cached_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
         return path.read_bytes()
     except OSError:
         code, _ = compile_source(source, defines, arch)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(name, path)
+        part.write_bytes(code)
+        os.replace(part, path)
     except OSError:
-        pass
+        with contextlib.suppress(OSError):
+            part.unlink()
     return code

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
-from igae.storage import is_url, reason
+from igae.storage import is_url, reason, staged_files
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
@@ -108,9 +108,11 @@ class Autoencoder(nn.Module):
         return torch.atanh(normalized.clamp(-1.0 + MARGIN, 1.0 - MARGIN)) / self.scale
 
     def save(self, folder: Path) -> None:
-        """Write the autoencoder in diffusers' format, for ``autoencoder.path`` or ``from_pretrained``."""
+        """Write the autoencoder in diffusers' format, for ``autoencoder.path`` or ``from_pretrained``; OSError where it
+        can't be written."""
         if self.net is not None:
-            self.net.save_pretrained(folder)
+            with staged_files(folder) as staging:
+                self.net.save_pretrained(staging)
 
     @property
     def scale_is_fitted(self) -> bool:

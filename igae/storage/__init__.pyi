@@ -28,6 +28,9 @@ from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
 from .tensors import write_tensors as write_tensors
 from .writing import staged as staged
+from .writing import staged_files as staged_files
+from .writing import sync as sync
 from .writing import sync_folder as sync_folder
 from .writing import write_file as write_file
 from .writing import write_text as write_text
+from .writing import writes_to as writes_to

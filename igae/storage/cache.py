@@ -19,7 +19,7 @@ from typing import Protocol
 
 from filelock import FileLock
 
-from igae.storage.paths import StoreError, join
+from igae.storage.paths import StoreError, join, reason
 from igae.storage.reading import File
 from igae.storage.writing import staged
 
@@ -106,8 +106,7 @@ class Cache:
     def _download(self, file: Original, what: str, path: Path) -> None:
         digest = hashlib.sha256()
         try:
-            # Durable: the name must not outlive the content when the machine goes down.
-            with File(join(self.root, file.name), what, file.bytes, digest) as source, staged(path, True) as staging:
+            with File(join(self.root, file.name), what, file.bytes, digest) as source, staged(path) as staging:
                 if source.size != file.bytes:
                     raise StoreError(f"{what} has {source.size} bytes, the manifest says {file.bytes}: copy it again")
                 with open(staging, "wb") as target:
@@ -117,6 +116,6 @@ class Cache:
                     raise StoreError(f"{what} has another sha256 than the manifest says: copy or pack it again")
         except OSError as error:
             raise StoreError(
-                f"{what} cannot be kept in data.cache {self.folder}: {error.strerror}; make room there, choose another "
+                f"{what} cannot be kept in data.cache {self.folder}: {reason(error)}; make room there, choose another "
                 "folder, or leave data.cache out"
             ) from None

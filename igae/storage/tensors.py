@@ -24,6 +24,7 @@ from torch import Tensor
 
 from igae.storage.paths import LIMITS, Damaged, file_system, named_errors
 from igae.storage.reading import parse_json
+from igae.storage.writing import writes_to
 
 DTYPES = {
     "F64": torch.float64,
@@ -82,7 +83,7 @@ def write_tensors(url: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Te
     header, size = _header(layout)
     crc = zlib.crc32(header)
     fs, path = file_system(url)
-    with fs.open(path, "wb") as file:
+    with writes_to(url), fs.open(path, "wb") as file:
         file.write(header)
         for name, tensor in layout.items():
             first = 0

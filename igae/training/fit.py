@@ -24,7 +24,7 @@ from igae.training.preflight import agree, check_memory, scene_bytes
 from igae.training.rank_data import RankData, select, waves
 from igae.training.recipe import Recipe, StageName
 from igae.training.resume import compare_settings, initialize
-from igae.training.run_folder import METRICS, open_run, public_settings, write_metrics
+from igae.training.run_folder import open_run, public_settings, read_metrics, write_metrics
 from igae.training.stage import Stage, StageState
 
 # What all scenes of a fit have in common.
@@ -72,7 +72,8 @@ class Fit(Job):
     """A run that fits the scenes of ``recipe.data`` to ``recipe.model``. All ranks make one and call :meth:`run`.
 
     Args:
-        resume: ``auto`` leaves out the waves that are there; ``never`` refuses a folder that has some.
+        resume: ``auto`` leaves out the waves that are there, and fits damaged ones again; ``strict`` refuses these;
+            ``never`` refuses a folder that has some.
 
     Raises:
         ValueError: configuration, data and model don't fit together.
@@ -130,10 +131,10 @@ class Fit(Job):
                 f"{folder} has scenes of other shards than those at {self.recipe.data.root}: use a new experiment=NAME"
             )
         check_box(self.recipe.render.box, self.data)
-        finished, complete = set(self.parts.finished()), is_complete(folder)
+        finished, complete = set(self.parts.finished(mend=self.resume == "auto")), is_complete(folder)
         if self.resume == "never" and (finished or complete):
             raise ValueError(f"{folder} already has scenes: choose another name with experiment=NAME, or remove it")
-        return finished, complete, complete and (self.folder / METRICS).exists()
+        return finished, complete, complete and "fit" in read_metrics(self.folder)
 
     def _fit_all(self, finished: set[int]) -> bool:
         """Whether all waves are fitted; the checkpoint is complete then."""
@@ -189,7 +190,7 @@ class Fit(Job):
 
 
 def _check(recipe: Recipe, resume: str) -> None:
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "strict", "never"):
         raise ValueError(f"--resume {resume}: scenes are fitted from their start, leave --resume out")
     if not recipe.train.stages:
         raise ValueError("train.warmup.epochs and train.joint.epochs are both 0: there is nothing to do")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run starts from: a checkpoint, also of another number of ranks, a trained model, or nothing."""
 
+import functools
 import logging
 from contextlib import closing
 from dataclasses import replace
@@ -8,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from igae.checkpoint import LEARNING_RATES, Progress, list_complete, load_checkpoint
+from igae.checkpoint import (
+    LEARNING_RATES,
+    Checkpoint,
+    DamagedCheckpoint,
+    Progress,
+    list_complete,
+    load_checkpoint,
+    set_aside,
+)
 from igae.config import parse
 from igae.data import ViewBatch
+from igae.errors import redact
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
 from igae.scenes import SceneStore
+from igae.storage import join
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe
 from igae.training.run_folder import flat, public_settings
@@ -31,18 +43,18 @@ SCALE_BATCH, SCALE_BATCHES = 64, 4
 log = logging.getLogger("igae")
 
 
-def find(root: str, resume: str, channel: Channel) -> str | None:
-    """The checkpoint to resume from, the same on every rank, or None. Collective.
+def find(root: str, resume: str, channel: Channel) -> list[str]:
+    """The checkpoints to resume from, the first of them that is whole; the same on every rank. Collective.
 
     Args:
         root: where the run has its checkpoints.
-        resume: `auto`, `never`, or a checkpoint.
+        resume: `auto`, `strict` (the newest or none), `never`, or a checkpoint.
     """
     complete = channel.on_first_rank(lambda: list_complete(root))  # the others must not decide otherwise
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "strict", "never"):
         wanted, newest = resume.rstrip("/"), complete[-1] if complete else None
         if newest is None or _same_place(newest, wanted):
-            return wanted
+            return [wanted]
         if _same_place(wanted.rpartition("/")[0] or ".", newest.rpartition("/")[0]):
             raise ValueError(
                 f"--resume {resume}: {root} has later checkpoints, up to {newest.rpartition('/')[2]}: branch off into "
@@ -53,18 +65,46 @@ def find(root: str, resume: str, channel: Channel) -> str | None:
         raise ValueError(
             f"{root} already has checkpoints: choose another name with experiment=NAME, or remove the folder"
         )
-    return complete[-1] if complete else None
+    return complete[-1:] if resume == "strict" else complete[::-1]
 
 
-def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: SceneStore) -> tuple[Progress, StageState]:
-    """Put a checkpoint's weights and the rows of this rank's scenes into place.
+def restore(
+    folders: list[str], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore, channel: Channel
+) -> tuple[Progress, StageState, list[str]]:
+    """Put the weights and the rows of this rank's scenes of a checkpoint into place: of the first that all ranks find
+    whole. Those before it are set aside. Collective.
 
     Returns:
-        Where the run stands, for this number of ranks, and what its stage needs to resume.
+        Where the run stands, for this number of ranks, what its stage needs to resume, and the checkpoints set aside.
 
     Raises:
-        ValueError: the checkpoint is of other data or settings.
+        ValueError: the checkpoint is of other data or settings, or none is whole, which changes nothing.
     """
+    damaged = dict[str, str]()
+    for folder in folders:
+        found, problem = None, ""
+        try:
+            found = _read(folder, recipe, data, store)
+        except DamagedCheckpoint as error:
+            problem = error.why
+        problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
+        if not problem and found is not None:
+            channel.on_first_rank(functools.partial(_set_aside, damaged, folder))
+            return *_put(*found, recipe, data, model, store), list(damaged)
+        damaged[folder] = problem
+    first = DamagedCheckpoint(*next(iter(damaged.items())))
+    if len(damaged) == 1:
+        raise ValueError(str(first))
+    raise ValueError(f"all {len(damaged)} checkpoints are damaged, {first.why}: fix one, or use a new experiment=NAME")
+
+
+def _set_aside(damaged: dict[str, str], newest: str) -> None:
+    for folder, why in damaged.items():
+        log.warning("%s (%s): this run resumes from %s, and steps after it are lost", why, set_aside(folder), newest)
+
+
+def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """A checkpoint and its rows of the scenes of a store."""
     loaded = load_checkpoint(folder)
     progress = loaded.progress
     if progress.data != data.manifest.digest:
@@ -78,6 +118,14 @@ def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: Sce
             f"{folder} has {len(loaded.ids)} scenes and this configuration has {len(data.scenes)} (or others): "
             "data.categories can't change within a run; use a new experiment=NAME"
         )
+    return loaded, loaded.rows(store.ids.tolist())
+
+
+def _put(
+    loaded: Checkpoint, rows: dict[str, Tensor], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore
+) -> tuple[Progress, StageState]:
+    """Put what was read into place."""
+    progress, folder = loaded.progress, loaded.folder
     try:
         model.load_state_dict(loaded.shared)
     except RuntimeError as error:
@@ -88,7 +136,7 @@ def restore(folder: str, recipe: Recipe, data: RankData, model: IGAE, store: Sce
         ) from error
     if LEARNING_RATES not in loaded.optimizer:
         raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
-    scenes = loaded.rows(store.ids.tolist()) | {"learning_rates": loaded.optimizer.pop(LEARNING_RATES)}
+    scenes = rows | {"learning_rates": loaded.optimizer.pop(LEARNING_RATES)}
     store.load_state_dict({"planes": scenes.pop("planes")})
     if not progress.finished:
         _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
@@ -144,6 +192,12 @@ def _same_place(a: str, b: str) -> bool:
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
     before, now = flat(parse(settings, folder)), flat(parse(public_settings(recipe), folder))
+    root, name = recipe.checkpoint.root, before.get("experiment")
+    if root and folder.startswith(join(root, "")) and name != recipe.experiment:
+        raise ValueError(
+            f"checkpoint.root {redact(root)} has checkpoints of experiment {name}, this is {recipe.experiment}: give "
+            f"each a folder of its own, such as checkpoint.root={redact(join(root, recipe.experiment))}"
+        )
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
     for key in [key for key in now if key in before and before[key] != now[key]]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):

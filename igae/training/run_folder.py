@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import secrets
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from igae import __version__, config
 from igae.errors import redact, sections_at
 from igae.evaluation import current_name
 from igae.ranks import Channel, world_size
-from igae.storage import write_text
+from igae.storage import write_text, writes_to
 from igae.training.recipe import Recipe
 
 METRICS = "metrics.json"
+_METRICS = TypeAdapter(dict[str, dict[str, int | float]])
+log = logging.getLogger("igae")
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -58,7 +62,8 @@ def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator
         channel.on_first_rank(begin)
         if world_size() > 1:
             check_shared(folder, channel)
-        yield
+        with writes_to(folder):  # what has no better place to say it: trackers
+            yield
     finally:
         if lock is not None:
             lock.close()
@@ -112,7 +117,11 @@ def flat(tree: Any, key: tuple[str, ...] = ()) -> dict[str, Any]:
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
     """The metrics at the end of each stage that is finished, by their present names."""
     path = folder / METRICS
-    stages = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        stages = _METRICS.validate_json(path.read_bytes()) if path.is_file() else {}
+    except ValidationError:  # results are made again from the checkpoint, or are a record only
+        log.warning("%s is damaged, what it said is left out", path)
+        stages = {}
     return {stage: {current_name(name): value for name, value in found.items()} for stage, found in stages.items()}
 
 

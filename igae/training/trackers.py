@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import struct
 import subprocess
@@ -18,7 +19,7 @@ import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
-from igae.storage import write_text
+from igae.storage import write_text, writes_to
 from igae.training.recipe import TrackingConfig
 
 RECENT = 60.0
@@ -66,8 +67,9 @@ class Tracker:
                 assert name not in record, f"{name} is a field of every record"
                 number = value if isinstance(value, int) else float(value)
                 record[name] = number if math.isfinite(number) else None
-            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
-            self._lines.flush()
+            with writes_to(self._lines.name):
+                self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+                self._lines.flush()
         for other in self._others:
             other.scalars(step, stage, values)
 
@@ -90,7 +92,8 @@ class Tracker:
     def close(self) -> None:
         for opened in (self._lines, *self._others):
             if opened is not None:
-                opened.close()
+                with writes_to(self._lines.name if self._lines else ""):
+                    opened.close()
         self._lines, self._others = None, []
 
 
@@ -161,7 +164,8 @@ class _Wandb:
     def _start(self, folder: Path, settings: TrackingConfig) -> Any:
         """wandb's run, the same one at each start; an offline one where the server does not answer."""
         saved = folder / "wandb-id.txt"
-        if not saved.exists():  # before wandb knows of it: a run that is killed now must not become two
+        # Before wandb knows of it: a run that is killed now must not become two. A crash may have left nothing in it.
+        if not (saved.exists() and re.fullmatch(rb"[\w-]+\s*", saved.read_bytes())):
             write_text(saved, secrets.token_hex(4) + "\n")
         place = {"project": settings.project, "entity": settings.entity, "name": folder.name, "dir": str(folder)}
         place["id"] = saved.read_text(encoding="utf-8").strip()

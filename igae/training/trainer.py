@@ -27,8 +27,9 @@ class Trainer(Job):
     ranks make one and call the same methods.
 
     Args:
-        resume: ``auto`` resumes from the newest complete checkpoint of the run, if there is one; ``never`` refuses a
-            folder that has one; anything else is the path or URL of a checkpoint to start from.
+        resume: ``auto`` resumes from the newest checkpoint of the run that is whole, if there is one; ``strict``
+            refuses a newest one that is damaged; ``never`` refuses a folder that has one; anything else is the path or
+            URL of a checkpoint to start from.
 
     Raises:
         ValueError: the configuration, the data or the checkpoint don't fit together.
@@ -52,12 +53,12 @@ class Trainer(Job):
         check_memory(len(owned) * scene_bytes(recipe.planes), engine.device)
         self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device)
         self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
-        self._state = StageState()
-        if found is not None:
-            self.progress, self._state = restore(found, recipe, data, self.model, self.store)
+        self._state, damaged = StageState(), list[str]()
+        if found:
+            self.progress, self._state, damaged = restore(found, recipe, data, self.model, self.store, channel)
         else:
             initialize(self.model, recipe, data, channel)
-        self.writer = CheckpointWriter(recipe.checkpoint_root, settings.keep, saving, settings.background)
+        self.writer = CheckpointWriter(recipe.checkpoint_root, settings.keep, saving, settings.background, damaged)
 
     def run(self, only: StageName | None = None) -> dict[str, float]:
         """Run the stages that are still to do, or one of them.

@@ -139,6 +139,8 @@ class DeepSpeed(Sharded):
             self.optimizer.optimizer.state[flat]["step"].copy_(step)
         for name, parameter in self.parameters().items():
             for moment in ("exp_avg", "exp_avg_sq"):
+                if f"{name}/{moment}" not in state:  # frozen before
+                    continue
                 value = state[f"{name}/{moment}"].to(self.device)
                 if self._stage < 3:
                     safe_set_full_optimizer_state(parameter, value, moment)

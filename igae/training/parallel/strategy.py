@@ -113,6 +113,8 @@ class Strategy:
         for key, value in state.items():
             name, moment = key.rsplit("/", 1)
             stays = moment == "step" and not on_device
+            if name not in parameters:  # frozen since
+                continue
             own = self.optimizer.state[parameters[name]]
             own[moment] = value.clone() if stays else self.part(parameters[name], moment, value.to(self.device))
 
