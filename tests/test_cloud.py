@@ -138,10 +138,11 @@ def test_runs(manifest, proxy, tmp_path):
     found = asked(proxy)
     assert found == {rank: {"HEAD manifest.json": 1, "GET manifest.json": 1} for rank in (0, 1)}
 
-    # Evaluation of one scene, without copies.
+    # Evaluation of one scene, without copies. The URL that the run names is asked if the command names it, too.
     run = str(tmp_path / "outputs/run")
     settings = ["data.cache=null", "evaluation.scenes=1", "evaluation.natural_images=2", "data.workers=0"]
-    assert evaluate.main(["--checkpoint", run, *settings]) == 0
+    assert evaluate.main(["--checkpoint", run, *settings]) == 2 and not asked(proxy)
+    assert evaluate.main(["--checkpoint", run, f"data.root={ROOT}", *settings]) == 0
     (counts,) = asked(proxy).values()
     (scenes,) = files(counts, "scenes")
     assert files(counts, "heldout") <= {scenes.replace("scenes", "heldout")}

@@ -21,6 +21,7 @@ from test_data_security import peak_memory
 from view_models import CPU, Made, make
 
 from igae.cli import evaluate, export, fit, report
+from igae.data import Manifest
 from igae.errors import command
 from igae.viewer import Followed
 
@@ -370,3 +371,13 @@ def test_a_report_of_large_records_is_bounded(logged: Path) -> None:
     assert (logged / "report.html").stat().st_size < 1 << 20
     large(lambda _: logged / "metrics.jsonl")(None)  # type: ignore[arg-type]
     assert report.main([str(logged)]) == 0 and peak_memory() - before < 200 << 20
+
+
+@pytest.mark.parametrize("filling", ["[],", "{},", "0,", "[0],"])
+def test_json_is_bounded_by_what_it_becomes(tmp_path: Path, filling: str) -> None:
+    """A parser takes up to 800 bytes for three. Measured without the limit: 0.2 to 3 GB, a minute."""
+    (tmp_path / "manifest.json").write_text('{"format": 1, "x": [' + filling * 4_000_000 + "0]}")
+    before, began = peak_memory(reset=True), time.process_time()
+    with pytest.raises(ValueError, match="manifest.json is damaged: it has .* lists and maps and .* values, more than"):
+        Manifest.load(str(tmp_path))
+    assert time.process_time() - began < 2 and peak_memory() - before < 100 << 20  # measured: 0.1 s, 36 MB
