@@ -183,6 +183,7 @@ TABLE: dict[str, How] = {
     # -- what docs/experiments measured
     "SETTINGS=*": Left("names settings (`test_keys` looks at them)"),
     "python train.py --config * $SETTINGS*": MEASURES,
+    "python train.py --config rgb_triplanes.yaml*": MEASURES,
     "python data_tools/pack_shards.py --scenes DEV/*": MEASURES,
     "accelerate launch train.py --config autoencoder.yaml": MEASURES,
     "python benchmarks/*": MEASURES,

@@ -42,12 +42,7 @@ FIT: dict[str, Any] = {
             "learning_rates": {"planes": 5e-2},
             "weights": {"latent": 1, "planes_tv": 1e-4},
         },
-        "joint": {
-            "epochs": 1,
-            "batch_size": 3,
-            "learning_rates": {"planes": 1e-2},
-            "weights": {"latent": 0, "rgb": 1},
-        },
+        "joint": {"epochs": 1, "batch_size": 3, "learning_rates": {"planes": 1e-2}, "weights": {"latent": 0, "rgb": 1}},
     },
     "evaluation": {"views": 1, "pictures": 0, "orbits": 0},
 }
@@ -244,8 +239,8 @@ def test_a_damaged_wave_is_fitted_again(folder: Path, fitted: Checkpoint, caplog
     recipe, end = load_fit(folder, "experiment=damaged"), checkpoints(folder, "damaged")
     part = Fit(recipe)
     part.parts.begin(fitted.config, fitted.progress.data)
-    for number, ids in enumerate(wave for wave in part.waves):
-        scenes = [scene.id for scene in ids]
+    for number, wave in enumerate(part.waves):
+        scenes = [scene.id for scene in wave]
         part.parts.write(number, {"ids": torch.tensor(scenes), **fitted.rows(scenes)})
     (end / "scenes-00001.safetensors").write_bytes(bytes((end / "scenes-00001.safetensors").stat().st_size))
     (end.parent.parent / "metrics.json").write_bytes(b"")
@@ -326,8 +321,7 @@ def test_a_rank_that_is_stopped_ends_the_others(folder: Path, tmp_path: Path) ->
     waited, code = time.monotonic() - began, run.processes[0].exitcode
     for process in run.processes:
         process.kill()
-    text = Path(log).read_text()
-    assert code == 1 and waited < 20 and "error: rank 0 has lost another rank" in text, (code, waited, text)
+    assert code == 1 and waited < 20 and "error: rank 0 has lost another rank" in Path(log).read_text(), (code, waited)
 
 
 def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Checkpoint) -> None:

@@ -85,8 +85,8 @@ def parse_description(data: bytes, where: str) -> Description:
     result = _parsed(_DESCRIPTION, data, where)
     if not {SCENES, SHARED} <= set(result.files) or not all(map(_NAME.fullmatch, result.files)):
         problem = "the files that it lists are not those of an export"
-    elif not all(name.endswith((".json", ".safetensors")) for name in result.autoencoder_files):
-        problem = "the autoencoder's files are none that diffusers writes today"  # no pickles
+    elif not {"config.json", WEIGHTS} >= set(result.autoencoder_files):
+        problem = "the autoencoder's files are none that diffusers writes today"  # no pickles, no names of other files
     elif (result.autoencoder is None) != (not result.autoencoder_files) or (
         result.autoencoder is not None and "config.json" not in result.files
     ):
