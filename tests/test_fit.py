@@ -316,12 +316,11 @@ def test_a_rank_that_is_stopped_ends_the_others(folder: Path, tmp_path: Path) ->
         assert time.monotonic() < deadline and run.processes[0].is_alive(), text
         time.sleep(0.1)
     os.kill(run.processes[1].pid or 0, signal.SIGSTOP)
-    began = time.monotonic()
-    run.processes[0].join(40)
-    waited, code = time.monotonic() - began, run.processes[0].exitcode
+    run.processes[0].join(20)
+    code = run.processes[0].exitcode
     for process in run.processes:
         process.kill()
-    assert code == 1 and waited < 20 and "error: rank 0 has lost another rank" in Path(log).read_text(), (code, waited)
+    assert code == 1 and "error: rank 0 has lost another rank" in Path(log).read_text(), code
 
 
 def test_fitted_scenes_are_no_state_to_train_on(folder: Path, fitted: Checkpoint) -> None:

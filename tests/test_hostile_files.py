@@ -276,7 +276,7 @@ EXPORTS: dict[str, Trick] = {
     "a million samples": (index(render={"coarse_samples": 10**6}), IN_EXPORT, "coarse_samples is 1000000"),
     "large images": (index(image_size=[16384, 16384]), IN_EXPORT, "sizes are out of range"),
     "a million layers": (of_autoencoder(layers_per_block=10**6), IN_EXPORT, "of more than"),
-    "wide layers": (of_autoencoder(block_out_channels=[32768] * 2), IN_EXPORT, "by config.json and"),
+    "wide layers": (of_autoencoder(block_out_channels=[32768] * 2), IN_EXPORT, " weights"),
     "another class": (of_autoencoder(_class_name="DiffusionPipeline"), IN_EXPORT, "is none of the image autoencoders"),
     "weights by name": (listed_elsewhere, IN_EXPORT, "none that diffusers writes"),
     "scenes elsewhere": (link(lambda h: h.export / "scenes-00000.safetensors"), ("evaluate",), "leads out"),
