@@ -59,8 +59,8 @@ NEEDS = {
         "train.joint.natural_images is 2 but SHARDS holds none: .*, or set train.joint.natural_images=0$",
     ),
     "natural images, of the warm-up alone": (["--stage", "warmup"], "train.joint.natural_images is 2 but SHARDS"),
-    "gray images in": ([CREATE % "in_channels"], "can't encode and decode RGB images of 16 x 16 .*: name another one"),
-    "gray images out": ([CREATE % "out_channels"], "makes images of 1 channels from RGB images: name another one"),
+    "gray images in": ([CREATE % "in_channels"], "in_channels is 1 and has to be 3: images are RGB"),
+    "gray images out": ([CREATE % "out_channels"], "out_channels is 1 and has to be 3: images are RGB"),
 }
 
 
