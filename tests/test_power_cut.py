@@ -8,7 +8,6 @@ The calls of one whole run are recorded; from them, folders are made as they may
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from igae.training import Recipe, Trainer, trainer
 from igae.training.run_folder import open_run, read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_run_a_process")
-MOMENTS, FINISHED = 50, 4
+STARTS, FINISHED = 36, 4
 QUICK = [*(f"train.{stage}.epochs=1" for stage in ("warmup", "joint")), "checkpoint.every=3", "tracking.every=2"]
 QUICK += ["data.workers=0", "evaluation.natural_images=0"]
 START = """
@@ -120,10 +119,8 @@ def records(run: Path, step: int, evaluated: Container[str]) -> list[tuple[int, 
     ]
 
 
-def check(recorded: Recorded, outputs: Path, promised: list[str]) -> Trainer:
-    """What is there after a cut: all that was promised, and nothing in the way of a new start, which it makes up to the
-    first step."""
-    run = outputs / "run"
+def check_files(recorded: Recorded, run: Path, promised: list[str]) -> None:
+    """All that was promised is there, and what counts as there is whole."""
     complete = checkpoint.list_complete(str(run / "checkpoints"))
     for folder in complete:
         loaded = checkpoint.load_checkpoint(folder)
@@ -133,6 +130,11 @@ def check(recorded: Recorded, outputs: Path, promised: list[str]) -> Trainer:
     whole, found = read_metrics(recorded.run), read_metrics(run)
     assert {*promised} - {*saved} <= {*found} and all(found[stage] == whole[stage] for stage in found), found
 
+
+def start(recorded: Recorded, outputs: Path) -> Trainer:
+    """A new start, up to its first step: nothing is in its way, and it resumes from the newest checkpoint."""
+    run = outputs / "run"
+    complete = checkpoint.list_complete(str(run / "checkpoints"))
     AcceleratorState._reset_state(reset_partial_state=True)
     started = Trainer(config.load(Recipe, recorded.folder / "recipe.yaml", settings(outputs)))
     step = started.progress.total
@@ -141,36 +143,42 @@ def check(recorded: Recorded, outputs: Path, promised: list[str]) -> Trainer:
         pass
     assert checkpoint.list_complete(str(run / "checkpoints")) == complete
     assert config.load(Recipe, run / "config.yaml", []) == started.recipe
+    found = read_metrics(run)
     assert records(run, step, found) == records(recorded.run, step, found), "records are lost"
     return started
 
 
+def finish(recorded: Recorded, started: Trainer) -> None:
+    """The run to its end, which is that of the recorded one."""
+    started.run()
+    assert runs.digests(started.folder) == runs.digests(recorded.run)
+    assert runs.exported(started.folder) == runs.exported(recorded.run)
+    assert runs.figures(started.folder) == pytest.approx(runs.figures(recorded.run), abs=1e-4)  # as in test_kill.py
+
+
 def test_every_moment(recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Files after all calls that name, remove or sync something; a new start after some of those and some writes."""
     rng, calls = random.Random(0), recorded.calls
-    # Most calls write bytes; more is at stake where names change.
-    every = range(1, len(calls))
-    names = [moment for moment in every if re.match("rename|unlink|rmdir|mkdir", calls[moment - 1].name)]
-    moments = rng.sample(names, MOMENTS // 2)
-    moments += rng.sample([moment for moment in every if moment not in moments], MOMENTS - len(moments))
-    finished = sorted(moments)[FINISHED :: MOMENTS // FINISHED]
+    names = [moment for moment in range(1, len(calls)) if calls[moment - 1].name not in ("openat", "write")]
+    starts = sorted({*rng.sample(names, STARTS // 2), *rng.sample(range(1, len(calls)), STARTS // 2)})
+    finished = starts[FINISHED :: STARTS // FINISHED]
     disk, done, problems, resumed = Disk(recorded.folder / "disk"), 0, [], set()
-    for moment in sorted(moments):
+    for moment in sorted({*names, *starts}):
         for call in calls[done:moment]:
             disk.apply(call)
         done, outputs = moment, tmp_path / str(moment) / "outputs"
         disk.write(outputs.parent, random.Random(moment))
         caplog.clear()
         try:
-            started = check(recorded, outputs, recorded.told(moment))
+            check_files(recorded, outputs / "run", recorded.told(moment))
+            if moment in starts:
+                started = start(recorded, outputs)
+                resumed.add(started.progress.total)
+                if moment in finished:
+                    finish(recorded, started)
             assert "damaged" not in caplog.text, caplog.text
-            resumed.add(started.progress.total)
-            if moment in finished:
-                started.run()
-                assert runs.digests(outputs / "run") == runs.digests(recorded.run)
-                assert runs.exported(outputs / "run") == runs.exported(recorded.run)
-                assert runs.figures(outputs / "run") == pytest.approx(runs.figures(recorded.run), abs=1e-4)
         except (AssertionError, ValueError, OSError) as error:
             problems.append(f"after {recorded.told(moment)} and {calls[moment - 1].name}, {moment}: {error}"[:500])
         shutil.rmtree(outputs.parent)
     assert not problems, "\n".join(problems)
-    assert resumed == {0, 3, 6, 8, 11, 14, 16}
+    assert resumed == {0, 3, 6, 8, 11, 14, 16} and len(finished) >= FINISHED
