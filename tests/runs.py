@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small training runs for tests: a few 16 x 16 scenes and a tiny autoencoder, seconds on a core."""
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
 
 import yaml
+from safetensors.torch import load_file
 from scene_files import cut_out, write_data
 
+from igae import checkpoint
 from igae.data import PackOptions, pack
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig
@@ -120,3 +124,24 @@ def train(recipe: str, *arguments: str) -> None:
     if code := train.main(["--config", recipe, *arguments]):
         sys.stderr.flush()
         os._exit(code)
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Digest of every tensor of the newest checkpoint."""
+    newest = Path(checkpoint.list_complete(str(run / "checkpoints"))[-1])
+    return {
+        f"{newest.name}/{file.name}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for file in sorted(newest.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def exported(run: Path) -> str:
+    """Digest of the autoencoder in diffusers' format."""
+    return hashlib.sha256((run / "autoencoder" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def figures(run: Path) -> dict[str, float]:
+    """What metrics.json says."""
+    stages = json.loads((run / "metrics.json").read_text())
+    return {f"{stage}/{name}": value for stage, found in stages.items() for name, value in found.items()}

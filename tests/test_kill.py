@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed at random moments end as if nothing had happened."""
 
-import hashlib
-import json
 import random
 import shutil
 import time
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import ranks
 import runs
-from safetensors.torch import load_file
 
 from igae import checkpoint
 
@@ -21,25 +18,6 @@ SHORT = ["checkpoint.every=3", f"train.timeout={TIMEOUT}"]
 STOP_WITHIN = TIMEOUT + 10.0
 """Seconds in which ranks that have lost another one end by themselves. Measured: 0.3, and all of `train.timeout` where
 it died before they were connected."""
-
-
-def _digests(run: Path) -> dict[str, str]:
-    """Digest of every tensor of the newest checkpoint."""
-    newest = Path(checkpoint.list_complete(str(run / "checkpoints"))[-1])
-    return {
-        f"{newest.name}/{file.name}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for file in sorted(newest.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def _exported(run: Path) -> str:
-    return hashlib.sha256((run / "autoencoder" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-
-
-def _figures(run: Path) -> dict[str, float]:
-    stages = json.loads((run / "metrics.json").read_text())
-    return {f"{stage}/{name}": value for stage, figures in stages.items() for name, value in figures.items()}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -56,7 +34,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     assert start("whole").exit_codes() == [0] * world, (tmp_path / "whole.log").read_text()
     duration = time.monotonic() - began
     whole_run, killed_run = tmp_path / "outputs" / "whole", tmp_path / "outputs" / "killed"
-    expected = _digests(whole_run)
+    expected = runs.digests(whole_run)
     assert len(expected) > 100
 
     rng, kills, finished = random.Random(0), 0, 0
@@ -78,11 +56,11 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
         began = time.monotonic()
         codes = run.exit_codes()
         if codes == [0] * world:
-            assert _digests(killed_run) == expected
-            assert _exported(killed_run) == _exported(whole_run)
+            assert runs.digests(killed_run) == expected
+            assert runs.exported(killed_run) == runs.exported(whole_run)
             # Measured: 7e-7 dB. Weights are equal to the bit, but a process that was killed between checkpoint and
             # results computes them with convolutions that have not trained before.
-            assert _figures(killed_run) == pytest.approx(_figures(whole_run), abs=1e-4)
+            assert runs.figures(killed_run) == pytest.approx(runs.figures(whole_run), abs=1e-4)
             finished += 1
             if fresh:  # the machine may be less busy now
                 duration = min(duration, time.monotonic() - started)
@@ -90,7 +68,7 @@ def test_twenty_kills_change_no_bit(tmp_path: Path, world: int) -> None:
                 shutil.rmtree(killed_run)
         else:
             # A rank that ends well has seen the end of the run: the other one was killed on its way out.
-            good = -9 in codes and (0 not in codes or _digests(killed_run) == expected)
+            good = -9 in codes and (0 not in codes or runs.digests(killed_run) == expected)
             assert good, (codes, (tmp_path / "killed.log").read_text())
             assert time.monotonic() - began < STOP_WITHIN
     # The kills were spread over the run, not all before its first checkpoint.

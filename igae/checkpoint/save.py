@@ -32,7 +32,7 @@ from igae.checkpoint.format import (
 from igae.checkpoint.load import check_scenes
 from igae.errors import LostRank, redact
 from igae.ranks import Channel, rank
-from igae.storage import LIMITS, file_system, join, reason, sync_folder, write_file, write_tensors
+from igae.storage import LIMITS, file_system, join, make_folder, reason, sync_folder, write_file, write_tensors
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -168,8 +168,7 @@ class CheckpointWriter:
                     self.damaged.remove(folder)
             elif age(other) <= age(name):
                 _try_to_remove(join(self.root, other))
-        fs.makedirs(join(root, name), exist_ok=True)
-        sync_folder(self.root)
+        make_folder(folder)
         return False
 
     def _remove_old(self, folder: str) -> None:
@@ -241,6 +240,7 @@ def _remove(folder: str) -> None:
     fs.invalidate_cache()
     if fs.exists(join(path, STATE)):
         fs.rm_file(join(path, STATE))  # first, so that a half removed folder does not count as complete
+        sync_folder(folder)
     with suppress(FileNotFoundError):  # an object store has no folders, and nothing else was in it
         fs.rm(path, recursive=True)
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from igae.checkpoint.format import OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name, set_aside
 from igae.checkpoint.load import DamagedCheckpoint, advice, read_head
 from igae.checkpoint.save import Tensors, mark_complete, write_files
-from igae.storage import Damaged, TensorFile, file_system, join, named_errors, sync_folder, write_file
+from igae.storage import Damaged, TensorFile, file_system, join, make_folder, named_errors, sync_folder, write_file
 
 BEGUN = "begun.json"
 MARK = re.compile(r"scenes-(\d+)\.json")
@@ -45,7 +45,7 @@ class WaveCheckpoint:
             progress, _, settings = read_head(self.folder)
             return settings, progress.data
         with named_errors(self.folder, "written"):
-            self._fs.makedirs(self._path, exist_ok=True)
+            make_folder(self.folder)
             if not self._fs.exists(join(self._path, BEGUN)):
                 write_file(join(self.folder, BEGUN), json.dumps([config, data]).encode())
             data_of_begun = self._fs.cat_file(join(self._path, BEGUN))

@@ -31,7 +31,7 @@ from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, join, look_up, sync_folder, write_file
+from igae.storage import FileInfo, file_system, join, look_up, make_folder, sync_folder, write_file
 
 log = logging.getLogger("igae")
 
@@ -102,7 +102,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
             raise Refused(problems or [f"no readable image in {redact(options.images or '')}"])
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
         jobs = _plan(options, Output(output, staged, size), scanned, natural_images)
-        fs.makedirs(root, exist_ok=True)
+        make_folder(output)
         if not staged and fs.exists(join(root, NAME)):
             # An object store has no renaming: the manifest is the marker, so it is removed before its shards are.
             fs.rm_file(join(root, NAME))

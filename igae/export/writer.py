@@ -31,7 +31,7 @@ from igae.export.format import (
 )
 from igae.export.model import Content
 from igae.export.reader import shared_tensors
-from igae.storage import Stamp, file_system, join, reason, write_file, write_tensors
+from igae.storage import Stamp, file_system, join, make_folder, reason, write_file, write_tensors
 
 FILE_BYTES = 256 << 20
 _HUB = re.compile(r"hf://(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
@@ -126,7 +126,7 @@ def _write(content: Content, target: str, name: str, file_bytes: int) -> Descrip
     files = _Files(target)
     with _told(target):
         new = not files.fs.exists(files.path)
-        files.fs.makedirs(files.path, exist_ok=True)
+        make_folder(target)
         try:
             return _write_files(content, files, name, file_bytes)
         except BaseException:

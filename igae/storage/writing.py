@@ -68,7 +68,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         OSError: they can't be written, whatever class the library has for that.
     """
     with writes_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(str(folder))
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial") as temporary:
             try:
                 yield Path(temporary)
@@ -92,6 +92,18 @@ def write_file(url: str, data: bytes) -> None:
         return
     with staged(Path(path)) as staging:
         staging.write_bytes(data)
+
+
+def make_folder(url: str) -> None:
+    """Make a folder and those above it, where they are missing, with their names on the disk."""
+    fs, path = file_system(url)
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(path, exist_ok=True)
+        return
+    missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    Path(path).mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def sync_folder(url: str) -> None:

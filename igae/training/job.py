@@ -71,6 +71,7 @@ class Job:
             model.eval()
             metrics = self._evaluator.measure(model, store)
             tracker.scalars(step, stage, {f"eval/{name}": value for name, value in metrics.items()})
+            tracker.sync()  # before metrics.json says that this is done
             if config.pictures and (data.scenes or data.manifest.images):
                 grids = self._evaluator.grids(model, store)
                 for name, grid in grids.items():

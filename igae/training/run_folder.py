@@ -22,7 +22,7 @@ from igae import __version__, config
 from igae.errors import redact, sections_at
 from igae.evaluation import current_name
 from igae.ranks import Channel, world_size
-from igae.storage import write_text, writes_to
+from igae.storage import make_folder, write_text, writes_to
 from igae.training.recipe import Recipe
 
 METRICS = "metrics.json"
@@ -53,7 +53,7 @@ def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator
 
     def begin() -> None:
         nonlocal lock
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(str(folder))
         lock = lock_run(folder)
         write_text(folder / "config.yaml", public_settings(recipe))
         write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")

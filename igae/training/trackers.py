@@ -73,6 +73,12 @@ class Tracker:
         for other in self._others:
             other.scalars(step, stage, values)
 
+    def sync(self) -> None:
+        """Make sure that the records of metrics.jsonl are on the disk."""
+        if self._lines is not None:
+            with writes_to(self._lines.name):
+                os.fsync(self._lines.fileno())
+
     def images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
         """Pictures [H, W, 3] by name."""
         for other in self._others:

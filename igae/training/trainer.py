@@ -177,6 +177,7 @@ class Trainer(Job):
         return metrics
 
     def _save(self) -> None:
+        self.tracker.sync()  # of these steps, a run that resumes here makes no records
         scenes = self.store.state_dict()
         # Learning rates of the steps so far: of the whole run, not of a scene.
         moments = self.engine.optimizer_state() | {LEARNING_RATES: scenes.pop("learning_rates")}
