@@ -123,6 +123,10 @@ def expand_home(text: str) -> str:
     return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
 
 
+CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
+"""Clients of stores: what they raise is no OSError, and says what a store has answered."""
+
+
 class LostRank(RuntimeError):
     """Another rank does not answer any more."""
 
@@ -198,7 +202,10 @@ def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int
             return 1
         except KeyboardInterrupt:
             return 130
-        except Exception:
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in CLIENTS:
+                say(f"error: {' '.join(str(error).split())}")
+                return 2
             say(traceback.format_exc())
             return 1
 
