@@ -11,10 +11,11 @@ from test_config import Config, Options, Stage, Train
 
 from igae.config import ConfigError, dump, load
 
+INTEGERS = st.integers(-(2**63) + 1, 2**63 - 1)  # what a configuration may have
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
+    | INTEGERS
     | st.floats(allow_nan=False)
     | st.text(max_size=8)
     | st.sampled_from(
@@ -42,7 +43,7 @@ configs = st.builds(
         Train, joint=stages, extra=st.none() | st.just("none") | stages, stages=st.lists(stages, max_size=2)
     ),
     renderer=st.builds(Options, near=st.just("auto") | st.floats(allow_nan=False), samples=st.integers(1, 99)),
-    categories=st.none() | st.dictionaries(st.text(), st.tuples(st.integers(), st.integers()), max_size=3),
+    categories=st.none() | st.dictionaries(st.text(), st.tuples(INTEGERS, INTEGERS), max_size=3),
     notes=st.dictionaries(st.text(), values, max_size=3),
 )
 
