@@ -153,7 +153,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
     elif event == "open" and isinstance(args[0], str | bytes | os.PathLike):
         path, flags = os.path.realpath(os.fsdecode(args[0])), args[2] or 0
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        inside = path.startswith(str(_watched[0]) + os.sep)
+        inside = f"{path}{os.sep}".startswith(str(_watched[0]) + os.sep)  # it is opened itself, to sync its names
         ours = path.startswith((sys.prefix, sys.base_prefix, str(ROOT), "/proc/", "/sys/", "/dev/null", "/usr/"))
         if not inside and (not ours or writes and "__pycache__" not in path and path != "/dev/null"):
             _seen.append(f"{'write' if writes else 'read'} {path}")
