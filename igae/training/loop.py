@@ -39,7 +39,7 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
         if rank() == 0:  # not print: a handler may come in the middle of one
-            os.write(2, f"{self.received.name}: the run ends after this step, with a checkpoint\n".encode())
+            os.write(2, f"{self.received.name}: the run ends after this step\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
