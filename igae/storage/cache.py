@@ -19,7 +19,7 @@ from typing import Protocol
 
 from filelock import FileLock
 
-from igae.storage.paths import StoreError, join, reason
+from igae.storage.paths import StoreError, join
 from igae.storage.reading import File
 from igae.storage.writing import staged
 
@@ -116,6 +116,6 @@ class Cache:
                     raise StoreError(f"{what} has another sha256 than the manifest says: copy or pack it again")
         except OSError as error:
             raise StoreError(
-                f"{what} cannot be kept in data.cache {self.folder}: {reason(error)}; make room there, choose another "
+                f"{what} cannot be kept in data.cache {self.folder}: {error}; make room there, choose another "
                 "folder, or leave data.cache out"
             ) from None
