@@ -20,6 +20,7 @@ settings.register_profile("igae", deadline=None)  # the first example pays for i
 settings.load_profile("igae")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `pytest -n 2 --dist loadgroup`, tests that start several processes run one after another, beside the others:
     they use more than a core each, and some bound how long something takes. Other tests of a file run one after
