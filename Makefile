@@ -31,7 +31,7 @@ test: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy igae
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 data/demo/demo.json: | .venv/quickstart.stamp
 	$(BIN)/python data_tools/make_demo.py --output data/demo

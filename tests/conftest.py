@@ -20,24 +20,9 @@ settings.register_profile("igae", deadline=None)  # the first example pays for i
 settings.load_profile("igae")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup`, tests that start several processes run one after another, beside the others:
-    they use more than a core each, and some bound how long something takes. Other tests of a file run one after
-    another, so that what they share is made once."""
-    for item in items:
-        module = getattr(item, "module", None)
-        if hasattr(module, "ranks"):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif "viewed" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("viewer"))
-        elif item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(getattr(module, "__name__", "")))
-
-
 @pytest.fixture(scope="session")
 def viewed(tmp_path_factory: pytest.TempPathFactory) -> "Made":
-    """Models to look at: a small run and its export. Tests that use them are one group, so they are made once."""
+    """Models to look at: a small run and its export."""
     from view_models import make
 
     found = make(tmp_path_factory.mktemp("view"))

@@ -19,7 +19,10 @@ from igae.training import DDP, BucketedAllReduce
 
 # With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-CONTEXT.set_forkserver_preload(["igae.training.trainer", "diffusers.models.autoencoders.autoencoder_kl"])
+PRELOADED = ["igae.training.trainer", "diffusers.models.autoencoders.autoencoder_kl"]
+# DeepSpeed imports it when ZeRO starts, and it compiles something: three seconds of a core.
+PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 TIMEOUT = 300.0
 STRATEGIES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 

@@ -17,10 +17,7 @@ from igae.rendering import build
 from igae.rendering.rays import box_range, pixel_rays
 from igae.scenes import row_adam_cuda
 
-pytestmark = [
-    pytest.mark.skipif(emulated_cuda.unavailable() is not None, reason=str(emulated_cuda.unavailable())),
-    pytest.mark.xdist_group("emulated"),  # one worker compiles each variant once
-]
+pytestmark = pytest.mark.skipif(emulated_cuda.unavailable() is not None, reason=str(emulated_cuda.unavailable()))
 
 CPU = torch.device("cpu")
 

@@ -262,8 +262,9 @@ def test_co3d_names_order_masks_and_one_reading(tmp_path: Path, monkeypatch: pyt
     frames[0]["viewpoint"] = None
     annotate(tmp_path / "co3d", frames)
     readings: list[int] = []
-    decompress = gzip.decompress
-    monkeypatch.setattr(gzip, "decompress", lambda data: (readings.append(len(data)), decompress(data))[1])
+    unpack = gzip.GzipFile.read
+    count_reading = lambda file, size=-1: (readings.append(size), unpack(file, size))[1]  # noqa: E731
+    monkeypatch.setattr(gzip.GzipFile, "read", count_reading)
     dataset, refs, _ = find_scenes(str(tmp_path / "co3d"))
     assert dataset == "co3d"
     assert [(ref.name, ref.category, ref.format) for ref in refs] == [
@@ -322,6 +323,7 @@ def test_co3d_refuses_files(tmp_path: Path) -> None:
     whole = file.read_bytes()
     damaged = {"plain": b"[]", "cut": whole[: len(whole) // 2], "flipped": whole[:40] + b"\xff\xff" + whole[42:]}
     damaged |= {"json": gzip.compress(b"{"), "list": gzip.compress(b"{}"), "entries": gzip.compress(b"[1]")}
+    damaged["bomb"] = gzip.compress(b"[" + b" " * 10_000_000 + b"]")
     for data in damaged.values():
         file.write_bytes(data)
         assert "frame_annotations.jgz is no readable gzip file of JSON (" in refusal(tmp_path / "in")

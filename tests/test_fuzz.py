@@ -106,7 +106,7 @@ def test_shards(packed: Files, tmp_path: Path) -> None:
         (root / "manifest.json").write_bytes(packed["manifest.json"])
         read_packed(root, "off")
 
-    assert fuzz("shard", shards, tmp_path, read, count=COUNT // 2, change=change_shard) > 0.2 * COUNT
+    assert fuzz("shard", shards, tmp_path, read, change=change_shard) > 0.2 * COUNT
 
 
 def change_tensors(name: str, data: bytes, rng: random.Random) -> bytes:
@@ -188,7 +188,7 @@ def test_exports(tmp_path: Path) -> None:
         assert export.autoencoder.create and len(export.normalization(export.names[0])) == 4
         check_render(export.model, found[:1])
 
-    assert fuzz("export", whole, tmp_path, read, finish, COUNT // 2, change_tensors) > 0.2 * COUNT
+    assert fuzz("export", whole, tmp_path, read, finish, change=change_tensors) > 0.2 * COUNT
 
 
 def blender(root: Path) -> None:
@@ -262,4 +262,4 @@ def test_recipes(tmp_path: Path) -> None:
             model = IGAE.from_recipe(recipe, (16, 16), losses=False)
             check_render(model, torch.zeros(1, *planes.row_shape))
 
-    assert fuzz("recipe", {"recipe.yaml": text.encode()}, tmp_path, read, count=COUNT // 2) > 0.2 * COUNT
+    assert fuzz("recipe", {"recipe.yaml": text.encode()}, tmp_path, read) > 0.2 * COUNT

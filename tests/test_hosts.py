@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # TEST-NET-1: leads nowhere but to the other namespace
 PORT = 29500
 TIMEOUT = 10
-pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def manifest() -> dict[str, Any]:

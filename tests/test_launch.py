@@ -59,13 +59,13 @@ def test_the_other_files_differ_in_the_stage_alone() -> None:
 
 def test_more_ranks_than_scenes_are_refused_by_the_launch(tmp_path: Path, recipe: str) -> None:
     began = time.monotonic()
-    command = accelerate("ddp.yaml", 5, "--config", recipe)
+    command = accelerate("ddp.yaml", 2, "--config", recipe, "data.categories={toys: [0, 1]}")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    sentence = "4 scenes with training views can't be shared by 5 processes, each of which needs one: start fewer"
+    sentence = "1 scenes with training views can't be shared by 2 processes, each of which needs one: start fewer"
     # torchrun ends the others when it has seen one end: not all of them get to say it.
-    assert 1 <= done.stderr.count(f"error: {sentence}") <= 5, done.stderr
-    assert time.monotonic() - began < 90  # nearly all of it imports of 5 processes on 2 cores
+    assert 1 <= done.stderr.count(f"error: {sentence}") <= 2, done.stderr
+    assert time.monotonic() - began < 90  # nearly all of it imports of processes
     assert not (tmp_path / "outputs" / "run" / "checkpoints").exists()
 
 

@@ -22,8 +22,6 @@ SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 SMALL = ["--gpus-per-node=1", "--cpus-per-gpu=1"]
 needs_slurm = pytest.mark.skipif(slurm_cluster.problem() is not None, reason=str(slurm_cluster.problem()))
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="apt-get install shellcheck")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

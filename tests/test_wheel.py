@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.xdist_group("wheel")
 SMALL = (
     "autoencoder.path=demo autoencoder.scale=0.5 planes.resolution=8 planes.features=8 render.coarse_samples=4 "
     "render.fine_samples=4 train.joint.weights.natural_lpips=0 train.warmup.epochs=1 train.warmup.batch_size=4 "

@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -196,6 +197,18 @@ def _obey(parent: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def _watch(of: "weakref.ref[Loader[Any]]", ended: threading.Event, pause: float) -> None:
+    # A thread: whatever waits for a stopped worker, its answers or its shared memory, does so for ever.
+    last_waited = 0.0  # for a store, which has limits of its own
+    while not ended.wait(pause):
+        loader = of()
+        if loader is None or loader._is_late(last_waited):
+            return
+        if loader._batches.waiting:
+            last_waited = time.monotonic()
+        del loader
+
+
 _open: "weakref.WeakSet[Loader[Any]]" = weakref.WeakSet()
 
 
@@ -238,7 +251,9 @@ class Loader(Generic[B]):
             generator=torch.Generator(),
         )
         self._iterator: Iterator[B | ShardError] | None = None
-        self._closed = False
+        self._closed, self._ended = False, threading.Event()
+        self._asked: float | None = None  # since when a batch is waited for
+        self._late = False
         _open.add(self)
 
     @property
@@ -255,6 +270,9 @@ class Loader(Generic[B]):
         try:
             if self._iterator is None:
                 self._iterator = iter(self._loader)
+                if self._loader.num_workers:
+                    watch = (weakref.ref(self), self._ended, self.timeout / 8)
+                    threading.Thread(target=_watch, args=watch, name="igae-workers", daemon=True).start()
             batch = self._next(self._iterator)
             if self._batches.interrupt is not None:
                 raise self._batches.interrupt
@@ -269,22 +287,11 @@ class Loader(Generic[B]):
         return batch
 
     def _next(self, iterator: Iterator[B | ShardError]) -> B | ShardError | None:
-        done, late = threading.Event(), threading.Event()
-
-        def watch() -> None:
-            while not done.wait(self.timeout):
-                if not self._batches.waiting:  # for a store, which has limits of its own
-                    late.set()
-                    self._kill()
-                    return
-
-        # A thread: whatever waits for a stopped worker, its answers or its shared memory, does so for ever.
-        if self._loader.num_workers:
-            threading.Thread(target=watch, name="igae-workers", daemon=True).start()
+        self._asked = time.monotonic()
         try:
             return next(iterator, None)
         except (OSError, EOFError, RuntimeError) as error:
-            if late.is_set():
+            if self._late:
                 raise LostWorker(f"killed, it had not decoded a batch in {self.timeout:g} s") from error
             # A worker that dies while it hands over a batch breaks the connection: one of several errors. An error
             # raised inside a worker arrives with its traceback as text.
@@ -292,7 +299,17 @@ class Loader(Generic[B]):
                 raise
             raise LostWorker(str(error) or type(error).__name__) from error
         finally:
-            done.set()
+            self._asked = None
+
+    def _is_late(self, not_before: float) -> bool:
+        """Whether a batch that was asked for has not come in ``timeout`` seconds, of which those before a time don't
+        count; if so, workers are killed."""
+        asked = self._asked
+        if asked is None or time.monotonic() - max(asked, not_before) < self.timeout:
+            return False
+        self._late = True
+        self._kill()
+        return True
 
     def _kill(self) -> None:
         """End workers that may be stopped, which hear of nothing else."""
@@ -309,6 +326,7 @@ class Loader(Generic[B]):
     def close(self) -> None:
         """Ends the thread and the workers; the loader yields nothing more."""
         self._closed = True
+        self._ended.set()
         self._batches.close()
         # The iterator's destructor does this too, but an exception's traceback may keep the iterator.
         if (shutdown := getattr(self._iterator, "_shutdown_workers", None)) is not None:

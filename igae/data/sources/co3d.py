@@ -8,6 +8,7 @@ not read.
 
 import functools
 import gzip
+import io
 import json
 import posixpath
 import zlib
@@ -24,6 +25,8 @@ from igae.errors import redact
 from igae.storage import file_system, read_input
 
 ANNOTATIONS = "frame_annotations.jgz"
+MOST_UNPACKED = 100
+"""Most bytes of JSON for each byte of the file: a dozen frames have four."""
 UNIT_BOX = False
 Two = tuple[FiniteFloat, FiniteFloat]
 Three = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
@@ -95,7 +98,12 @@ def read(folder: str) -> list[View]:
 @functools.lru_cache(maxsize=1)
 def _read_annotations(fs: fsspec.AbstractFileSystem, file: str, version: str) -> Mapping[str, Sequence[dict[str, Any]]]:
     """Sequence -> its frames. `version` changes with the file."""
-    content = json.loads(gzip.decompress(read_input(fs, file)))
+    packed = read_input(fs, file)
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as unpacked:
+        text = unpacked.read(MOST_UNPACKED * len(packed) + 1)
+    if len(text) > MOST_UNPACKED * len(packed):
+        raise ValueError(f"it becomes more than {MOST_UNPACKED} times as large")
+    content = json.loads(text)
     if not isinstance(content, list) or not all(isinstance(frame, dict) for frame in content):
         raise ValueError("not a list of frames")
     sequences: dict[str, list[dict[str, Any]]] = {}
