@@ -79,7 +79,9 @@ class Export(Trained):
             return AutoencoderConfig(path="identity")
         data, tensors = self._read("config.json"), self._shared()
         with named_errors(join(self.where, "config.json")):
-            create = dict(parse_json(data))
+            create = parse_json(data)
+            if not isinstance(create, dict) or not create:
+                raise ValueError("it describes no autoencoder")
         create = {key: value for key, value in create.items() if not key.startswith("_") or key == "_class_name"}
         with named_errors(join(self.where, SHARED)):
             return AutoencoderConfig(create=create, scale=float(tensors["autoencoder.scale"]))
