@@ -15,7 +15,6 @@ from igae.checkpoint import (
     is_complete,
     list_complete,
     load_checkpoint,
-    saved_config,
 )
 from igae.storage import LIMITS
 
@@ -57,7 +56,9 @@ def test_parts_become_a_checkpoint(root: str) -> None:
     assert loaded.ids == {2, 4, 7, 9} and torch.equal(loaded.shared["weight"], SHARED["weight"])
     assert torch.equal(loaded.rows([9, 2, 4])["planes"][:, 0], torch.tensor([9.0, 2, 4]))
     assert (loaded.config, loaded.progress.world, loaded.progress.data) == (CONFIG, 3, "ab12")
-    assert saved_config(again.folder) == CONFIG and load_checkpoint(again.folder, moments=False).optimizer == {}
+    assert (
+        load_checkpoint(again.folder).config == CONFIG and load_checkpoint(again.folder, moments=False).optimizer == {}
+    )
     assert WaveCheckpoint(again.folder).begin("other: 1\n", "cd34") == (CONFIG, "ab12")
 
 
