@@ -15,9 +15,8 @@ from igae.checkpoint import (
     is_complete,
     list_complete,
     load_checkpoint,
-    saved_config,
 )
-from igae.storage import LIMITS
+from igae.storage import LIMITS, file_system, write_file
 
 SHARED = {"weight": torch.arange(6.0).view(2, 3)}
 CONFIG = "experiment: größe\n"
@@ -52,13 +51,19 @@ def test_parts_become_a_checkpoint(root: str) -> None:
     assert list_complete(root) == [] and not is_complete(again.folder)
     again.write(2, scenes(9))
     again.close(progress(), CONFIG, SHARED)
-    assert list_complete(root) == [again.folder] and is_complete(again.folder) and again.finished() == {}
+    assert list_complete(root) == [again.folder] and is_complete(again.folder)
     loaded = load_checkpoint(again.folder)
     assert loaded.ids == {2, 4, 7, 9} and torch.equal(loaded.shared["weight"], SHARED["weight"])
     assert torch.equal(loaded.rows([9, 2, 4])["planes"][:, 0], torch.tensor([9.0, 2, 4]))
     assert (loaded.config, loaded.progress.world, loaded.progress.data) == (CONFIG, 3, "ab12")
-    assert saved_config(again.folder) == CONFIG and load_checkpoint(again.folder, moments=False).optimizer == {}
+    assert loaded.optimizer == {} and [again.finished()[number].rows for number in range(3)] == [2, 1, 1]
+    # A kill came before the marks were removed.
+    write_file(f"{again.folder}/begun.json", b"[]")
+    write_file(f"{again.folder}/scenes-00001.json", b"{}")
     assert WaveCheckpoint(again.folder).begin("other: 1\n", "cd34") == (CONFIG, "ab12")
+    fs, path = file_system(again.folder)
+    names = {name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)}
+    assert len(names) == 7 and not {"begun.json", "scenes-00001.json"} & names
 
 
 def test_a_wave_without_its_mark_is_not_finished(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from scene_files import write_data
 from test_export_faults import sentence
 
 import train
+from igae.cli import evaluate, export
 from igae.config import ConfigError
 from igae.data import PackOptions, orbit, pack
 from igae.export import Export, find_model, load_trained, read_run, write
@@ -109,6 +110,42 @@ def test_one_loader_for_runs_checkpoints_and_exports(folder: Path, run: Path, tm
     assert "leave it out" in sentence(lambda: load_trained(str(tmp_path / "out"), ["data.root=x"]))
     text = sentence(lambda: load_trained(str(run), ["dta.root=x"]))
     assert text.startswith("dta.root: only autoencoder, data, planes, render matter") and "did you mean data?" in text
+
+
+@pytest.mark.parametrize("name", ["shared.safetensors", "scenes-00000.safetensors", "config.yaml", "state.json"])
+def test_the_newest_checkpoint_that_loads(run: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    """A damaged one is told, in a line, and left as it is."""
+    older, newest = (run / "checkpoints" / step for step in ("step-00000004", "step-00000008-end"))
+    whole = (newest / name).read_bytes()
+    (newest / name).write_bytes(whole[: len(whole) // 2])
+    trained = load_trained(str(run))
+    (line,) = caplog.messages
+    assert trained.where == str(older) == find_model(str(run)) == find_model(str(run / "checkpoints"))
+    assert line.startswith(f"{newest}/{name} is damaged: ") and f": {older} is taken" in line
+    assert find_model(str(run), whole=False) == str(newest)
+    assert read_run(str(run)).scenes == trained.names and (newest / name).stat().st_size == len(whole) // 2
+    for where in (newest, older.parent):
+        if where == older.parent:
+            (older / "shared.safetensors").unlink()
+        text = sentence(lambda place=where: load_trained(str(place)))  # type: ignore[misc]
+        assert f"{newest}/{name} is damaged" in text
+    assert text.startswith("all 2 checkpoints are damaged, ")
+    (newest / name).write_bytes(whole)
+    assert load_trained(str(run)).where == str(newest)
+
+
+def test_commands_take_the_newest_that_loads(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (newest,) = (run / "checkpoints").glob("*-end")
+    (newest / "shared.safetensors").write_bytes(b"")
+    settings = ["evaluation.scenes=1", "evaluation.views=1", "evaluation.orbits=0", "evaluation.natural_images=0"]
+    assert evaluate.main(["--checkpoint", str(run), *settings]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert export.main([str(run), str(tmp_path / "export")]) == 0
+    told = [line for line in caplog.messages if "is damaged" in line]
+    assert len(told) == 2 and all("step-00000004 is taken" in line for line in told), told
+    assert (run / "evaluation.json").is_file() and Export(str(tmp_path / "export")).names == load_trained(
+        str(run)
+    ).names
 
 
 def test_a_saved_configuration_is_data(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,14 @@ def use(folder: Path, *arguments: str) -> int:
     return code
 
 
+def save(folder: Path, disk: Path) -> int:
+    """Train, with checkpoints in a root that was taken before on another disk."""
+    (disk / "c").mkdir()
+    (disk.parent / "name").write_text("b")
+    (disk / "c/experiment.txt").symlink_to(disk.parent / "name")
+    return use(folder, f"checkpoint.root={disk}/c", "experiment=b")
+
+
 def measure(run: Path, output: Path) -> int:
     code = evaluate.main(["--checkpoint", str(run), "--output", str(output), "evaluation.scenes=1"])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -89,7 +97,8 @@ def demo(disk: Path, workers: int) -> int:
 
 POINTS: dict[str, tuple[str, Callable[[Path, Path], int | None]]] = {
     "the run's folder": ("outputs/run/config.yaml", lambda made, disk: use(made, f"outputs={disk / 'outputs'}")),
-    "checkpoint": ("c/step-00000002-end/s", lambda made, disk: use(made, f"checkpoint.root={disk}/c", "experiment=b")),
+    "root": ("c/experiment.txt", lambda made, disk: use(made, f"checkpoint.root={disk}/c", "experiment=b")),
+    "checkpoint": ("c/step-00000002-end/s", lambda made, disk: save(made, disk)),
     "records": ("metrics.jsonl", lambda made, disk: record(disk)),
     "metrics": ("metrics.json", lambda made, disk: write_metrics(disk, "joint", {"step": 1})),
     "picture": ("a.png", lambda made, disk: save_png(disk / "a.png", NOISE[0])),

@@ -9,6 +9,5 @@ from .format import set_aside as set_aside
 from .load import Checkpoint as Checkpoint
 from .load import DamagedCheckpoint as DamagedCheckpoint
 from .load import load_checkpoint as load_checkpoint
-from .load import saved_config as saved_config
 from .save import CheckpointWriter as CheckpointWriter
 from .waves import WaveCheckpoint as WaveCheckpoint

@@ -15,6 +15,8 @@ from igae.storage import Damaged, Stamp, file_system, join, named_errors, parse_
 
 FORMAT = 2
 STATE, CONFIG = "state.json", "config.yaml"
+BEGUN = "begun.json"
+"""In a folder that becomes a checkpoint when all waves of a fit are there."""
 SHARED, OPTIMIZER = "shared.safetensors", "optimizer.safetensors"
 MAX_STATE = 64 << 20
 """Bytes of state.json: some hundred for each rank, or for each wave of a fit."""

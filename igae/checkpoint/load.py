@@ -94,11 +94,6 @@ class Checkpoint:
         return result
 
 
-def saved_config(folder: str) -> str:
-    """The configuration that a checkpoint was made with, as YAML. Raises as :func:`load_checkpoint` does."""
-    return read_head(folder)[2]
-
-
 def load_checkpoint(folder: str, *, moments: bool = True) -> Checkpoint:
     """Read a checkpoint, but for the rows of its scenes.
 

@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from igae.checkpoint.format import (
+    BEGUN,
     CONFIG,
     OPTIMIZER,
     SHARED,
@@ -105,6 +106,20 @@ class CheckpointWriter:
         self._thread.start()
         return folder
 
+    def clean(self) -> None:
+        """Remove what saves that were killed have left; for one rank, and while no other process writes there."""
+        found, failure = _attempt(self._incomplete)
+        if failure:
+            log.warning("%s is not looked through for what kills have left: %s", redact(self.root), failure)
+        for name in found or []:
+            _try_to_remove(join(self.root, name))
+
+    def _incomplete(self) -> list[str]:
+        """Names of folders that are no checkpoints, and no waves of a fit that will be one."""
+        fs, root = file_system(self.root)
+        names = folders(fs, root)
+        return [name for name in names if not any(fs.exists(join(root, name, file)) for file in (STATE, BEGUN))]
+
     def wait(self) -> None:
         """Until the last save is complete. Nothing of this writer runs afterwards.
 
@@ -157,16 +172,15 @@ class CheckpointWriter:
 
     def _prepare(self, folder: str) -> bool:
         """On rank 0: whether the checkpoint is there already; what killed saves have left is removed."""
-        fs, root = file_system(self.root)
-        name = folder.rsplit("/", 1)[-1]
-        for other in folders(fs, root):
-            if fs.exists(join(root, other, STATE)):
-                if other == name:
-                    if folder not in self.damaged:
-                        return True
-                    _remove(folder)
-                    self.damaged.remove(folder)
-            elif age(other) <= age(name):
+        fs, path = file_system(join(folder, STATE))
+        fs.invalidate_cache()
+        if fs.exists(path):
+            if folder not in self.damaged:
+                return True
+            _remove(folder)
+        self.damaged.discard(folder)  # what is written there now is whole, also where the damaged one was set aside
+        for other in self._incomplete():
+            if age(other) <= age(folder.rsplit("/", 1)[-1]):
                 _try_to_remove(join(self.root, other))
         make_folder(folder)
         return False

@@ -5,15 +5,26 @@ import json
 import logging
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter, ValidationError
 
-from igae.checkpoint.format import OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name, set_aside
+from igae.checkpoint.format import BEGUN, OPTIMIZER, SHARED, FileEntry, Progress, is_complete, scenes_name, set_aside
 from igae.checkpoint.load import DamagedCheckpoint, advice, read_head
 from igae.checkpoint.save import Tensors, mark_complete, write_files
-from igae.storage import Damaged, TensorFile, file_system, join, make_folder, named_errors, sync_folder, write_file
+from igae.storage import (
+    Damaged,
+    TensorFile,
+    file_system,
+    join,
+    make_folder,
+    named_errors,
+    remove_leftovers,
+    sync_folder,
+    write_file,
+)
 
-BEGUN = "begun.json"
 MARK = re.compile(r"scenes-(\d+)\.json")
 _ENTRY, _BEGUN = TypeAdapter(FileEntry), TypeAdapter(tuple[str, str])
 log = logging.getLogger("igae")
@@ -43,9 +54,13 @@ class WaveCheckpoint:
         """
         if is_complete(self.folder):
             progress, _, settings = read_head(self.folder)
+            with named_errors(self.folder, "written"):
+                self._remove_marks()  # where a kill came before
             return settings, progress.data
         with named_errors(self.folder, "written"):
             make_folder(self.folder)
+            if isinstance(self._fs, LocalFileSystem):
+                remove_leftovers(Path(self._path))
             if not self._fs.exists(join(self._path, BEGUN)):
                 write_file(join(self.folder, BEGUN), json.dumps([config, data]).encode())
             data_of_begun = self._fs.cat_file(join(self._path, BEGUN))
@@ -61,10 +76,11 @@ class WaveCheckpoint:
         Args:
             mend: look into their files too. True: a damaged wave is none, and is told. False: it is refused.
         """
+        if is_complete(self.folder):  # whose state.json says it: the marks go
+            progress, files, _ = read_head(self.folder)
+            return {number: files[scenes_name(number)] for number in range(progress.world)}
         with named_errors(self.folder):
-            self._fs.invalidate_cache()
-            names = [str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)]
-            numbers = sorted(int(match[1]) for match in map(MARK.fullmatch, names) if match)
+            numbers = sorted(int(match[1]) for match in map(MARK.fullmatch, self._names()) if match)
         found: dict[int, FileEntry] = {}
         for number in numbers:
             try:
@@ -109,7 +125,15 @@ class WaveCheckpoint:
             files = {scenes_name(number): entry for number, entry in waves.items()}
             files |= write_files(self.folder, {SHARED: shared, OPTIMIZER: {}})
             mark_complete(self.folder, replace(progress, world=len(waves)), config, files)
-            for name in (*map(_mark, waves), BEGUN):
+            self._remove_marks()
+
+    def _names(self) -> list[str]:
+        self._fs.invalidate_cache()
+        return [str(path).rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)]
+
+    def _remove_marks(self) -> None:
+        for name in self._names():
+            if MARK.fullmatch(name) or name == BEGUN:
                 self._fs.rm_file(join(self._path, name))
 
 

@@ -8,10 +8,12 @@ by one process, and every order comes from the seed: the result does not depend 
 import hashlib
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -31,7 +33,7 @@ from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, join, look_up, make_folder, sync_folder, write_file
+from igae.storage import FileInfo, file_system, join, look_up, make_folder, remove_leftovers, sync_folder, write_file
 
 log = logging.getLogger("igae")
 
@@ -103,6 +105,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
         jobs = _plan(options, Output(output, staged, size), scanned, natural_images)
         make_folder(output)
+        if staged:
+            remove_leftovers(Path(root))
         if not staged and fs.exists(join(root, NAME)):
             # An object store has no renaming: the manifest is the marker, so it is removed before its shards are.
             fs.rm_file(join(root, NAME))
@@ -279,6 +283,8 @@ def _finish(output: str, manifest: Manifest, staged: str) -> None:
         sync_folder(output)  # before the notes go, and the manifest says so
     fs.invalidate_cache(root)
     _remove(fs, root, [name for name in present() if name.endswith(NOTE + staged)])
+    if staged:  # of packing that was stopped and had more shards
+        _remove(fs, root, [name for name in present() if re.fullmatch(SHARD_NAME.pattern + re.escape(staged), name)])
     write_file(join(output, NAME), manifest.to_json())
 
 

@@ -11,7 +11,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from igae import config
-from igae.checkpoint import LEARNING_RATES, Checkpoint, is_complete, list_complete, load_checkpoint, saved_config
+from igae.checkpoint import (
+    LEARNING_RATES,
+    Checkpoint,
+    DamagedCheckpoint,
+    is_complete,
+    list_complete,
+    load_checkpoint,
+)
 from igae.config import Section
 from igae.data import DataConfig, Manifest
 from igae.errors import COMMAND_LINE, Key, did_you_mean, origin_of, redact
@@ -33,8 +40,8 @@ def load_trained(where: str, overrides: Sequence[str] = ()) -> Trained:
     """A trained model and its scenes, which are read as they are asked for. It renders with what this machine has.
 
     Args:
-        where: path or URL of a run's folder (its newest complete checkpoint is taken), of a checkpoint or of an export;
-            `hf://user/name` of a hub repository.
+        where: path or URL of a run's folder (its newest checkpoint that loads is taken), of a checkpoint or of an
+            export; `hf://user/name` of a hub repository.
         overrides: ``key=value`` of SECTIONS, of what is elsewhere now than a run's configuration says (``data.root``,
             ``autoencoder.path``).
 
@@ -43,16 +50,40 @@ def load_trained(where: str, overrides: Sequence[str] = ()) -> Trained:
     """
     where = where.rstrip("/") or where
     if not is_export(where):
-        return TrainedRun(find_checkpoint(where), overrides)
+        return TrainedRun(_newest(find_checkpoints(where)), overrides)
     if overrides:
         raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
     return Export(where, renderer="auto")
 
 
-def find_model(where: str) -> str:
-    """The path or URL of what :func:`load_trained` loads: an export, or a checkpoint. Raises ValueError as it does."""
+def find_model(where: str, whole: bool = True) -> str:
+    """The path or URL of what :func:`load_trained` loads: an export, or a checkpoint. Raises ValueError as it does.
+
+    Args:
+        whole: make sure that the checkpoint loads; otherwise the newest is taken as it is.
+    """
     where = where.rstrip("/") or where
-    return where if is_export(where) else find_checkpoint(where)
+    if is_export(where):
+        return where
+    found = find_checkpoints(where)
+    return _newest(found).folder if whole else found[0]
+
+
+def _newest(folders: list[str]) -> Checkpoint:
+    """The first of some checkpoints that loads, but for the moments; those before it are told, and left as they are."""
+    damaged = list[str]()
+    for folder in folders:
+        try:
+            found = load_checkpoint(folder, moments=False)
+        except DamagedCheckpoint as error:
+            if len(folders) == 1:
+                raise
+            damaged.append(error.why)
+            continue
+        for why in damaged:
+            log.warning("%s: %s is taken, without what was trained after it", why, redact(folder))
+        return found
+    raise ValueError(f"all {len(folders)} checkpoints are damaged, {damaged[0]}: fix one")
 
 
 def data_root(data: DataConfig, origins: Mapping[Key, str]) -> str:
@@ -66,10 +97,11 @@ def data_root(data: DataConfig, origins: Mapping[Key, str]) -> str:
     return data.root
 
 
-def find_checkpoint(where: str) -> str:
-    """The checkpoint that a path means: itself, or the newest complete one of a run's or of a checkpoints folder."""
+def find_checkpoints(where: str) -> list[str]:
+    """The checkpoints that a path means: itself, or the complete ones of a run's or of a checkpoints folder, the newest
+    first."""
     if is_complete(where):
-        return where
+        return [where]
     roots = [join(where, "checkpoints"), where]
     found = read_small(where, CONFIG)
     if found is not None:
@@ -84,7 +116,7 @@ def find_checkpoint(where: str) -> str:
         roots = [elsewhere] if elsewhere else roots
     for root in roots:
         if complete := list_complete(root):
-            return complete[-1]
+            return complete[::-1]
     raise ValueError(
         f"{redact(where)} is neither a checkpoint nor the folder of a run that has one: give outputs/NAME, or "
         "a folder step-... of its checkpoints"
@@ -132,17 +164,17 @@ class TrainedRun(Trained):
     """A checkpoint of a run, with the data that it was trained on.
 
     Args:
-        folder: path or URL of a complete checkpoint.
+        loaded: the checkpoint, without the optimizer's moments.
         overrides: as of :func:`load_trained`.
     """
 
-    def __init__(self, folder: str, overrides: Sequence[str] = ()) -> None:
+    def __init__(self, loaded: Checkpoint, overrides: Sequence[str] = ()) -> None:
         for key in (override.partition("=")[0] for override in overrides):
             if (section := key.partition(".")[0]) not in SECTIONS:
                 hint = did_you_mean(section, SECTIONS)
                 raise ValueError(f"{key}: only {', '.join(SECTIONS)} matter to a trained model{hint}")
-        self.where, self._text = folder, saved_config(folder)
-        self.settings = config.load(RunSettings, redact(join(folder, CONFIG)), overrides, saved=self._text)
+        self.loaded, self.where, self._text = loaded, loaded.folder, loaded.config
+        self.settings = config.load(RunSettings, redact(join(self.where, CONFIG)), overrides, saved=self._text)
         self.planes, self.render = self.settings.planes, self.settings.render
         self.background = self.settings.data.background
 
@@ -157,11 +189,6 @@ class TrainedRun(Trained):
     @property
     def autoencoder(self) -> AutoencoderConfig:
         return self.settings.autoencoder
-
-    @cached_property
-    def loaded(self) -> Checkpoint:
-        """The checkpoint, without the optimizer's moments."""
-        return load_checkpoint(self.where, moments=False)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -240,7 +267,7 @@ class TrainedRun(Trained):
 
 def read_run(where: str, overrides: Sequence[str] = ()) -> Content:
     """What an export of a run or a checkpoint is made of. Arguments and errors are those of :func:`load_trained`."""
-    run = TrainedRun(find_checkpoint(where.rstrip("/") or where), overrides)
+    run = TrainedRun(_newest(find_checkpoints(where.rstrip("/") or where)), overrides)
     progress, names = run.loaded.progress, run.names
     return Content(
         run.model,

@@ -10,12 +10,16 @@ import hashlib
 import io
 import os
 import re
+import time
 import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
+
+STALE = 60.0
+"""Seconds after which a file that is being written is taken for what a kill left: writing one takes milliseconds."""
 
 
 class Usage(NamedTuple):
@@ -80,6 +84,9 @@ def cached_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.part"):
+            if time.time() - old.stat().st_mtime > STALE:
+                old.unlink()
         part.write_bytes(code)
         os.replace(part, path)
     except OSError:

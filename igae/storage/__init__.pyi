@@ -28,6 +28,7 @@ from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
 from .tensors import write_tensors as write_tensors
 from .writing import make_folder as make_folder
+from .writing import remove_leftovers as remove_leftovers
 from .writing import staged as staged
 from .writing import staged_files as staged_files
 from .writing import sync as sync

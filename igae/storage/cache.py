@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from filelock import FileLock
 
 from igae.storage.paths import StoreError, join
 from igae.storage.reading import File
-from igae.storage.writing import staged
+from igae.storage.writing import remove_leftovers, staged
 
 BLOCK = 8 << 20
 
@@ -44,10 +43,6 @@ class Cache:
         ValueError: `folder` is a URL, or cannot be made or written.
     """
 
-    stale = 3600.0
-    """Seconds after which a download that was not written to is taken for what a kill left: no attempt of a request
-    takes nearly as long."""
-
     def __init__(self, folder: str, root: str) -> None:
         if "://" in folder:
             raise ValueError(f"data.cache {folder} has to be a folder of this machine")
@@ -59,10 +54,7 @@ class Cache:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise ValueError(f"data.cache {folder} cannot be used: {error.strerror}") from None
-        for partial in self.folder.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                if time.time() - partial.stat().st_mtime > self.stale:
-                    partial.unlink()
+        remove_leftovers(self.folder)
 
     def path(self, file: Original) -> Path:
         """Where the copy of a file is, or will be."""

@@ -26,6 +26,7 @@ class Limits:
     attempt_seconds: float = 60.0  # asynchronous file systems (S3, HTTP, GCS, Azure) only: others can't be interrupted
     total_seconds: float = 120.0
     visible_seconds: float = 60.0  # until other nodes see a file: network file systems cache what does not exist
+    claim_seconds: float = 1.0  # from writing to a folder that it is taken to reading who has it
     local_block: int = 1 << 20
     remote_block: int = 8 << 20  # object stores answer in tens of milliseconds: few large requests
     chunk: int = 64 << 20  # of a tensor that is being copied from its device to a file

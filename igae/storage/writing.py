@@ -3,9 +3,11 @@
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
-import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ from igae.errors import redact
 from igae.storage.paths import file_system, reason
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFTOVER = re.compile(r".+\.[0-9a-f]{12}\.partial")
+STALE = 3600.0
+"""Seconds after which, where a disk knows no locks, a file that was not written to is taken for what a kill left."""
 
 
 @contextlib.contextmanager
@@ -47,9 +52,9 @@ def _space(where: str) -> str:
 def staged(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write a file to. It gets the name ``path``, with its bytes on the disk, if the block
     succeeds; otherwise it is removed, and what was at ``path`` stays."""
-    staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    staging = _staging(path)
     try:
-        with writes_to(path):
+        with writes_to(path), _locked(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)):
             yield staging
             sync(staging)
             os.replace(staging, path)
@@ -67,16 +72,68 @@ def staged_files(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: they can't be written, whatever class the library has for that.
     """
-    with writes_to(folder):
-        make_folder(str(folder))
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".partial") as temporary:
-            try:
-                yield Path(temporary)
-            except Exception as error:
-                raise error if isinstance(error, OSError) else OSError(errno.EIO, reason(error)) from error
-            for file in sorted(Path(temporary).iterdir()):
-                with staged(folder / file.name) as staging:
-                    os.replace(file, staging)
+    temporary = _staging(folder)
+    try:
+        with writes_to(folder):
+            make_folder(str(folder))
+            temporary.mkdir()
+            with _locked(os.open(temporary, os.O_RDONLY)):
+                try:
+                    yield temporary
+                except Exception as error:
+                    raise error if isinstance(error, OSError) else OSError(errno.EIO, reason(error)) from error
+                for file in sorted(temporary.iterdir()):
+                    with staged(folder / file.name) as staging:
+                        os.replace(file, staging)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+@contextlib.contextmanager
+def _locked(descriptor: int) -> Iterator[None]:
+    """Keep a file or folder locked, which says that its process lives, and close it."""
+    try:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was written through it
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, below: bool = False) -> None:
+    """Remove what :func:`staged` and :func:`staged_files` of processes that were killed have left in a folder. What a
+    living process writes stays, and what can't be removed.
+
+    Args:
+        below: look into the folders below it too.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in filter(LEFTOVER.fullmatch, (*folders, *files)):
+            with contextlib.suppress(OSError):
+                _remove_leftover(Path(place, name))
+        folders[:] = [name for name in folders if below and not LEFTOVER.fullmatch(name)]
+
+
+def _remove_leftover(path: Path) -> None:
+    is_folder = path.is_dir() and not path.is_symlink()
+    # Locks of network disks are for those who may write; O_NONBLOCK: a pipe would be waited for.
+    descriptor = os.open(path, (os.O_RDONLY if is_folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a disk without locks
+            if time.time() - os.fstat(descriptor).st_mtime < STALE:
+                return
+        shutil.rmtree(path) if is_folder else path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder: its lock, its settings, what it runs on, its metrics."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -10,68 +11,112 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import TypeAdapter, ValidationError
 
 from igae import __version__, config
 from igae.errors import redact, sections_at
 from igae.evaluation import current_name
 from igae.ranks import Channel, world_size
-from igae.storage import make_folder, write_text, writes_to
+from igae.storage import (
+    LIMITS,
+    file_system,
+    join,
+    make_folder,
+    named_errors,
+    remove_leftovers,
+    write_file,
+    write_text,
+    writes_to,
+)
 from igae.training.recipe import Recipe
 
-METRICS = "metrics.json"
+METRICS, SEEN = "metrics.json", ".seen-"
+CLAIM = "experiment.txt"
+"""In a ``checkpoint.root``: the name of the experiment that has it."""
 _METRICS = TypeAdapter(dict[str, dict[str, int | float]])
 log = logging.getLogger("igae")
 
 
-def lock_run(folder: Path) -> IO[str]:
-    """Keep a second process from writing into the same run. The lock ends with this process, however it ends."""
+def lock_run(folder: Path, remedy: str = "end it, or use a new experiment=NAME") -> IO[str]:
+    """Keep a second process from training in the same folder. The lock ends with this process, however it ends."""
     lock = (folder / ".lock").open("w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is training in {folder}: end it, or use a new experiment=NAME") from None
+        lock.close()
+        raise ValueError(f"another process is training in {folder}: {remedy}") from None
     except OSError:
         pass  # a file system without locks
     return lock
 
 
-@contextmanager
+def claim_root(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
+    """Keep two experiments from using one ``checkpoint.root``, also when they start at the same moment: it has the name
+    of the first, and a folder of this machine is locked.
+
+    Raises:
+        ValueError: it is another's.
+    """
+    root, held = recipe.checkpoint.root or "", contextlib.ExitStack()
+    own = f"a folder of its own, such as checkpoint.root={redact(join(root, recipe.experiment))}"
+    fs, path = file_system(root)
+    is_local = isinstance(fs, LocalFileSystem)
+    if is_local:
+        make_folder(path)
+        held.enter_context(lock_run(Path(path), f"end it, or give each experiment {own}"))
+    with contextlib.nullcontext() if is_local else named_errors(join(root, CLAIM), "written"):
+        fs.invalidate_cache()
+        if not fs.exists(join(path, CLAIM)):
+            write_file(join(root, CLAIM), recipe.experiment.encode())
+            # Who has looked before that writes too, and the last one has it.
+            time.sleep(0 if is_local else LIMITS.claim_seconds)
+        name = fs.cat_file(join(path, CLAIM)).decode(errors="replace")
+    if name != recipe.experiment:
+        held.close()
+        raise ValueError(
+            f"checkpoint.root {redact(root)} is that of experiment {name[:80]}, this is {recipe.experiment}: give each "
+            f"{own}, or remove {CLAIM} there"
+        )
+    return held
+
+
+@contextlib.contextmanager
 def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator[None]:
     """Make a run's folder, keep it locked, and write its settings and what it runs on. Collective.
 
     Raises:
         ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
     """
-    lock, folder = None, recipe.folder
+    held, folder = contextlib.ExitStack(), recipe.folder
 
     def begin() -> None:
-        nonlocal lock
         make_folder(str(folder))
-        lock = lock_run(folder)
+        held.enter_context(lock_run(folder))
+        if recipe.checkpoint.root:
+            held.enter_context(claim_root(recipe))
+        remove_leftovers(folder, below=True)
+        for seen in folder.glob(f"{SEEN}*"):
+            seen.unlink(missing_ok=True)
         write_text(folder / "config.yaml", public_settings(recipe))
         write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
 
-    try:
+    with held:
         channel.on_first_rank(begin)
         if world_size() > 1:
             check_shared(folder, channel)
         with writes_to(folder):  # what has no better place to say it: trackers
             yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def check_shared(folder: Path, channel: Channel) -> None:
     """Refuse an output folder that not all ranks see: each would write into one of its own. Collective."""
-    token = folder / f".seen-{channel.on_first_rank(lambda: secrets.token_hex(8))}"
+    token = folder / f"{SEEN}{channel.on_first_rank(lambda: secrets.token_hex(8))}"
     channel.on_first_rank(token.touch)
     deadline = time.monotonic() + 10  # network file systems show new files late
     while not token.exists() and time.monotonic() < deadline:

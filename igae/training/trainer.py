@@ -71,6 +71,7 @@ class Trainer(Job):
         progress, metrics = self.progress, dict[str, float]()
         with open_run(self.recipe, self.channel, self.engine.device), self.tracking(progress.total), self.signals:
             try:
+                self.channel.on_first_rank(self.writer.clean)
                 there = self.channel.on_first_rank(lambda: read_metrics(self.folder))
                 if progress.finished and progress.stage not in there:
                     metrics = self._conclude(progress.stage)  # a kill came between checkpoint and results

@@ -121,7 +121,7 @@ class Followed:
         with a line in the log."""
         found = ""
         try:
-            found = find_model(self._where)
+            found = find_model(self._where, whole=False)
             if found == self._shown:
                 self._broken = ""
             if found in (self._shown, self._broken):
