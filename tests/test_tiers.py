@@ -68,7 +68,9 @@ COUNT = 9
 actions = st.one_of(
     st.tuples(st.just("step"), st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=3), st.booleans()),
     st.tuples(st.just("prefetch"), st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=COUNT)),
-    st.tuples(st.just("read"), st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=COUNT, unique=True)),
+    st.tuples(
+        st.just("read"), st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=COUNT, unique=True), st.booleans()
+    ),
     st.tuples(st.sampled_from(["catch_up", "save", "resume", "restart", "rows"])),
 )
 
@@ -84,7 +86,7 @@ def run(plan: list[Any], own: SceneStore, other: Any, backend: Any = "torch") ->
         elif what == "prefetch":
             own.prefetch(torch.tensor(scenes))
         elif what == "read":
-            found.append(own.read(scenes))
+            found.append(own.read(scenes, catch_up=arguments[1]))
         elif what == "catch_up":
             own.catch_up()
         elif what == "rows":

@@ -285,7 +285,7 @@ class _Renderer:
             scenes, index = batch.scene[chunk].unique(return_inverse=True)
             cameras = (index, batch.cam2world[chunk], batch.intrinsics[chunk])
             views = Views(*(part.to(self.device) for part in cameras))
-            parts.append(self.model.render(self.store.read(scenes.tolist()), views, None))
+            parts.append(self.model.render(self.store.read(scenes.tolist(), catch_up=False), views, None))
         latents, depth, opacity = zip(*parts, strict=True)
         return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
 

@@ -128,12 +128,13 @@ class SceneStore:
         """
         self._optimizer.step(rows, gradient, learning_rate, scale=scale, apply=apply)
 
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Up-to-date rows [n, *row_shape] of n different scenes on the device, in the order of ``ids``."""
+    def read(self, ids: Sequence[int], *, catch_up: bool = True) -> Tensor:
+        """Rows [n, *row_shape] of n different scenes on the device, in the order of ``ids``: up to date, or without
+        ``catch_up`` as they were last written."""
         rows = self._rows_of(ids)
         if self._pool is not None:
-            return self._pool.read(rows)
-        if self._adam is not None:
+            return self._pool.read(rows, catch_up)
+        if self._adam is not None and catch_up:
             self._adam.catch_up(rows)
         return self._on_device[rows.to(self._on_device.device)]
 

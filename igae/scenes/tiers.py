@@ -46,16 +46,20 @@ class HostRows:
     """A tensor of rows in host memory, zeros at first. A GPU copies from and to it by itself."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        self.tensor = torch.zeros(*shape)
-        if device.type == "cuda" and self.tensor.numel():
+        count = math.prod(shape)
+        memory = mmap.mmap(-1, 4 * max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Processes that decode images are forks: what is pinned would be copied for each of them.
+        memory.madvise(mmap.MADV_DONTFORK)
+        self.tensor = torch.frombuffer(memory, dtype=torch.float32)[:count].view(*shape)
+        if device.type == "cuda" and count:
             # Not pin_memory: it rounds up to a power of two.
-            runtime, where, size = torch.cuda.cudart(), self.tensor.data_ptr(), 4 * self.tensor.numel()
+            runtime, where = torch.cuda.cudart(), self.tensor.data_ptr()
             with torch.cuda.device(device):
-                failure = int(runtime.cudaHostRegister(where, size, 0))
+                failure = int(runtime.cudaHostRegister(where, 4 * count, 0))
             if failure:
                 raise ValueError(
-                    f"{size / 2**30:.1f} GiB of host memory can't be pinned for {device} (CUDA error {failure}): set "
-                    "planes.storage=disk"
+                    f"{4 * count / 2**30:.1f} GiB of host memory can't be pinned for {device} (CUDA error {failure}): "
+                    "set planes.storage=disk"
                 )
             weakref.finalize(self, runtime.cudaHostUnregister, where).atexit = False
 
@@ -94,10 +98,9 @@ class FileRows:
     @property
     def tensor(self) -> Tensor:
         """What is in the file, mapped into memory."""
-        count = math.prod(self._shape)
-        if count == 0:
+        if math.prod(self._shape) == 0:
             return torch.zeros(self._shape)
-        return torch.frombuffer(mmap.mmap(self._file.fileno(), 4 * count), dtype=torch.float32).view(self._shape)
+        return torch.frombuffer(mmap.mmap(self._file.fileno(), 0), dtype=torch.float32).view(self._shape)
 
     def clear(self) -> None:
         with writes_to(self._folder):
@@ -106,11 +109,10 @@ class FileRows:
 
     def fetch(self, rows: Sequence[int], places: Iterable[Tensor]) -> None:
         for some in _batches(zip(rows, places, strict=True), len(self._stage)):
-            self._wait()  # for what the buffer had before
             list(self._threads.map(self._read, range(len(some)), [row for row, _ in some]))
             for staged, (_, place) in zip(self._stage, some, strict=False):
                 place.copy_(staged, non_blocking=True)
-        self._wait()
+            self._wait()
 
     def put(self, rows: Sequence[int], places: Iterable[Tensor]) -> None:
         for some in _batches(zip(rows, places, strict=True), len(self._stage)):
@@ -295,6 +297,11 @@ class RowPool:
                 stream.synchronize()
         self._dirty.clear()
 
+    def _synchronize(self) -> None:
+        """Wait for copies to a tier on the current stream: others may read it on theirs."""
+        if self._on_gpu:
+            torch.cuda.current_stream(self._device).synchronize()
+
     def _empty(self) -> None:
         """Forget what is in the slots, after :meth:`flush`."""
         self._slot_of.clear()
@@ -341,13 +348,14 @@ class RowPool:
                 self._tiers[name].put(chunk.tolist(), tensor[:count])
             for own, of_room in counters:
                 own[where] = of_room[:count]
-        if self._on_gpu:
-            torch.cuda.current_stream(self._device).synchronize()
+        self._synchronize()
         self._empty()
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Up-to-date copies of rows on the device."""
-        self.catch_up(rows)
+    def read(self, rows: Tensor, catch_up: bool) -> Tensor:
+        """Copies of rows on the device, up to date or as they were last written."""
+        self.flush()
+        if catch_up:
+            self.catch_up(rows)
         found = torch.empty(len(rows), *self._shape[1:], device=self._device)
         self._tiers["planes"].fetch(rows.tolist(), found)
         return found
@@ -370,6 +378,7 @@ class RowPool:
                 self._tiers[name].put(range(start, start + len(rows)), rows)
             elif name != "learning_rates":
                 {"updated": self._updated, "visited": self._visited}[name][start : start + len(rows)] = rows
+        self._synchronize()
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
