@@ -2,6 +2,7 @@
 """The CUDA kernels' sources on the CPU (emulated_cuda.py) against the float64 reference, with a GPU's tests."""
 
 import ctypes
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import emulated_cuda
 import pytest
 import test_cuda_renderer as renderer
 import test_row_adam_cuda as row_adam
+import test_tiers as tiers
 import torch
 
 from igae.kernels import LIBRARIES
@@ -296,3 +298,18 @@ def test_all_kernels_are_found() -> None:
         (row_adam_cuda.SOURCE, 6),
     ):
         assert emulated_cuda.entries(source.read_text()).count("emulate_") == count
+
+
+@pytest.mark.parametrize("tier", tiers.TIERS)
+def test_rows_that_move_have_the_bits_of_those_that_stay(
+    emulated_adam: type[emulated_cuda.Library], tmp_path: Path, tier: str
+) -> None:
+    rng, scenes = random.Random(0), range(tiers.COUNT)
+    for slots in (3, 5, 8):
+        plan: list[Any] = []
+        for _ in range(25):
+            what = rng.choice(["step"] * 5 + ["prefetch", "read", "catch_up", "save", "resume"])
+            several = [rng.sample(scenes, rng.randint(1, 3))] if what in ("step", "prefetch", "read") else []
+            plan.append((what, *several, *([rng.random() < 0.9] if what in ("step", "read") else [])))
+        tiers.compare(plan, tier, slots, str(tmp_path), "cuda")
+    assert {"update4", "catch_up4"} <= emulated_adam.launched

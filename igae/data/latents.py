@@ -44,17 +44,27 @@ class LatentLoader:
     """Endless batches of full size of the views in a cache, each epoch in an order given by (seed, epoch), and with
     the next variant of each view.
 
+    With a ``group`` above 0, the scenes of an epoch are put into random groups of so many, and the views of a group
+    come shuffled, group after group: a scene is used several times before others are. Else all views are shuffled.
+
     ``state`` is where the next batch starts; a loader made with it continues exactly there.
     """
 
-    def __init__(self, cache: LatentCache, batch_size: int, seed: int, state: StreamState | None = None) -> None:
-        self.cache, self.batch_size, self.seed = cache, batch_size, seed
+    def __init__(
+        self, cache: LatentCache, batch_size: int, seed: int, state: StreamState | None = None, group: int = 0
+    ) -> None:
+        self.cache, self.batch_size, self.seed, self.group = cache, batch_size, seed, group
         self.state = state or StreamState()
         self._order = self._permutation(self.state.epoch)
 
     def _permutation(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "latents", epoch))
-        return torch.randperm(len(self.cache), generator=generator)
+        order = torch.randperm(len(self.cache), generator=generator)
+        if self.group == 0:
+            return order
+        scenes, scene_of = self.cache.scene[:: self.cache.variants].unique(return_inverse=True)
+        group_of = torch.randperm(len(scenes), generator=generator) // self.group
+        return order[group_of[scene_of[order]].argsort(stable=True)]
 
     def take(self) -> Tensor:
         """Places in the cache, int64 [batch_size] on the CPU, of the views of the next batch."""

@@ -282,10 +282,10 @@ class _Renderer:
         parts = []
         for start in range(0, len(batch.scene), CHUNK):
             chunk = slice(start, start + CHUNK)
-            rows, index = self.store.locate(batch.scene[chunk])
+            scenes, index = batch.scene[chunk].unique(return_inverse=True)
             cameras = (index, batch.cam2world[chunk], batch.intrinsics[chunk])
             views = Views(*(part.to(self.device) for part in cameras))
-            parts.append(self.model.render(self.store.rows[rows.to(self.device)], views, None))
+            parts.append(self.model.render(self.store.read(scenes.tolist(), catch_up=False), views, None))
         latents, depth, opacity = zip(*parts, strict=True)
         return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
 

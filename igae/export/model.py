@@ -19,7 +19,11 @@ from igae.models import IGAE, AutoencoderConfig, Views
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
-FREE = {"autoencoder": ("latents",), "planes": ("init_std",), "render": ("coarse_samples", "fine_samples")}
+FREE = {
+    "autoencoder": ("latents",),
+    "planes": ("init_std", "storage", "resident", "scratch"),
+    "render": ("coarse_samples", "fine_samples"),
+}
 """Sections of a configuration that a model determines -> what of them doesn't have to be as it was trained."""
 CHUNK = 32
 """Views that are rendered and decoded at a time."""

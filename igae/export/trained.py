@@ -28,7 +28,7 @@ from igae.export.model import Content, Trained
 from igae.export.reader import Export, check_planes, is_export, read_small
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig, SceneStore
+from igae.scenes import SceneStore, StoredPlanesConfig
 from igae.storage import is_url, join
 
 SECTIONS = ("autoencoder", "data", "planes", "render")
@@ -154,7 +154,7 @@ class RunSettings(Section):
     experiment: str
     autoencoder: AutoencoderConfig
     data: DataConfig
-    planes: PlanesConfig = PlanesConfig()
+    planes: StoredPlanesConfig = StoredPlanesConfig()
     render: RenderOptions = RenderOptions()
     train: dict[str, Any] = {}
     checkpoint: dict[str, Any] = {}
@@ -175,7 +175,7 @@ class TrainedRun(Trained):
                 raise ValueError(f"{key}: only {', '.join(SECTIONS)} matter to a trained model{hint}")
         self.loaded, self.where, self._text = loaded, loaded.folder, loaded.config
         self.settings = config.load(RunSettings, redact(join(self.where, CONFIG)), overrides, saved=self._text)
-        self.planes, self.render = self.settings.planes, self.settings.render
+        self.planes, self.render = self.settings.planes.of_model, self.settings.render
         self.background = self.settings.data.background
 
     @property

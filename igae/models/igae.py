@@ -26,10 +26,12 @@ class ModelRecipe(Protocol):
 
     seed: int
     autoencoder: AutoencoderConfig
-    planes: PlanesConfig
     render: RenderOptions
     data: Any
     train: Any
+
+    @property
+    def planes(self) -> PlanesConfig: ...
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from igae.config import Section
 
+Tier = Literal["device", "host", "disk"]
+
 MOST = 16384
 """Of texels and features: the number of bytes of planes then is one that torch can count to."""
 MAX_NUMBERS = 1 << 32
@@ -70,3 +72,25 @@ class PlanesConfig(Section):
         if self.base_planes == 0:
             return (3, self.resolution, self.resolution, self.features)
         return (math.prod(self.micro_shape) + self.base_planes + self.bias,)
+
+
+class StoredPlanesConfig(PlanesConfig):
+    """What planes are, and where a rank has those of its scenes with their moments; the latter changes no result."""
+
+    storage: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where planes and their moments are: in the memory of the GPU, in pinned memory of the machine, or in a file on a
+    local disk; `auto`: the first of them that has room."""
+    resident: int = Field(default=0, ge=0)
+    """With host and disk, scenes of a rank that are on the GPU at a time; 0: what half of its free memory holds."""
+    scratch: str | None = None
+    """Folder on a disk of this machine for the file of `disk`, which has no name and ends with the process; $TMPDIR (or
+    /tmp) if left out."""
+
+    @property
+    def of_model(self) -> PlanesConfig:
+        """What planes are."""
+        return PlanesConfig(**{name: getattr(self, name) for name in PlanesConfig.model_fields})
+
+
+STORAGE = tuple(f"planes.{name}" for name in StoredPlanesConfig.model_fields if name not in PlanesConfig.model_fields)
+"""Settings of where planes are."""

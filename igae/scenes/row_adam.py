@@ -63,6 +63,11 @@ class RowAdam:
         if steps > len(self._rates):
             self._rates = torch.cat([self._rates, self._rates.new_zeros(steps - len(self._rates))])
 
+    def deferred(self, updated: Tensor, visited: Tensor) -> Tensor:
+        """How many updates of rows are deferred, from what :attr:`updated` and :attr:`visited` say of them."""
+        until = (visited + self.horizon).clamp(max=self.step_count)
+        return torch.where(visited > 0, until - updated, 0)
+
     @torch.no_grad()
     def catch_up(self, rows: Tensor | None = None) -> None:
         """Apply the deferred updates of rows, up to the current step.
@@ -72,8 +77,7 @@ class RowAdam:
         """
         rows = torch.arange(len(self.parameters)) if rows is None else rows.cpu()
         rows = rows[rows >= 0]
-        until = (self.visited[rows] + self.horizon).clamp(max=self._steps)
-        deferred = torch.where(self.visited[rows] > 0, until - self.updated[rows], 0)
+        deferred = self.deferred(self.updated[rows], self.visited[rows])
         rows, deferred = rows[deferred > 0], deferred[deferred > 0]
         for some, left in zip(rows.split(CHUNK), deferred.split(CHUNK), strict=True):
             while len(some) > 0:

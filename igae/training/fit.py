@@ -19,8 +19,9 @@ from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
+from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import agree, check_memory, scene_bytes
+from igae.training.preflight import agree
 from igae.training.rank_data import RankData, select, waves
 from igae.training.recipe import Recipe, StageName
 from igae.training.resume import compare_settings, initialize
@@ -95,7 +96,7 @@ class Fit(Job):
                 f"fit.wave={max(1, len(scenes) // world_size())}, or start fewer ranks"
             )
         engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
-        check_memory(len(self.waves[0]) * scene_bytes(recipe.planes), engine.device, "lower fit.wave")
+        self.storage = choose_storage(recipe, max(map(len, self.waves)), engine.device, channel, "lower fit.wave")
         data = RankData.alone(recipe.data, manifest, scenes, recipe.train.timeout)
         super().__init__(recipe, data, engine, channel)
         self._others = _Others(Channel(recipe.train.timeout))
@@ -157,7 +158,8 @@ class Fit(Job):
         """Fit and write the scenes of a wave; False where it was stopped before."""
         scenes, recipe, start = self.waves[index], self.recipe, time.perf_counter()
         # A scene's initial planes depend on the scene alone; the order of its views depends on the wave.
-        store = SceneStore(recipe.planes, [scene.id for scene in scenes], recipe.seed, self.engine.device)
+        ids = [scene.id for scene in scenes]
+        store = SceneStore(recipe.planes, ids, recipe.seed, self.engine.device, self.storage)
         recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
         data = RankData.alone(recipe.data, self.data.manifest, scenes, recipe.train.timeout)
         metrics = dict[str, float]()

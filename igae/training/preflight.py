@@ -19,7 +19,7 @@ from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe, StageName
 from igae.training.run_folder import flat, public_settings
 
-OF_A_MACHINE = ("data.root", "data.cache", "data.workers")
+OF_A_MACHINE = ("data.root", "data.cache", "data.workers", "planes.scratch")
 """Settings that may differ between machines: what the data are, the manifest says."""
 
 

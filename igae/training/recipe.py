@@ -14,7 +14,7 @@ from igae.data import DataConfig
 from igae.evaluation import EvaluationConfig
 from igae.models import AugmentConfig, AutoencoderConfig, LossWeights
 from igae.rendering import RenderOptions
-from igae.scenes import PlanesConfig
+from igae.scenes import StoredPlanesConfig
 
 StageName = Literal["warmup", "joint"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -54,6 +54,9 @@ class StageConfig(Section):
     mlp_epochs: float | None = None
     """The decoding MLP is frozen after so many epochs; never if left out."""
     augment: AugmentConfig = AugmentConfig()
+    group: int | None = Field(default=None, ge=0)
+    """Of cached latents: scenes whose views come together, shuffled, before those of others do; 0: all views are
+    shuffled. Left out: 0 where all planes are on the GPU, else as many as keep each scene there while it is used."""
     alternate: bool = False
     """Scene views and natural images in turns, a step each, instead of together."""
     weights: LossWeights
@@ -73,6 +76,8 @@ class StageConfig(Section):
             )
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are of the multistep schedule only: set schedule to multistep")
+        if self.epochs > 0 and self.group and not self.uses_cached_latents:
+            raise ValueError("group is of cached latents, and this stage reads images: leave it out")
         views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv + weights.opacity
         views += weights.distortion
         if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
@@ -202,7 +207,7 @@ class Recipe(Section):
     """Run, checkpoint or export (folder or URL) whose autoencoder, MLP and base planes are taken. Where no stage trains
     them, scenes are fitted to them in waves (`fit`), however many there are."""
     autoencoder: AutoencoderConfig
-    planes: PlanesConfig = PlanesConfig()
+    planes: StoredPlanesConfig = StoredPlanesConfig()
     render: RenderOptions = RenderOptions()
     train: TrainConfig
     fit: FitConfig = FitConfig()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from igae.checkpoint import (
     LEARNING_RATES,
@@ -26,8 +25,9 @@ from igae.errors import redact
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
 from igae.ranks import Channel, derive_seed, world_size
-from igae.scenes import SceneStore
+from igae.scenes import STORAGE, SceneStore
 from igae.storage import join
+from igae.training.preflight import scene_bytes
 from igae.training.rank_data import RankData
 from igae.training.recipe import Recipe
 from igae.training.run_folder import flat, public_settings
@@ -38,6 +38,8 @@ FIXED = [
     *("autoencoder.create", "autoencoder.latents", "autoencoder.scale"),
 ]
 """Settings that can't change within a run."""
+ROWS_BYTES = 1 << 30
+"""Rows and moments that are in memory between a checkpoint and the scenes' store."""
 SCALE_BATCH, SCALE_BATCHES = 64, 4
 """Views that the scale of normalized latents is fitted to, on each rank."""
 log = logging.getLogger("igae")
@@ -72,13 +74,13 @@ def restore(
     folders: list[str], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore, channel: Channel
 ) -> tuple[Progress, StageState, list[str]]:
     """Put the weights and the rows of this rank's scenes of a checkpoint into place: of the first that all ranks find
-    whole. Those before it are set aside. Collective.
+    whole. Those before it are set aside. In the middle of a stage, the rows' optimizer is started. Collective.
 
     Returns:
         Where the run stands, for this number of ranks, what its stage needs to resume, and the checkpoints set aside.
 
     Raises:
-        ValueError: the checkpoint is of other data or settings, or none is whole, which changes nothing.
+        ValueError: the checkpoint is of other data or settings, or none is whole; no folder has changed.
     """
     damaged = dict[str, str]()
     for folder in folders:
@@ -90,7 +92,7 @@ def restore(
         problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
         if not problem and found is not None:
             channel.on_first_rank(functools.partial(_set_aside, damaged, folder))
-            return *_put(*found, recipe, data, model, store), list(damaged)
+            return *_put(found, recipe, data, model), list(damaged)
         damaged[folder] = problem
     first = DamagedCheckpoint(*next(iter(damaged.items())))
     if len(damaged) == 1:
@@ -103,8 +105,8 @@ def _set_aside(damaged: dict[str, str], newest: str) -> None:
         log.warning("%s (%s): this run resumes from %s, and steps after it are lost", why, set_aside(folder), newest)
 
 
-def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """A checkpoint and its rows of the scenes of a store."""
+def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> Checkpoint:
+    """A checkpoint, whose rows are put into a store."""
     loaded = load_checkpoint(folder)
     progress = loaded.progress
     if progress.data != data.manifest.digest:
@@ -118,13 +120,21 @@ def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> tup
             f"{folder} has {len(loaded.ids)} scenes and this configuration has {len(data.scenes)} (or others): "
             "data.categories can't change within a run; use a new experiment=NAME"
         )
-    return loaded, loaded.rows(store.ids.tolist())
+    if LEARNING_RATES not in loaded.optimizer:
+        raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
+    rates = loaded.optimizer.pop(LEARNING_RATES)
+    if not progress.finished:
+        store.start_optimizer(recipe.train.kernels)
+        store.load_state_dict({"learning_rates": rates})
+    some = max(1, ROWS_BYTES // scene_bytes(recipe.planes))
+    for start in range(0, len(store), some):  # not at once: host memory may have room for them once only
+        rows = loaded.rows(store.ids[start : start + some].tolist())
+        store.load_state_dict({"planes": rows["planes"]} if progress.finished else rows, start)
+    return loaded
 
 
-def _put(
-    loaded: Checkpoint, rows: dict[str, Tensor], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore
-) -> tuple[Progress, StageState]:
-    """Put what was read into place."""
+def _put(loaded: Checkpoint, recipe: Recipe, data: RankData, model: IGAE) -> tuple[Progress, StageState]:
+    """Put the rest of what was read into place."""
     progress, folder = loaded.progress, loaded.folder
     try:
         model.load_state_dict(loaded.shared)
@@ -134,15 +144,11 @@ def _put(
             f"{folder} has weights of another autoencoder or MLP than this configuration ({reason}): "
             "use a new experiment=NAME"
         ) from error
-    if LEARNING_RATES not in loaded.optimizer:
-        raise ValueError(f"{folder} has fitted scenes, without an optimizer's state: use a new experiment=NAME")
-    scenes = rows | {"learning_rates": loaded.optimizer.pop(LEARNING_RATES)}
-    store.load_state_dict({"planes": scenes.pop("planes")})
     if not progress.finished:
         _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
     progress.world = world_size()
     log.info("resumes from step %d, %s", progress.total, folder)
-    return progress, StageState(progress.consumed, loaded.optimizer, scenes)
+    return progress, StageState(progress.consumed, loaded.optimizer, rows_resumed=not progress.finished)
 
 
 def initialize(model: IGAE, recipe: Recipe, data: RankData, channel: Channel) -> None:
@@ -199,7 +205,7 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
             f"each a folder of its own, such as checkpoint.root={redact(join(root, recipe.experiment))}"
         )
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
-    for key in [key for key in now if key in before and before[key] != now[key]]:
+    for key in [key for key in now if key in before and before[key] != now[key] and key not in STORAGE]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):
             raise ValueError(
                 f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: "

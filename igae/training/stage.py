@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage of training: its data, its optimizers, its steps."""
 
+import logging
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,16 +22,19 @@ from igae.training.step import CapturedStep, StepInputs, TrainingStep
 
 BACKGROUND_EVERY = 50
 """Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time."""
+MOST_AHEAD = 64
+"""Batches whose scenes are brought to the device before their step."""
+log = logging.getLogger("igae")
 
 
 @dataclass
 class StageState:
-    """Where a stage resumes, by default at its start: samples that this rank has taken of each stream, and the states
-    of the optimizers of shared parameters and of rows."""
+    """Where a stage resumes, by default at its start: samples that this rank has taken of each stream, the state of the
+    optimizer of shared parameters, and whether that of the rows is in their store already."""
 
     consumed: dict[str, int] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    scenes: dict[str, Tensor] = field(default_factory=dict)
+    rows_resumed: bool = False
 
 
 class Stage:
@@ -64,17 +69,32 @@ class Stage:
         self.cache = self.encode_views() if self.config.uses_cached_latents else None
         # The first stage looks at its views before it trains: at all that it encodes, or at those of its first step.
         self._to_look_at = self.cache is None and name == next(iter(recipe.train.stages))
+        self._ahead, self._group = self._look_ahead()
+        self._upcoming: deque[tuple[dict[str, Tensor], Tensor]] = deque()
         self.streams = self._open_streams()
         self._prepare_optimizers(state)
         self.meter = Meter(engine.device, data.world, engine.replicated)
         self.run = self._make_step()
+
+    def _look_ahead(self) -> tuple[int, int]:
+        """Batches that are read before their step, so that their scenes can come to the device, and the scenes of a
+        group of views: those of a group and of the next one have room there together."""
+        config, slots = self.config, self.store.slots
+        if slots == len(self.store) or not config.batch_size:
+            return 0, config.group or 0
+        spare = (slots - config.batch_size * config.accumulate) // 2
+        group = config.group if config.group is not None else spare if spare >= config.batch_size else 0
+        if self.cache is None:
+            return config.accumulate, 0
+        log.info("%s: views come in groups of %d scenes, %d fit on the device", self.name, group, slots)
+        return max(config.accumulate, min(MOST_AHEAD, spare // config.batch_size)), group
 
     def _open_streams(self) -> dict[str, Any]:
         config, streams = self.config, dict[str, Any]()
         seed = derive_seed(self.recipe.seed, self.name, "stream")
         if self.cache is not None:
             state = StreamState(*divmod(self.consumed["views"], len(self.cache)))
-            streams["views"] = LatentLoader(self.cache, config.batch_size, seed, state)
+            streams["views"] = LatentLoader(self.cache, config.batch_size, seed, state, self._group)
         elif config.batch_size:
             streams["views"] = self.data.open_views(config.batch_size, seed, consumed=self.consumed["views"])
         if config.natural_images:
@@ -97,8 +117,8 @@ class Stage:
         ]
         self.engine.prepare(model, [(name, params) for name, params, rate in groups if params and rate > 0])
         self.engine.load_optimizer_state(state.optimizer)
-        self.store.start_optimizer(train.kernels)
-        self.store.load_state_dict(state.scenes)
+        if not state.rows_resumed:
+            self.store.start_optimizer(train.kernels)
 
     def _make_step(self) -> TrainingStep | CapturedStep:
         config, engine = self.config, self.engine
@@ -141,7 +161,17 @@ class Stage:
         seeds = [derive_seed(self.recipe.seed, self.name, number, self.data.rank, i) for i in range(len(batches))]
         refresh = self.refresh_every > 0 and number % self.refresh_every == 0
         inputs = StepInputs(rows, batches, seeds, stop, self.learning_rates(number), refresh)
-        return self.meter.note(Outcome(*self.run(inputs)))
+        outcome = self.meter.note(Outcome(*self.run(inputs)))
+        if number + 1 < self.steps:
+            self._prefetch()
+        return outcome
+
+    def _prefetch(self) -> None:
+        """Read batches of the next steps, and have their scenes brought to the device while this step is made."""
+        with self.meter.waiting_for_data():
+            while len(self._upcoming) < self._ahead:
+                self._upcoming.append(self._read_views())
+                self.store.prefetch(self._upcoming[-1][1])
 
     def _next_batches(self, number: int) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
         """Rows and batches of a step (see `StepInputs`). With ``alternate``, views and natural images take turns."""
@@ -164,17 +194,22 @@ class Stage:
 
     def _next_views(self, batch: dict[str, Tensor]) -> Tensor:
         """Put the next views into a batch; returns their scenes."""
+        views, scenes = self._upcoming.popleft() if self._upcoming else self._read_views()
+        batch |= views
+        return scenes
+
+    def _read_views(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Views of a batch, and their scenes."""
         stream = self.streams["views"]
         if self.cache is not None:
-            batch["view"] = stream.take()
-            return self.cache.scene[batch["view"]]
+            places = stream.take()
+            return {"view": places}, self.cache.scene[places]
         views: ViewBatch = next(stream)
         if self._to_look_at:
             self._to_look_at = False
             tell_background(plain_borders(views.images, self._background.cpu()), len(views.scene), self._background)
         wanted = ["images", "cam2world", "intrinsics", *(["masks", "has_alpha"] * (self.config.weights.opacity > 0))]
-        batch |= {name: getattr(views, name) for name in wanted}
-        return views.scene
+        return {name: getattr(views, name) for name in wanted}, views.scene
 
     @property
     def taken(self) -> int:

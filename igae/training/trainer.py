@@ -11,8 +11,9 @@ from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
+from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import agree, check_data, check_memory, scene_bytes
+from igae.training.preflight import agree, check_data, scene_bytes
 from igae.training.rank_data import RankData
 from igae.training.recipe import STAGES, Recipe, StageName
 from igae.training.resume import find, initialize, restore
@@ -50,15 +51,19 @@ class Trainer(Job):
         found = find(recipe.checkpoint_root, resume, channel)
         super().__init__(recipe, data, engine, channel)
         owned = [scene.id for scene in data.owned]
-        check_memory(len(owned) * scene_bytes(recipe.planes), engine.device)
-        self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device)
+        instead = "train fewer scenes (data.categories), or on more GPUs"
+        storage = choose_storage(recipe, len(owned), engine.device, channel, instead)
+        self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device, storage)
         self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
         self._state, damaged = StageState(), list[str]()
         if found:
             self.progress, self._state, damaged = restore(found, recipe, data, self.model, self.store, channel)
         else:
             initialize(self.model, recipe, data, channel)
-        self.writer = CheckpointWriter(recipe.checkpoint_root, settings.keep, saving, settings.background, damaged)
+        background = settings.background and storage.tier == "device"
+        if settings.background and not background:
+            log.info("checkpoints are written while training waits: a copy of the planes would double their memory")
+        self.writer = CheckpointWriter(recipe.checkpoint_root, settings.keep, saving, background, damaged)
 
     def run(self, only: StageName | None = None) -> dict[str, float]:
         """Run the stages that are still to do, or one of them.
@@ -133,7 +138,7 @@ class Trainer(Job):
 
     def open_stage(self, name: StageName) -> Stage:
         """A stage with its data and optimizers, at its start or where the run resumes."""
-        state, self._state = self._state, StageState()  # as large as all rows and their moments
+        state, self._state = self._state, StageState()  # as large as the shared parameters' moments
         return Stage(name, self.recipe, self.engine, self.model, self.store, self.data, state)
 
     def train(self, stage: Stage) -> bool:
