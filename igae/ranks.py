@@ -56,6 +56,11 @@ def world_size() -> int:
     return _variable("WORLD_SIZE", 1)
 
 
+def local_world_size() -> int:
+    """Number of processes on this machine, as the launcher set it."""
+    return max(1, _variable("LOCAL_WORLD_SIZE", world_size()))
+
+
 def _variable(name: str, otherwise: int) -> int:
     text = os.environ.get(name, str(otherwise))
     return int(text) if text.isdecimal() else otherwise

@@ -25,7 +25,7 @@ from igae.ranks import Channel, world_size
 from igae.storage import make_folder, write_text, writes_to
 from igae.training.recipe import Recipe
 
-METRICS = "metrics.json"
+METRICS, ENVIRONMENT = "metrics.json", "environment.json"
 _METRICS = TypeAdapter(dict[str, dict[str, int | float]])
 log = logging.getLogger("igae")
 
@@ -43,8 +43,8 @@ def lock_run(folder: Path) -> IO[str]:
 
 
 @contextmanager
-def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator[None]:
-    """Make a run's folder, keep it locked, and write its settings and what it runs on. Collective.
+def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
+    """Make a run's folder, keep it locked, and write its settings. Collective.
 
     Raises:
         ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
@@ -56,7 +56,6 @@ def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator
         make_folder(str(folder))
         lock = lock_run(folder)
         write_text(folder / "config.yaml", public_settings(recipe))
-        write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
 
     try:
         channel.on_first_rank(begin)
