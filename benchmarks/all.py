@@ -151,12 +151,15 @@ def _with_json(words: list[str], numbers: Path) -> list[str]:
     return [*positional, "--json", str(numbers), *words[len(positional) :]]
 
 
+def outcome(row: dict[str, Any]) -> str:
+    return f"{row['status']} ({row['reason']})" if "reason" in row else str(row["status"])
+
+
 def markdown(result: dict[str, Any]) -> str:
     lines = ["# Benchmarks", ""]
     lines += [f"* {name}: {', '.join(v) if isinstance(v, list) else v}" for name, v in result["machine"].items() if v]
     for name, row in result["benchmarks"].items():
-        outcome = row["status"] + (f": {row['reason']}" if "reason" in row else "")
-        lines += ["", f"## {name}", "", f"`{row['command']}`: {outcome}"]
+        lines += ["", f"## {name}", "", f"`{row['command']}`: {outcome(row)}"]
         lines += [f"{row['seconds']:g} s"] if "seconds" in row else []
         if row.get("printed", "").strip():
             lines += ["", "```text", row["printed"].rstrip(), "```"]
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.only or BENCHMARKS:
         print(f"{name} ...", end=" ", flush=True)
         row = run(name, BENCHMARKS[name], arguments.more, folder, arguments.limit)
-        print(row["status"], *[f"({row['reason']})"] * ("reason" in row), flush=True)
+        print(outcome(row), flush=True)
         result["benchmarks"][name] = row
         # After each: what is there counts also if this is ended.
         (folder / "all.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -26,7 +26,7 @@ def test_a_benchmark_runs_and_those_without_what_they_need_are_skipped(tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path)
-    assert found["machine"]["torch"] == torch.__version__.partition("+")[0] and found["machine"]["cores"] >= 1
+    assert found["machine"]["torch"] == torch.__version__ and found["machine"]["cores"] >= 1
     assert list(found["benchmarks"]) == names
     adam = found["benchmarks"]["row_adam"]
     assert adam["status"] == "done" and [row["scenes"] for row in adam["numbers"]["rows"]] == [8, 16]

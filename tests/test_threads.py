@@ -14,7 +14,7 @@ import runs
 import torch
 
 from igae import config
-from igae.threads import available_cores, share, use_share
+from igae.threads import FEW, available_cores, few_threads, share, use_share
 from igae.training import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +134,36 @@ def test_one_thread_beside_a_gpu(cores: None, monkeypatch: pytest.MonkeyPatch) -
         assert use_share() == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_waiting_threads_sleep(tmp_path: Path) -> None:
+    """OpenMP reads how it waits when torch is imported, so a command says it before; a user's word counts."""
+    code = (
+        "import os, sys, igae.cli.train as train\n"
+        "print('torch' in sys.modules, os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)\n"
+        "train.main(['--config', 'igae.yaml', '--print-config'])\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'), file=sys.stderr)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", code]
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(command, cwd=ROOT, env=environment | given, capture_output=True, text=True, check=True)
+        assert done.stderr.split() == ["False", given.get("OMP_WAIT_POLICY", "None"), expected]
+
+
+def test_an_evaluation_has_few_threads_and_then_they_are_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 31)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    with pytest.raises(KeyError), few_threads():
+        raise KeyError
+    assert seen == [FEW, 31]
+    monkeypatch.setenv("OMP_NUM_THREADS", "31")
+    with few_threads():
+        assert seen == [FEW, 31]
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before
 
 
 def trained(recipe_file: str) -> tuple[int, int, float]:

@@ -21,8 +21,8 @@ Capability = tuple[int, int] | None
 BF16_SINCE = (8, 0)
 """Compute capability of the first GPUs that compute in bfloat16."""
 TRITON_SINCE = (7, 0)
-# Measured on H100 and H200: docs/experiments/log/training-step.md (2026-11-24 and 2026-11-28), docs/experiments/scaling.md.
-# By these, compiling pays after five minutes of steps with an autoencoder of Stable Diffusion's size, and after half an
+# Measured on H100 and H200: docs/experiments/log/training-step.md (2026-11-24 and 2026-11-28) and log/scaling.md. By
+# these, compiling pays after five minutes of steps with an autoencoder of Stable Diffusion's size, and after half an
 # hour with the small one of the development data, as found there.
 NETWORK_COSTS = 119.0
 """Seconds in which encoder and decoder are compiled, forward and backward, where the caches have nothing."""
