@@ -17,7 +17,6 @@ RUN := outputs/quickstart
 
 quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 	$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml \
-		--num_cpu_threads_per_process $$($(BIN)/python -c 'import os; print(os.cpu_count())') \
 		train.py --config quickstart.yaml
 	@echo
 	@echo "Done. Look at:"

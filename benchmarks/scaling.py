@@ -30,7 +30,7 @@ import torch
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
 from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
-from igae.training import ASYNC_STEPS, Engine, Outcome, RankData
+from igae.training import ASYNC_STEPS, Engine, Outcome
 
 Figures = dict[str, float]
 
@@ -68,11 +68,10 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     """Measure all cases in turns, each `rounds` times; the first rank prints the numbers. In a case of one rank the
     first works and the others wait."""
     first = recipe_of("joint", f"{folder}/shards-{cases[0].split(':')[2]}", overrides)
-    engine = Engine(async_steps=first.train.async_steps, bf16=first.train.precision == "bf16")
+    engine = Engine(async_steps=first.train.async_steps)
     channel, world = Channel(), world_size()
     single = alone(engine, engine.asynchronous)
-    model = model_of(first, RankData.split(first).manifest.image_size, engine.device)
-    model.speed_up(compile=first.train.compile, channels_last=first.train.channels_last)
+    model, _ = model_of(first, engine)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:

@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results to a file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # which igae leaves as it is
     torch.set_num_threads(arguments.threads)
     if not (Path(arguments.data) / "manifest.json").is_file():
         parser.error(f"no packed data in {arguments.data}: make quickstart makes them, or give --data")

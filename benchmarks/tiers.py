@@ -25,11 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.training_step import STEP, VIEWS, PreparedStage, model_of, random_latents, recipe_of, write_data
-from igae.data import LatentCache, Manifest
+from igae.data import LatentCache
 from igae.scenes import SceneStore, Storage
 from igae.training import ASYNC_STEPS, Engine, Outcome, RankData, Recipe, StageState
 
-FAST = ["train.precision=bf16", "train.kernels=cuda", "planes.resolution=64", "planes.features=32"]
+FAST = [
+    "train.precision=bf16",
+    "train.compile=false",
+    "train.channels_last=false",
+    "train.kernels=cuda",
+    "planes.resolution=64",
+    "planes.features=32",
+]
 MOST_STEPS = 1_000_000
 TURNS = 16  # of the views of a scene, so that it has 32
 
@@ -75,8 +82,7 @@ def time_of(stage: Any, first: int, steps: int) -> float:
 
 def measure(name: str, recipe: Recipe, store: SceneStore, engine: Engine, args: argparse.Namespace) -> list[float]:
     """Milliseconds of a step in each round."""
-    model = model_of(recipe, Manifest.load(recipe.data.root).image_size, engine.device)
-    model.speed_up(compile=False, channels_last=False)
+    model, _ = model_of(recipe, engine)
     steps = args.steps if name == "joint" else 10 * args.steps
     arguments: Any = (name, recipe, engine, model, store, RankData.split(recipe), StageState(rows_resumed=True))
     stage = ManyViews(*arguments)

@@ -14,7 +14,7 @@ from igae import config
 from igae.data import CameraSummary, LatentCache, Manifest, Scene, Shard, ShardWriter, ViewBatch, orbit
 from igae.models import IGAE
 from igae.scenes import SceneStore
-from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy
+from igae.training import Engine, RankData, Recipe, Speed, Stage, StageState, Strategy, choose_speed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +71,7 @@ def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
         f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
         "train.joint.weights.natural_lpips=0",  # its weights are a download
         "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
+        *("train.compile=false", "train.channels_last=false"),
         *overrides,
     ]
     return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
@@ -90,10 +91,15 @@ def random_latents(model: IGAE, data: RankData, device: torch.device) -> LatentC
     return LatentCache([views], encode)
 
 
-def model_of(recipe: Recipe, image_size: tuple[int, int], device: torch.device) -> IGAE:
-    model = IGAE.from_recipe(recipe, image_size, device)
+def model_of(recipe: Recipe, engine: Engine) -> tuple[IGAE, Speed]:
+    """The model, and how it computes: as the recipe says, or as in its run where that says `auto`."""
+    data = RankData.split(recipe)
+    model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
     model.refresh_background()
-    return model
+    stages = [(stage, data.steps(stage)) for stage in recipe.train.stages.values()]
+    speed = choose_speed(recipe.train, engine, model, stages)
+    speed.apply(model, engine)
+    return model, speed
 
 
 def alone(engine: Engine, async_steps: bool = False) -> Engine:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of all tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from view_models import Made
 
-# Tests work on small tensors: more threads only get into each other's way.
+# Tests work on small tensors: more threads only get into each other's way. It is as if the user had said so.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 settings.register_profile("igae", deadline=None)  # the first example pays for imports

@@ -155,6 +155,15 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     assert metrics["warmup"].keys() < metrics["joint"].keys()  # later versions have further metrics
     assert not re.search("was .* before this restart and is", (old.parent / "log-0").read_text())
     after = leaves(yaml.safe_load((folder / "config.yaml").read_text()))
+    # What that file leaves out is chosen now; a run that is resumed keeps its precision.
+    how = [f"train.{name}" for name in ("precision", "compile", "channels_last")]
+    assert [before.pop(key) for key in how] == ["fp32", False, False]
+    assert all(
+        after[key] == ("auto" if settings == "two.yaml" else was)
+        for key, was in zip(how, ["fp32", False, False], strict=True)
+    )
+    newest = checkpoint.list_complete(str(folder / "checkpoints"))[-1]
+    assert yaml.safe_load(checkpoint.saved_config(newest))["train"]["precision"] == "fp32"
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"
     # Records of steps before the checkpoint stay as they were.
     now = (folder / "metrics.jsonl").read_text().splitlines()

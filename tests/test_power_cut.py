@@ -139,7 +139,7 @@ def start(recorded: Recorded, outputs: Path) -> Trainer:
     started = Trainer(config.load(Recipe, recorded.folder / "recipe.yaml", settings(outputs)))
     step = started.progress.total
     assert step == (checkpoint.load_checkpoint(complete[-1]).progress.total if complete else 0)
-    with open_run(started.recipe, started.channel, started.engine.device), started.tracking(step):
+    with open_run(started.recipe, started.channel), started.tracking(step):
         pass
     assert checkpoint.list_complete(str(run / "checkpoints")) == complete
     assert config.load(Recipe, run / "config.yaml", []) == started.recipe

@@ -28,6 +28,7 @@ from igae.models import LPIPS
 from igae.ranks import Channel, check_rank_variables, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.storage import write_text
+from igae.threads import use_share
 from igae.training import Engine, Recipe, agree, check_memory, waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"
@@ -66,6 +67,7 @@ def evaluate(
         ValueError: wrong input, the same on every rank.
     """
     join()
+    use_share()
     channel = Channel()
     channel.agree({"--checkpoint": where, "--scenes": [*names], "--output": output})
     found = channel.on_first_rank(lambda: find_model(where))  # the newest checkpoint may be another one a moment later

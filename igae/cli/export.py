@@ -3,6 +3,7 @@
 
 from igae.errors import Parser, command, log_to_stderr, redact
 from igae.export import check_target, read_run, write
+from igae.threads import use_share
 
 
 @command
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     log_to_stderr()
+    use_share()
     check_target(arguments.target)
     description = write(read_run(arguments.run, arguments.overrides), arguments.target)
     size = sum(file.bytes for file in description.files.values()) / 1e6

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from igae import __version__
 from igae.errors import command, did_you_mean, end, say
 from igae.ranks import check_rank_variables
+from igae.threads import wait_asleep
 
 COMMANDS = {
     "train": "train an autoencoder with its scenes, or resume a run",
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
         # There its neighbors are found, also by the processes that it starts.
         sys.path.insert(0, str(config.shipped("data_tools")))
+    wait_asleep()
     if name in RANKED:
         check_rank_variables()
     module = importlib.import_module(TOOLS.get(name, f"igae.cli.{name}"))

@@ -14,6 +14,7 @@ from typing import Any
 from igae import config
 from igae.errors import Parser, command, log_to_stderr, redact
 from igae.ranks import check_rank_variables, rank, world_size
+from igae.threads import wait_asleep
 from igae.training import Recipe
 
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Train, or fit, as the arguments say. What is wrong with them is told before anything slow is imported."""
     log_to_stderr()
+    wait_asleep()
     # What concerns all ranks is logged once; warnings and errors by each.
     logging.getLogger("igae").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     check_rank_variables()

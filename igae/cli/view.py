@@ -12,6 +12,7 @@ import threading
 import torch
 
 from igae.errors import Parser, command, log_to_stderr, say
+from igae.threads import use_share
 from igae.viewer import Followed, Viewer
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     log_to_stderr()
     logging.getLogger("igae").setLevel(logging.INFO)
+    use_share()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     viewer = Viewer(Followed(arguments.model, arguments.overrides, device), arguments.host, arguments.port)
     if not _is_loopback(arguments.host):

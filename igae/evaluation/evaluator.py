@@ -20,6 +20,7 @@ from igae.models import IGAE, LPIPS, Views, coverage_bounds, to_signed
 from igae.ranks import Channel, rank, world_size
 from igae.rendering import Cameras
 from igae.scenes import SceneStore, part
+from igae.threads import few_threads
 
 CHUNK = 32
 Split = Literal["heldout", "train"]
@@ -98,6 +99,7 @@ class Evaluator:
         """The means of :meth:`table`, without LPIPS and orbits."""
         return self.table(model, store)[0]
 
+    @few_threads()
     @torch.no_grad()
     def table(
         self, model: IGAE, store: SceneStore, perceptual: LPIPS | None = None, orbits: bool = False
@@ -167,6 +169,7 @@ class Evaluator:
             for start in range(0, len(which), CHUNK):
                 yield _take(views, which[start : start + CHUNK])
 
+    @few_threads()
     @torch.no_grad()
     def grids(self, model: IGAE, store: SceneStore) -> dict[str, Picture]:
         """Pictures by name, uint8 [H, W, 3], of held-out views (training views where there are none): a view of each
@@ -224,6 +227,7 @@ class Evaluator:
         cells = self._gather(found)
         return {"views": self.draw(cells, COLUMNS[:2])} if cells and rank() == 0 else {}
 
+    @few_threads()
     @torch.no_grad()
     def orbits(self, model: IGAE, store: SceneStore, folder: Path) -> dict[str, Path]:
         """An mp4 for some scenes: decoded render, rendered latents and depth side by side around the object. Each rank

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles CUDA sources with NVRTC, and keeps the results on disk.
-
-`IGAE_KERNEL_CACHE` is the folder of the results, by default `~/.cache/igae/kernels`.
-"""
+"""Compiles CUDA sources with NVRTC, and keeps the results on disk."""
 
 import contextlib
 import functools
@@ -14,6 +11,8 @@ import time
 import uuid
 from pathlib import Path
 from typing import NamedTuple
+
+from igae.kernels.cache import cache_folder
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
@@ -75,7 +74,7 @@ def cached_cubin(source: Path, defines: dict[str, int], arch: int) -> bytes:
     folder that cannot be written costs a compilation in each process and is otherwise fine.
     """
     key = hashlib.sha256(_fingerprint(source.parent) + repr(sorted(defines.items())).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
+    folder = cache_folder()
     path = folder / f"{source.stem}-sm{arch}-{key}.cubin"
     try:
         return path.read_bytes()

@@ -38,6 +38,7 @@ class ModelRecipe(Protocol):
 def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, int]:
     """Shape (c, h, w) of an image's latents; ValueError where the autoencoder can't take images of this size."""
     height, width = image.shape[2:]
+    image = image.to(autoencoder.scale.device)
     try:
         latents = autoencoder.posterior(image).mean
         channels, *decoded = autoencoder.decode(latents).shape[1:]
@@ -120,8 +121,8 @@ class IGAE(nn.Module):
         """
         seed, train = recipe.seed, recipe.train
         lpips = losses and any(stage.epochs and stage.weights.natural_lpips for stage in (train.warmup, train.joint))
-        model = cls(
-            load_autoencoder(recipe.autoencoder, derive_seed(seed, "autoencoder")),
+        return cls(
+            load_autoencoder(recipe.autoencoder, derive_seed(seed, "autoencoder")).to(device),
             recipe.planes,
             recipe.render,
             image_size,
@@ -129,9 +130,7 @@ class IGAE(nn.Module):
             seed,
             train.kernels,
             LPIPS(train.lpips_weights).to(device) if lpips else None,
-        )
-        model.bf16 = train.precision == "bf16"
-        return model.to(device)
+        ).to(device)
 
     def speed_up(self, *, compile: bool, channels_last: bool) -> None:
         """Change how things are computed, not what; see :meth:`Autoencoder.speed_up`."""

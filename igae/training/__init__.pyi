@@ -16,6 +16,8 @@ from .recipe import StageConfig as StageConfig
 from .recipe import StageName as StageName
 from .recipe import TrackingConfig as TrackingConfig
 from .run_folder import lock_run as lock_run
+from .speed import Speed as Speed
+from .speed import choose_speed as choose_speed
 from .stage import Stage as Stage
 from .stage import StageState as StageState
 from .step import CapturedStep as CapturedStep

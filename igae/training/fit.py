@@ -8,6 +8,7 @@ take waves in turns and don't wait for each other. The scenes of a wave are writ
 """
 
 import logging
+import math
 import threading
 import time
 from contextlib import closing
@@ -23,9 +24,10 @@ from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import agree
 from igae.training.rank_data import RankData, select, waves
-from igae.training.recipe import Recipe, StageName
-from igae.training.resume import compare_settings, initialize
+from igae.training.recipe import Precision, Recipe, StageConfig, StageName
+from igae.training.resume import compare_settings, initialize, precision_of
 from igae.training.run_folder import open_run, public_settings, read_metrics, write_metrics
+from igae.training.speed import capability_of, choose_precision
 from igae.training.stage import Stage, StageState
 
 # What all scenes of a fit have in common.
@@ -114,18 +116,28 @@ class Fit(Job):
         self.channel.agree({"--stage": only})
         if only is not None:
             raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
-        with open_run(self.recipe, self.channel, self.engine.device):
-            finished, is_complete, is_done = self.channel.on_first_rank(self._begin)
+        with open_run(self.recipe, self.channel):
+            finished, is_complete, is_done, precision = self.channel.on_first_rank(self._begin)
+            self.choose_speed(precision, self._steps_to_do())
             if is_done:
                 log.info("nothing is left to do in %s", self.folder)
                 return {}
             with self.tracking(max(finished, default=-1) + 1):
                 return self.conclude() if is_complete or self._fit_all(finished) else {}
 
-    def _begin(self) -> tuple[set[int], bool, bool]:
-        """Which waves are finished, and whether the checkpoint and the results are there."""
-        folder = self.parts.folder
-        settings, data = self.parts.begin(public_settings(self.recipe), self.data.manifest.digest)
+    def _steps_to_do(self) -> list[tuple[StageConfig, int]]:
+        """Those of a rank that has as many waves as any, if none is finished."""
+        waves = math.ceil(len(self.waves) / world_size())
+        data = RankData.alone(self.recipe.data, self.data.manifest, self.waves[0])
+        return [(stage, waves * data.steps(stage)) for stage in self.recipe.train.stages.values()]
+
+    def _begin(self) -> tuple[set[int], bool, bool, Precision]:
+        """Which waves are finished, whether checkpoint and results are there, and what waves are computed in."""
+        folder, train = self.parts.folder, self.recipe.train
+        precision, _ = choose_precision(train, capability_of(self.engine.device))
+        settings, data = self.parts.begin(
+            public_settings(self.recipe.computed_in(precision)), self.data.manifest.digest
+        )
         compare_settings(folder, settings, self.recipe, FIXED)
         if data != self.data.manifest.digest:
             raise ValueError(
@@ -135,7 +147,8 @@ class Fit(Job):
         finished, complete = set(self.parts.finished(mend=self.resume == "auto")), is_complete(folder)
         if self.resume == "never" and (finished or complete):
             raise ValueError(f"{folder} already has scenes: choose another name with experiment=NAME, or remove it")
-        return finished, complete, complete and "fit" in read_metrics(self.folder)
+        done = complete and "fit" in read_metrics(self.folder)
+        return finished, complete, done, precision_of(settings, folder)
 
     def _fit_all(self, finished: set[int]) -> bool:
         """Whether all waves are fitted; the checkpoint is complete then."""
@@ -150,7 +163,7 @@ class Fit(Job):
             log.warning("stopped; finished waves are written, the same command resumes after them")
             return False
         progress = Progress(list(self.recipe.train.stages)[-1], 0, 0, finished=True, data=self.data.manifest.digest)
-        settings, shared = public_settings(self.recipe), self.model.state_dict()
+        settings, shared = self.settings(), self.model.state_dict()
         self.channel.on_first_rank(lambda: self.parts.close(progress, settings, shared))
         return True
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training run and a fit have in common: folder, engine, model, trackers, evaluation."""
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 
 import yaml
@@ -11,11 +12,13 @@ from igae.evaluation import EvaluationConfig, Evaluator, problems, save_png
 from igae.models import IGAE
 from igae.ranks import Channel, rank
 from igae.scenes import SceneStore
+from igae.storage import write_text
 from igae.training.loop import ASYNC_STEPS, StopSignals
 from igae.training.parallel.engine import Engine
 from igae.training.rank_data import RankData
-from igae.training.recipe import Recipe
-from igae.training.run_folder import public_settings
+from igae.training.recipe import Precision, Recipe, StageConfig
+from igae.training.run_folder import ENVIRONMENT, environment, public_settings
+from igae.training.speed import Speed, choose_speed
 from igae.training.trackers import Tracker
 
 SHOWN = (
@@ -32,6 +35,7 @@ class Job:
         model: as it starts; what comes after is the job's.
         async_steps: steps that may be launched before it is known how the last one went.
         evaluation: what is evaluated.
+        speed: how it computes, once that is chosen.
     """
 
     def __init__(self, recipe: Recipe, data: RankData, engine: Engine, channel: Channel) -> None:
@@ -41,15 +45,38 @@ class Job:
         self.evaluation: EvaluationConfig = recipe.evaluation
         self._evaluator: Evaluator | None = None
         self.model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
-        if engine.replicated:
-            self.model.speed_up(compile=recipe.train.compile, channels_last=recipe.train.channels_last)
+        self.speed: Speed
+
+    def choose_speed(self, began_in: Precision | None, stages: Iterable[tuple[StageConfig, int]]) -> None:
+        """Compute as the recipe says, or as suits where it says `auto`.
+
+        Args:
+            began_in: the precision of the steps so far.
+            stages: with the steps that are to do.
+
+        Raises:
+            ValueError: on all ranks alike, one of them can't compute as the steps so far, or would not as the others.
+        """
+        train, model, engine = self.recipe.train, self.model, self.engine
+        speed = self.channel.together(lambda: choose_speed(train, engine, model, stages, began_in))
+        self.channel.agree({f"train.{name}": value for name, value in speed.settings.items()}, speed.why)
+        log.info("%s", speed.why)
+        speed.apply(model, engine)
+        self.speed = speed
+
+    def settings(self) -> str:
+        """The configuration as checkpoints have it: what they hold is of one precision."""
+        return public_settings(self.recipe.computed_in(self.speed.precision))
 
     @contextmanager
     def tracking(self, step: int) -> Iterator[None]:
-        """Record what comes after a step of the whole job."""
+        """Record what it runs on, and what comes after a step of the whole job."""
+        found = {**environment(self.engine.device), **self.speed.settings}
+        path = self.folder / ENVIRONMENT
+        self.channel.on_first_rank(lambda: write_text(path, json.dumps(found, indent=1) + "\n"))
         self.tracker = Tracker(self.folder, self.recipe.tracking, step, enabled=rank() == 0)
         with closing(self.tracker):
-            self.tracker.config(yaml.safe_load(public_settings(self.recipe)))
+            self.tracker.config({**yaml.safe_load(public_settings(self.recipe)), "chosen": self.speed.settings})
             yield
 
     def evaluate(self, store: SceneStore, stage: str, step: int, orbits: bool) -> dict[str, float]:

@@ -81,6 +81,10 @@ class RankData:
             count, batch = sum(scene.views for scene in self.scenes), stage.batch_size
         return max(1, count // max(1, batch * stage.accumulate * self.world)) * (2 if stage.alternate else 1)
 
+    def steps(self, stage: StageConfig) -> int:
+        """Steps of a stage, the same number on every rank."""
+        return max(1, round(max(stage.epochs * self.steps_per_epoch(stage), stage.min_steps / self.world)))
+
     def open_views(self, batch_size: int, seed: int = 0, *, repeat: bool = True, consumed: int = 0) -> ViewLoader:
         """Batches of the training views of this rank's scenes: shuffled and endless, or one pass in a fixed order.
 

@@ -17,6 +17,7 @@ from igae.rendering import RenderOptions
 from igae.scenes import StoredPlanesConfig
 
 StageName = Literal["warmup", "joint"]
+Precision = Literal["fp32", "bf16"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 log_once = functools.cache(logging.getLogger("igae").info)  # settings may be validated more than once
 
@@ -137,9 +138,10 @@ class TrainConfig(Section):
     RENAMED = {"run_ahead": "async_steps"}
     REMOVED = {"plane_optimizer": "exact"}
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto"] | Precision = "auto"
     """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
-    in TF32 on GPUs). The renderer has a precision of its own."""
+    in TF32 on GPUs). `auto`: `bf16` on GPUs that have it, else `fp32`; a run that is resumed keeps its own. The
+    renderer has a precision of its own."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
     """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
     kernels; `auto`: in kernels where they can."""
@@ -148,11 +150,12 @@ class TrainConfig(Section):
     cuda_graph: bool = True
     """Steps are one CUDA graph where they can be: with async_steps, not sharded, planes in kernels, without accumulate
     and alternate."""
-    compile: bool = False
-    """Compile encoder and decoder with torch.compile, a minute or two at the start; not where sharded."""
-    channels_last: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    """Compile encoder and decoder with torch.compile, a minute or two at the first start; not where sharded. `auto`: on
+    a GPU, where the steps that are to do save more than that."""
+    channels_last: Literal["auto"] | bool = "auto"
     """Weights and activations of the autoencoder with channels as the last dimension in memory; not where sharded.
-    Faster together with compile, slower without."""
+    Faster together with compile, slower without; `auto`: with compile."""
     warmup: StageConfig
     joint: StageConfig
     scale_learning_rates: bool = False
@@ -224,6 +227,10 @@ class Recipe(Section):
     def checkpoint_root(self) -> str:
         """Folder or URL of a run's checkpoints."""
         return self.checkpoint.root or str(self.folder / "checkpoints")
+
+    def computed_in(self, precision: Precision) -> "Recipe":
+        """The same with the precision that was chosen."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
 
     @property
     def fits_in_waves(self) -> bool:

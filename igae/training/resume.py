@@ -29,10 +29,12 @@ from igae.scenes import STORAGE, SceneStore
 from igae.storage import join
 from igae.training.preflight import scene_bytes
 from igae.training.rank_data import RankData
-from igae.training.recipe import Recipe
+from igae.training.recipe import Precision, Recipe
 from igae.training.run_folder import flat, public_settings
 from igae.training.stage import StageState
 
+AUTO = ("train.precision", "train.compile", "train.channels_last")
+"""Settings whose `auto` changes nothing within a run."""
 FIXED = [
     *("seed", "model", "planes", "render", "data.background"),
     *("autoencoder.create", "autoencoder.latents", "autoencoder.scale"),
@@ -72,12 +74,13 @@ def find(root: str, resume: str, channel: Channel) -> list[str]:
 
 def restore(
     folders: list[str], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore, channel: Channel
-) -> tuple[Progress, StageState, list[str]]:
+) -> tuple[Progress, StageState, list[str], Precision]:
     """Put the weights and the rows of this rank's scenes of a checkpoint into place: of the first that all ranks find
     whole. Those before it are set aside. In the middle of a stage, the rows' optimizer is started. Collective.
 
     Returns:
-        Where the run stands, for this number of ranks, what its stage needs to resume, and the checkpoints set aside.
+        Where the run stands, for this number of ranks, what its stage needs to resume, the checkpoints set aside, and
+        the precision of the steps so far.
 
     Raises:
         ValueError: the checkpoint is of other data or settings, or none is whole; no folder has changed.
@@ -92,7 +95,7 @@ def restore(
         problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
         if not problem and found is not None:
             channel.on_first_rank(functools.partial(_set_aside, damaged, folder))
-            return *_put(found, recipe, data, model), list(damaged)
+            return *_put(found, recipe, data, model), list(damaged), precision_of(found.config, folder)
         damaged[folder] = problem
     first = DamagedCheckpoint(*next(iter(damaged.items())))
     if len(damaged) == 1:
@@ -195,6 +198,11 @@ def _same_place(a: str, b: str) -> bool:
     return a == b or ("://" not in a + b and Path(a).resolve() == Path(b).resolve())
 
 
+def precision_of(settings: str, folder: str) -> Precision:
+    """What the scenes of a checkpoint, or of a fit, were trained in, by its settings."""
+    return "bf16" if flat(parse(settings, folder)).get("train.precision") == "bf16" else "fp32"
+
+
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
     """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
     before, now = flat(parse(settings, folder)), flat(parse(public_settings(recipe), folder))
@@ -204,6 +212,7 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
             f"checkpoint.root {redact(root)} has checkpoints of experiment {name}, this is {recipe.experiment}: give "
             f"each a folder of its own, such as checkpoint.root={redact(join(root, recipe.experiment))}"
         )
+    now |= {key: before.get(key) for key in AUTO if now[key] == "auto"}
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
     for key in [key for key in now if key in before and before[key] != now[key] and key not in STORAGE]:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):

@@ -36,7 +36,7 @@ from igae.storage import (
 )
 from igae.training.recipe import Recipe
 
-METRICS, SEEN = "metrics.json", ".seen-"
+METRICS, ENVIRONMENT, SEEN = "metrics.json", "environment.json", ".seen-"
 CLAIM = "experiment.txt"
 """In a ``checkpoint.root``: the name of the experiment that has it."""
 _METRICS = TypeAdapter(dict[str, dict[str, int | float]])
@@ -87,8 +87,8 @@ def claim_root(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator[None]:
-    """Make a run's folder, keep it locked, and write its settings and what it runs on. Collective.
+def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
+    """Make a run's folder, keep it locked, and write its settings. Collective.
 
     Raises:
         ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
@@ -104,7 +104,6 @@ def open_run(recipe: Recipe, channel: Channel, device: torch.device) -> Iterator
         for seen in folder.glob(f"{SEEN}*"):
             seen.unlink(missing_ok=True)
         write_text(folder / "config.yaml", public_settings(recipe))
-        write_text(folder / "environment.json", json.dumps(environment(device), indent=1) + "\n")
 
     with held:
         channel.on_first_rank(begin)

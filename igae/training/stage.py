@@ -61,7 +61,7 @@ class Stage:
         self.engine, self.model, self.store = engine, model, store
         self.config: StageConfig = getattr(recipe.train, name)
         self.steps_per_epoch = data.steps_per_epoch(self.config)
-        self.steps = max(1, round(max(self.config.epochs * self.steps_per_epoch, self.config.min_steps / data.world)))
+        self.steps = data.steps(self.config)
         self.refresh_every = BACKGROUND_EVERY if self.config.learning_rates.encoder > 0 else 0
         self.consumed = {"views": 0, "natural_images": 0} | state.consumed
         self._background = torch.from_numpy(pixel_of(recipe.data.background)).to(engine.device)

@@ -15,9 +15,9 @@ from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import agree, check_data, scene_bytes
 from igae.training.rank_data import RankData
-from igae.training.recipe import STAGES, Recipe, StageName
+from igae.training.recipe import STAGES, Recipe, StageConfig, StageName
 from igae.training.resume import find, initialize, restore
-from igae.training.run_folder import open_run, public_settings, read_metrics, write_metrics
+from igae.training.run_folder import open_run, read_metrics, write_metrics
 from igae.training.stage import Stage, StageState
 
 log = logging.getLogger("igae")
@@ -45,7 +45,7 @@ class Trainer(Job):
         saving = Channel(train.timeout)
         data = RankData.split(recipe, manifest)
         check_data(recipe, data)
-        engine = Engine(train.timeout, train.async_steps, train.precision == "bf16")
+        engine = Engine(train.timeout, train.async_steps)
         if rank() == 0:
             data.log_parts(engine.strategy, scene_bytes(recipe.planes))
         found = find(recipe.checkpoint_root, resume, channel)
@@ -55,11 +55,13 @@ class Trainer(Job):
         storage = choose_storage(recipe, len(owned), engine.device, channel, instead)
         self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device, storage)
         self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
-        self._state, damaged = StageState(), list[str]()
+        self._state, damaged, began_in = StageState(), list[str](), None
         if found:
-            self.progress, self._state, damaged = restore(found, recipe, data, self.model, self.store, channel)
+            state = restore(found, recipe, data, self.model, self.store, channel)
+            self.progress, self._state, damaged, began_in = state
         else:
             initialize(self.model, recipe, data, channel)
+        self.choose_speed(began_in, self._steps_to_do())
         background = settings.background and storage.tier == "device"
         if settings.background and not background:
             log.info("checkpoints are written while training waits: a copy of the planes would double their memory")
@@ -74,7 +76,7 @@ class Trainer(Job):
         """
         self.channel.agree({"--stage": only})
         progress, metrics = self.progress, dict[str, float]()
-        with open_run(self.recipe, self.channel, self.engine.device), self.tracking(progress.total), self.signals:
+        with open_run(self.recipe, self.channel), self.tracking(progress.total), self.signals:
             try:
                 self.channel.on_first_rank(self.writer.clean)
                 there = self.channel.on_first_rank(lambda: read_metrics(self.folder))
@@ -90,6 +92,11 @@ class Trainer(Job):
                     self.writer.close()
                 raise
         return metrics
+
+    def _steps_to_do(self) -> list[tuple[StageConfig, int]]:
+        stages, now = self.recipe.train.stages, self.progress
+        todo = [name for name in stages if STAGES.index(name) >= STAGES.index(now.stage) + now.finished]
+        return [(stages[name], self.data.steps(stages[name]) - now.step * (name == now.stage)) for name in todo]
 
     def _stages_to_do(self, only: StageName | None) -> list[StageName]:
         progress, wanted = self.progress, self.recipe.train.stages
@@ -188,4 +195,4 @@ class Trainer(Job):
         # Learning rates of the steps so far: of the whole run, not of a scene.
         moments = self.engine.optimizer_state() | {LEARNING_RATES: scenes.pop("learning_rates")}
         with self.engine.weights():
-            self.writer.save(self.progress, public_settings(self.recipe), self.model.state_dict(), moments, scenes)
+            self.writer.save(self.progress, self.settings(), self.model.state_dict(), moments, scenes)

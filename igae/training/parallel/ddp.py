@@ -14,9 +14,8 @@ class DDP(Strategy):
 
     name = "DDP"
 
-    def __init__(self, device: torch.device, async_steps: bool = False, bf16: bool = False) -> None:
+    def __init__(self, device: torch.device, async_steps: bool = False) -> None:
         super().__init__(device, async_steps)
-        self._sent_as = torch.bfloat16 if bf16 else torch.float32
         self._all_reduce: BucketedAllReduce | None = None
 
     def prepare(self, module: nn.Module, groups: Groups) -> None:
@@ -28,6 +27,10 @@ class DDP(Strategy):
             for parameter in trained:
                 dist.broadcast(parameter.detach(), 0)
             self._all_reduce = self.all_reduce(trained)
+
+    @property
+    def _sent_as(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     def all_reduce(self, parameters: list[nn.Parameter]) -> BucketedAllReduce:
         return BucketedAllReduce(parameters, sent_as=self._sent_as)

@@ -24,6 +24,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from igae.ranks import check_rank_variables, join, world_size
+from igae.threads import use_share
 from igae.training.parallel.ddp import DDP
 from igae.training.parallel.deepspeed import DeepSpeed
 from igae.training.parallel.fsdp import FSDP
@@ -39,16 +40,13 @@ class Engine:
     Args:
         timeout: seconds after which a rank that waits for another one gives up.
         async_steps: on a GPU, leave steps out on the device, without telling the host first; not where sharded.
-        bf16: modules compute in bfloat16, so DDP sends large gradients in it.
         alone: each rank makes steps of its own; nothing that they share is trained.
 
     Raises:
         ValueError: the launch is one that training can't work under.
     """
 
-    def __init__(
-        self, timeout: float = 600.0, async_steps: bool = False, bf16: bool = False, alone: bool = False
-    ) -> None:
+    def __init__(self, timeout: float = 600.0, async_steps: bool = False, alone: bool = False) -> None:
         check_rank_variables()
         deepspeed = _switch("ACCELERATE_USE_DEEPSPEED")
         _check_launch(deepspeed)
@@ -85,7 +83,8 @@ class Engine:
         elif deepspeed:
             self._strategy = DeepSpeed(self.device, self._accelerator)
         elif world > 1:
-            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead, bf16)
+            self._strategy = FSDP(self.device) if _switch("ACCELERATE_USE_FSDP") else DDP(self.device, ahead)
+        use_share()  # here: Accelerate may have set a number of its own
         if on_gpu:
             torch.set_float32_matmul_precision("high")
 
@@ -108,6 +107,10 @@ class Engine:
         """Forward, backward and step ask the host for nothing: it need not know whether steps were left out, and they
         can be captured in a CUDA graph."""
         return self._strategy.async_steps
+
+    def compute_in(self, bf16: bool) -> None:
+        """Modules that are prepared from now on compute in bfloat16, or don't: DDP sends large gradients in it, too."""
+        self._strategy.bf16 = bf16
 
     def prepare(self, module: nn.Module, groups: Groups) -> None:
         """Take the shared module and make its Adam, with one named group of parameters for each learning rate.

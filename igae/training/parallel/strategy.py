@@ -30,6 +30,8 @@ class Strategy:
     name = "one process"
     forward_waits = False
     """A forward pass waits for other ranks."""
+    bf16 = False
+    """The module computes in bfloat16."""
 
     def __init__(self, device: torch.device, async_steps: bool = False) -> None:
         self.device, self.async_steps = device, async_steps
