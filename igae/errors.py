@@ -147,7 +147,7 @@ class LostWorker(RuntimeError):
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
-    connection = ("onnection closed by peer", "onnection reset", "onnection refused")
+    connection = ("onnection closed by peer", "onnection was likely closed", "onnection reset", "onnection refused")
     signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
     said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
     return world_size() > 1 and said

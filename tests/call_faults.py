@@ -45,30 +45,35 @@ class Fault:
         return " ".join(filter(None, [*parts, "from then on" if self.lasts else ""]))
 
 
-def draw(seed: int, number: int, calls: dict[str, list[tuple[str, str]]]) -> Fault:
+def start_of(number: int) -> str:
+    return SHARES[number % len(SHARES)]
+
+
+def draw(seed: int, number: int, calls: dict[str, list[list[str]]]) -> Fault:
     """The fault with a number; the starts and the kinds of calls take turns.
 
     Args:
-        calls: those of each kind of start.
+        calls: kinds of those of each rank, for each kind of start.
     """
     rng = random.Random(f"{seed} {number}")
-    start = SHARES[number % len(SHARES)]
-    counts = collections.Counter(kind for kind, _ in calls[start])
-    call = sorted(counts)[(number + number // len(SHARES)) % len(counts)]
+    start = start_of(number)
+    counts = [collections.Counter(kinds) for kinds in calls[start]]
+    call = sorted(counts[0])[(number + number // len(SHARES)) % len(counts[0])]
     actions = ["fails"] * 6 + ["kills before", "kills after"]
     actions += ["is cut short"] * 2 * (call in ("write", "read")) + ["fails though it is done"] * (call in DONE)
     action = rng.choice(actions)
     error = rng.choice(failing_calls.NAMED) if action.startswith("fails") else ""
     lasts = action == "fails" and error != "EINTR" and rng.random() < 0.3  # an interrupted call is made again
     victim = rng.randrange(STARTS[start][0])
-    most = min(counts[call], 3) if victim else counts[call]  # the second of two ranks makes few calls
-    return Fault(start, call, rng.randrange(most) + 1, action, error, lasts, victim)
+    if not counts[victim][call]:
+        victim = 0  # the second of two ranks makes few calls
+    return Fault(start, call, rng.randrange(counts[victim][call]) + 1, action, error, lasts, victim)
 
 
 def train_with(fault: dict[str, Any], victim: int, folder: str, log: str, recipe: str, *arguments: str) -> None:
-    """Train; on one of the ranks something happens below a folder."""
-    if victim == rank():
-        failing_calls.arm(Path(folder), Path(log), **fault)
+    """Train; on one of the ranks something happens below a folder. Its calls are in a log with its number."""
+    if victim == rank() or not fault:
+        failing_calls.arm(Path(folder), Path(f"{log}-{rank()}"), **fault)
     runs.train(recipe, *arguments)
 
 
@@ -80,20 +85,28 @@ class Lab:
         self.recipe = str(runs.recipe_file(folder, runs.packed_data(folder)))
         self.damaged = set[str]()
         """Checkpoints that a resumed run finds damaged."""
-        self.calls: dict[str, list[tuple[str, str]]] = {}
+        self.calls: dict[str, list[list[str]]] = {}
         self.expected: dict[str, Outcome] = {}
-        for how, (world, _) in STARTS.items():  # undisturbed
-            place = folder / how.replace(" ", "-")
-            self.prepare(how, place)
-            codes, text = self.start(how, place, {})
-            assert codes == [0] * world, text
-            self.calls[how] = failing_calls.calls(place / "calls")
-            self.expected[how] = faulty_runs.look(*places(place))
+        self.leave_undisturbed("new")
+
+    def leave_undisturbed(self, how: str) -> None:
+        """Find out which calls a kind of run makes, and what it ends with."""
+        place = self.folder / how.replace(" ", "-")
+        self.prepare(how, place)
+        codes, text = self.start(how, place, {})
+        assert codes == [0] * STARTS[how][0], text
+        made = [failing_calls.calls(place / f"calls-{number}") for number in range(STARTS[how][0])]
+        self.calls[how] = [[kind for kind, _ in calls] for calls in made]
+        if how == "new":
+            renamed = [path for kind, path in made[0] if kind == "rename" and "/pictures/" not in path]
+            self.killed_at = next(i for i, path in enumerate(renamed, 1) if path.endswith(f"{KILLED}/state.json"))
+        self.expected[how] = faulty_runs.look(*places(place))
 
     def start(self, how: str, folder: Path, fault: dict[str, Any], victim: int = 0) -> tuple[list[int | None], str]:
         """A run of a kind in a folder; on one of its ranks something happens."""
         world, settings = STARTS[how]
-        (folder / "calls").unlink(missing_ok=True)
+        for log in folder.glob("calls-*"):
+            log.unlink()
         arguments = [self.recipe, *faulty_runs.QUICK, *settings, f"outputs={folder / 'outputs'}"]
         given = (fault, victim, str(folder / "outputs"), str(folder / "calls"), *arguments)
         return faulty_runs.start(train_with, world, folder / "log", *given)
@@ -107,9 +120,8 @@ class Lab:
         killed = self.folder / "killed"
         if not killed.exists():
             killed.mkdir()
-            renamed = [path for kind, path in self.calls["new"] if kind == "rename" and "/pictures/" not in path]
-            last = next(i for i, path in enumerate(renamed, 1) if path.endswith(f"{KILLED}/state.json"))
-            codes, text = self.start("resumed", killed, {"call": "rename", "position": last, "action": "kills before"})
+            kill = {"call": "rename", "position": self.killed_at, "action": "kills before"}
+            codes, text = self.start("resumed", killed, kill)
             newest = Path(faulty_runs.complete(f"{killed}/outputs/run/checkpoints")[-1])
             assert codes == [-9] and newest.name == LAST, (codes, newest, text)
             self.damaged.add(newest.name)
@@ -118,12 +130,15 @@ class Lab:
 
     def try_out(self, seed: int, number: int) -> tuple[str, Found]:
         """What the fault with a number is, and what comes of it."""
+        if (start := start_of(number)) not in self.expected:
+            self.leave_undisturbed(start)
         fault = draw(seed, number, self.calls)
         folder, how, world = self.folder / "fault", fault.start, STARTS[fault.start][0]
         self.prepare(how, folder)
         plan = {name: value for name, value in asdict(fault).items() if name not in ("start", "rank")}
         codes, text = self.start(how, folder, plan, fault.rank)
-        hit = (failing_calls.struck(folder / "calls") or [""])[0]
+        log = folder / f"calls-{fault.rank}"
+        hit = next(iter(failing_calls.struck(log) if log.exists() else []), "")
         run, root = places(folder)
         problems = [] if hit else ["the call did not come"]
         problems += faulty_runs.how_it_ended(codes, text, fault.action.startswith("kills"))

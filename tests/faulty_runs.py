@@ -51,6 +51,7 @@ class Outcome:
 def use_forks() -> None:
     """Fork processes from this one, which has the slow imports behind it and must not have started threads."""
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
+    import s3fs  # noqa: F401
     import torchmetrics.image  # noqa: F401
 
     import igae.cli.train  # noqa: F401
@@ -64,10 +65,13 @@ def use_forks() -> None:
 
 def start(function: Callable[..., Any], world: int, log: Path, *arguments: Any) -> Ended:
     """Run a function in each rank."""
-    log.unlink(missing_ok=True)
-    run = ranks.Ranks(function, world, *arguments, log=str(log))
-    codes = run.exit_codes(120)
-    return codes, log.read_text(errors="replace") if log.exists() else ""
+    for _ in range(5):
+        log.unlink(missing_ok=True)
+        codes = ranks.Ranks(function, world, *arguments, log=str(log)).exit_codes(120)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        if "EADDRINUSE" not in text:  # else somebody has taken the port that was free, and nothing has begun
+            break
+    return codes, text
 
 
 def complete(root: str) -> list[str]:

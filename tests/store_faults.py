@@ -38,6 +38,10 @@ class Fault:
         return f"{self.start}: {self.method} {self.position} {self.what}"
 
 
+def start_of(number: int) -> str:
+    return STARTS[number % 3 == 2]
+
+
 def draw(seed: int, number: int, requests: dict[str, list[str]]) -> Fault:
     """The fault with a number; what is done, and the methods, take turns.
 
@@ -45,7 +49,7 @@ def draw(seed: int, number: int, requests: dict[str, list[str]]) -> Fault:
         requests: methods of each kind of start's.
     """
     rng = random.Random(f"store {seed} {number}")
-    start, what = STARTS[number % 3 == 2], list(failing_store.ANSWERS)[number % len(failing_store.ANSWERS)]
+    start, what = start_of(number), list(failing_store.ANSWERS)[number % len(failing_store.ANSWERS)]
     counts = collections.Counter(requests[start])
     method = sorted(counts)[number % len(counts)]
     return Fault(start, method, rng.randrange(counts[method]) + 1, what)
@@ -95,16 +99,19 @@ class Lab:
         ranks.run(fill, 1, port, shards)
         self.requests: dict[str, list[str]] = {}
         self.expected: dict[str, Outcome] = {}
-        for how in STARTS:  # undisturbed
-            place, root = self.prepare(how)
-            codes, text = self.start(place, root)
-            assert codes == [0], text
-            found = (place / "requests").read_text().splitlines()
-            self.requests[how] = [line.split()[0] for line in found]
-            self.expected[how] = ranks.run(look, 1, port, place / "outputs/run", root)[0]
-            if how == "new":
-                puts = [line for line in found if line.startswith("PUT ")]
-                self.killed_at = next(i for i, line in enumerate(puts, 1) if f"{KILLED}/state.json" in line)
+        self.leave_undisturbed("new")
+
+    def leave_undisturbed(self, how: str) -> None:
+        """Find out what a kind of run asks for, and what it ends with."""
+        place, root = self.prepare(how)
+        codes, text = self.start(place, root)
+        assert codes == [0], text
+        found = (place / "requests").read_text().splitlines()
+        self.requests[how] = [line.split()[0] for line in found]
+        self.expected[how] = ranks.run(look, 1, self.port, place / "outputs/run", root)[0]
+        if how == "new":
+            puts = [line for line in found if line.startswith("PUT ")]
+            self.killed_at = next(i for i, line in enumerate(puts, 1) if f"{KILLED}/state.json" in line)
 
     def start(self, folder: Path, root: str, method: str = "", position: int = 0, what: str = "") -> faulty_runs.Ended:
         """A run in a folder with checkpoints in a root; something is done to one of its requests."""
@@ -128,6 +135,8 @@ class Lab:
 
     def try_out(self, seed: int, number: int) -> tuple[str, Found]:
         """What the fault with a number is, and what comes of it."""
+        if (start := start_of(number)) not in self.expected:
+            self.leave_undisturbed(start)
         fault = draw(seed, number, self.requests)
         folder, root = self.prepare(fault.start)
         codes, text = self.start(folder, root, fault.method, fault.position, fault.what)

@@ -10,14 +10,17 @@ import threading
 import time
 from pathlib import Path
 
+import checkpoints
 import pytest
 import ranks
 import runs
 from scene_files import write_data
 
 from igae import checkpoint, config
+from igae.checkpoint import CheckpointWriter
 from igae.data import PackOptions, pack
 from igae.kernels import compile
+from igae.ranks import Channel
 from igae.storage import LIMITS, Cache, remove_leftovers, staged, staged_files, write_file
 from igae.training import Recipe
 from igae.training.run_folder import claim_root
@@ -141,6 +144,17 @@ def test_in_a_run(recipe_file: str, tmp_path: Path) -> None:
     saved = {path.name for path in (run / "checkpoints").iterdir()}
     assert saved == {"step-00000004", "step-00000008-end", "step-00000000-end"}
     assert len(checkpoint.list_complete(str(run / "checkpoints"))) == 2
+
+
+def test_checkpoints_that_should_have_been_removed(tmp_path: Path) -> None:
+    """A kill came before. Damaged ones that can't be set aside stay, and don't count as kept."""
+    for total in (1, 2, 3, 4):
+        checkpoints.save(tmp_path, checkpoints.example(total), keep=9)
+    newest = str(checkpoints.at(tmp_path, 4))
+    CheckpointWriter(str(tmp_path), 2, Channel(), damaged=[newest]).clean()
+    assert checkpoints.names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+    CheckpointWriter(str(tmp_path), 1, Channel()).clean()
+    assert checkpoints.names(tmp_path) == ["step-00000004"]
 
 
 def test_two_experiments_at_the_same_moment(recipe_file: str, tmp_path: Path) -> None:

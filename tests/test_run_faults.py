@@ -13,6 +13,7 @@ import ranks
 import runs
 
 from igae import checkpoint
+from igae import errors as errors_of_igae
 from igae.data import Manifest, ShardReader
 
 TIMEOUT = 10
@@ -113,6 +114,14 @@ def test_a_dead_rank_and_a_restart_with_fewer(recipe: str) -> None:
     assert ranks.Ranks(runs.train, 1, recipe, *LONG, epochs, log=f"{recipe}.log").exit_codes(120) == [0]
     log = Path(f"{recipe}.log").read_text()
     assert f"resumes from step {steps}, {newest}" in log and "2 ranks trained before this restart, and 1 do now" in log
+
+
+def test_a_rank_that_ends_while_others_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch's words where the first rank could not listen at its port."""
+    monkeypatch.setattr(errors_of_igae, "world_size", lambda: 2)
+    gone = RuntimeError("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?")
+    assert "has lost another rank" in (errors_of_igae.in_one_sentence(gone) or "")
+    assert errors_of_igae.in_one_sentence(RuntimeError("a mistake")) is None
 
 
 def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:

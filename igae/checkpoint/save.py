@@ -113,6 +113,7 @@ class CheckpointWriter:
             log.warning("%s is not looked through for what kills have left: %s", redact(self.root), failure)
         for name in found or []:
             _try_to_remove(join(self.root, name))
+        self._remove_old(None)
 
     def _incomplete(self) -> list[str]:
         """Names of folders that are no checkpoints, and no waves of a fit that will be one."""
@@ -185,14 +186,14 @@ class CheckpointWriter:
         make_folder(folder)
         return False
 
-    def _remove_old(self, folder: str) -> None:
+    def _remove_old(self, written: str | None) -> None:
         """On rank 0: keep as many as are to be kept, and always the one just written: a run that was taken back to an
         older checkpoint writes lower steps than are there."""
-        spared = {folder, *self.damaged}
+        spared, more = {written, *self.damaged}, self.keep - (written is not None)
         others, failure = _attempt(lambda: [other for other in list_complete(self.root) if other not in spared])
         if failure:
             log.warning("old checkpoints in %s are kept: %s", redact(self.root), failure)
-        for old in (others or [])[: -(self.keep - 1) or None]:
+        for old in (others or [])[: -more or None]:
             _try_to_remove(old)
 
 
