@@ -159,6 +159,10 @@ def test_prefetched_scenes_are_there_when_they_are_located(folder: str, monkeypa
     own.prefetch(torch.tensor([ids[1]]))
     own.locate(torch.tensor([ids[2], ids[3], ids[1]]))
     assert brought == [[0, 1], [2, 3], [4, 5], [1]]
+    own.locate(torch.tensor([ids[2]]))
+    own.locate(torch.tensor([ids[0]]))  # in the place of another
+    own.locate(torch.tensor([ids[2]]))
+    assert brought[4:] == [[0]]
 
 
 def test_a_full_disk_is_told_in_a_sentence(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

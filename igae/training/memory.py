@@ -43,15 +43,18 @@ def choose_storage(recipe: Recipe, count: int, device: torch.device, channel: Ch
     planes, size, wanted = recipe.planes, scene_bytes(recipe.planes), recipe.planes.storage
     folder = planes.scratch or tempfile.gettempdir()
     where = {"device": str(device), "host": "host memory", "disk": f"the disk of {folder}"}
-    room = {"device": free_memory(device), "host": free_memory(torch.device("cpu")), "disk": 0}
+    room = {"device": free_memory(device)}
 
     def choose() -> int:
-        room["disk"] = free_disk(folder, needed=wanted == "disk")
         if wanted == "device":
             check_memory(count * size, device, instead)
             return 0
         tried = TIERS if wanted == "auto" else (wanted,)
         for tier in tried:
+            if tier == "host":
+                room[tier] = free_memory(torch.device("cpu"))
+            elif tier == "disk":
+                room[tier] = free_disk(folder, needed=wanted == "disk")
             if count * size <= SHARES[tier] * room[tier]:
                 return TIERS.index(tier)
         there = ", ".join(f"{where[tier]} has {room[tier] / 2**30:.1f} GiB free for it" for tier in tried)
@@ -76,9 +79,8 @@ def choose_storage(recipe: Recipe, count: int, device: torch.device, channel: Ch
     channel.together(check)
     if tier != "device":
         log.info(
-            "planes and moments of %d scenes, %.2f GiB, are in %s (%.1f GiB free; %s: %.1f GiB), %d of them on %s",
-            *(count, count * size / 2**30, where[tier], room[tier] / 2**30, device, room["device"] / 2**30),
-            *(slots, device),
+            "planes and moments of %d scenes, %.2f GiB, are in %s (%s has %.1f GiB free), %d of them at a time on %s",
+            *(count, count * size / 2**30, where[tier], device, room["device"] / 2**30, slots, device),
         )
     return Storage(tier, slots, folder)
 
