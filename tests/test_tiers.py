@@ -248,6 +248,28 @@ def test_folders_that_are_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             memory.free_disk(folder, needed=True)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_memory(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the process, those above it, and what is in use there; a cache is no use."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    root = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    limit, used, cache = [
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+        ("memory.max", "memory.current", "file"),
+    ][version - 1]
+    for path, numbers in {"job": ("1000", 700, 300), "job/step": ("max", 600, 250), "other": ("5", 5, 0)}.items():
+        folder = root / path
+        folder.mkdir(parents=True)
+        for name, text in ((limit, numbers[0]), (used, numbers[1]), ("memory.stat", f"anon 1\n{cache} {numbers[2]}")):
+            (folder / name).write_text(f"{text}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9 kB\nMemAvailable:       2 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpu:/other\n{'4:memory' if version == 1 else '0:'}:/job/step\n")
+    assert memory.free_memory(CPU, str(tmp_path)) == 1000 - (700 - 300)
+    (root / "job" / limit).write_text("max")
+    assert memory.free_memory(CPU, str(tmp_path)) == 2048
+
+
 # --- Groups of scenes -----------------------------------------------------------------------------------------------
 
 

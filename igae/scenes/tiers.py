@@ -248,7 +248,6 @@ class RowPool:
                 return self._copy(placed, out=False)
             if after is not None:
                 out.wait_event(after)
-                into.wait_event(after)
             with torch.cuda.stream(out):
                 self._copy(saved, out=True)
             into.wait_stream(out)

@@ -85,19 +85,19 @@ def choose_storage(recipe: Recipe, count: int, device: torch.device, channel: Ch
     return Storage(tier, slots, folder)
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, root: str = "/") -> int:
     """Bytes of a GPU that are free; or of the machine's memory, what this rank may use: an equal part, among its ranks,
-    of what is available and what control groups leave."""
+    of what is available and what control groups leave. ``root``: where /proc and /sys are."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    facts = dict(line.split(":") for line in Path(root, "proc/meminfo").read_text().splitlines())
     free = [1024 * int(facts["MemAvailable"].split()[0])]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kind, path = line.split(":", 2)
         if kind in CGROUPS:
             folder, limit, used, cache = CGROUPS[kind]
             for group in [Path(path), *Path(path).parents]:
-                here = Path("/sys/fs/cgroup", folder, str(group).lstrip("/"))
+                here = Path(root, "sys/fs/cgroup", folder, str(group).lstrip("/"))
                 with suppress(OSError, ValueError):  # no limit, or not to be seen from a container
                     facts = dict(line.split() for line in (here / "memory.stat").read_text().splitlines())
                     taken = int((here / used).read_text()) - int(facts[cache])
