@@ -93,7 +93,9 @@ def test_one_loader_for_runs_checkpoints_and_exports(folder: Path, run: Path, tm
         assert settings["render"] == {**settings["render"], "fine_samples": 9, "coarse_samples": 4, "patch": 2}
         assert load_autoencoder(AutoencoderConfig(**settings["autoencoder"])).net is not None  # type: ignore[arg-type]
         text = sentence(lambda found=trained: found.complete({"planes": {"features": 9}}))  # type: ignore[misc]
-        assert text.startswith("planes.features is the model's") and "of planes only init_std can be set" in text
+        assert (
+            text.startswith("planes.features is the model's") and "of planes only init_std, storage, resident" in text
+        )
         assert sentence(lambda found=trained: found.rows(["scene_9"])).endswith(  # type: ignore[misc]
             "has no scene scene_9; did you mean scene_3?"
         )

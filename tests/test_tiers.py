@@ -159,6 +159,10 @@ def test_prefetched_scenes_are_there_when_they_are_located(folder: str, monkeypa
     own.prefetch(torch.tensor([ids[1]]))
     own.locate(torch.tensor([ids[2], ids[3], ids[1]]))
     assert brought == [[0, 1], [2, 3], [4, 5], [1]]
+    own.locate(torch.tensor([ids[2]]))
+    own.locate(torch.tensor([ids[0]]))  # in the place of another
+    own.locate(torch.tensor([ids[2]]))
+    assert brought[4:] == [[0]]
 
 
 def test_a_full_disk_is_told_in_a_sentence(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +246,28 @@ def test_folders_that_are_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert memory.free_disk(folder, needed=False) == 0
         with pytest.raises(ValueError, match=f"^planes.scratch: {folder} {why}.*: set it to a folder on a disk"):
             memory.free_disk(folder, needed=True)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_memory(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the process, those above it, and what is in use there; a cache is no use."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    root = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+    limit, used, cache = [
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+        ("memory.max", "memory.current", "file"),
+    ][version - 1]
+    for path, numbers in {"job": ("1000", 700, 300), "job/step": ("max", 600, 250), "other": ("5", 5, 0)}.items():
+        folder = root / path
+        folder.mkdir(parents=True)
+        for name, text in ((limit, numbers[0]), (used, numbers[1]), ("memory.stat", f"anon 1\n{cache} {numbers[2]}")):
+            (folder / name).write_text(f"{text}\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9 kB\nMemAvailable:       2 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpu:/other\n{'4:memory' if version == 1 else '0:'}:/job/step\n")
+    assert memory.free_memory(CPU, str(tmp_path)) == 1000 - (700 - 300)
+    (root / "job" / limit).write_text("max")
+    assert memory.free_memory(CPU, str(tmp_path)) == 2048
 
 
 # --- Groups of scenes -----------------------------------------------------------------------------------------------

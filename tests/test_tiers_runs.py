@@ -61,7 +61,7 @@ def test_a_run_ends_with_the_same_bits(
         assert trained(recipe, tier, f"planes.storage={tier}", "checkpoint.background=true") == expected
     assert losses(recipe, tier) == losses(recipe, "device")
     text = caplog.text
-    assert "planes and moments of 4 scenes" in text and "2 of them on cpu" in text
+    assert "planes and moments of 4 scenes" in text and "2 of them at a time on cpu" in text
     assert "written while training waits" in text
 
 

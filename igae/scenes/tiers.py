@@ -151,7 +151,6 @@ class RowPool:
 
     Attributes:
         parameters: float32 [slots, *shape] on the device.
-        planes: the rows in their tier. Those in slots may be newer: see :meth:`flush`.
 
     Args:
         shape: of a row.
@@ -249,7 +248,6 @@ class RowPool:
                 return self._copy(placed, out=False)
             if after is not None:
                 out.wait_event(after)
-                into.wait_event(after)
             with torch.cuda.stream(out):
                 self._copy(saved, out=True)
             into.wait_stream(out)
@@ -311,7 +309,7 @@ class RowPool:
 
     def start_optimizer(self, adam: RowAdam | None) -> None:
         """Take another optimizer, whose moments are zero, of the slots. None: drop that which is there."""
-        self.flush()
+        self.flush()  # after it, both streams wait for the zeros to be written
         self._empty()
         self._adam = adam
         if adam is not None:

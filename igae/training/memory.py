@@ -43,15 +43,18 @@ def choose_storage(recipe: Recipe, count: int, device: torch.device, channel: Ch
     planes, size, wanted = recipe.planes, scene_bytes(recipe.planes), recipe.planes.storage
     folder = planes.scratch or tempfile.gettempdir()
     where = {"device": str(device), "host": "host memory", "disk": f"the disk of {folder}"}
-    room = {"device": free_memory(device), "host": free_memory(torch.device("cpu")), "disk": 0}
+    room = {"device": free_memory(device)}
 
     def choose() -> int:
-        room["disk"] = free_disk(folder, needed=wanted == "disk")
         if wanted == "device":
             check_memory(count * size, device, instead)
             return 0
         tried = TIERS if wanted == "auto" else (wanted,)
         for tier in tried:
+            if tier == "host":
+                room[tier] = free_memory(torch.device("cpu"))
+            elif tier == "disk":
+                room[tier] = free_disk(folder, needed=wanted == "disk")
             if count * size <= SHARES[tier] * room[tier]:
                 return TIERS.index(tier)
         there = ", ".join(f"{where[tier]} has {room[tier] / 2**30:.1f} GiB free for it" for tier in tried)
@@ -76,26 +79,25 @@ def choose_storage(recipe: Recipe, count: int, device: torch.device, channel: Ch
     channel.together(check)
     if tier != "device":
         log.info(
-            "planes and moments of %d scenes, %.2f GiB, are in %s (%.1f GiB free; %s: %.1f GiB), %d of them on %s",
-            *(count, count * size / 2**30, where[tier], room[tier] / 2**30, device, room["device"] / 2**30),
-            *(slots, device),
+            "planes and moments of %d scenes, %.2f GiB, are in %s (%s has %.1f GiB free), %d of them at a time on %s",
+            *(count, count * size / 2**30, where[tier], device, room["device"] / 2**30, slots, device),
         )
     return Storage(tier, slots, folder)
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, root: str = "/") -> int:
     """Bytes of a GPU that are free; or of the machine's memory, what this rank may use: an equal part, among its ranks,
-    of what is available and what control groups leave."""
+    of what is available and what control groups leave. ``root``: where /proc and /sys are."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    facts = dict(line.split(":") for line in Path(root, "proc/meminfo").read_text().splitlines())
     free = [1024 * int(facts["MemAvailable"].split()[0])]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
         _, kind, path = line.split(":", 2)
         if kind in CGROUPS:
             folder, limit, used, cache = CGROUPS[kind]
             for group in [Path(path), *Path(path).parents]:
-                here = Path("/sys/fs/cgroup", folder, str(group).lstrip("/"))
+                here = Path(root, "sys/fs/cgroup", folder, str(group).lstrip("/"))
                 with suppress(OSError, ValueError):  # no limit, or not to be seen from a container
                     facts = dict(line.split() for line in (here / "memory.stat").read_text().splitlines())
                     taken = int((here / used).read_text()) - int(facts[cache])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage of training: its data, its optimizers, its steps."""
 
-import logging
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from igae.data import LatentCache, LatentLoader, StreamState, ViewBatch, pixel_o
 from igae.models import IGAE
 from igae.ranks import derive_seed
 from igae.scenes import SceneStore
-from igae.training.encoding import encode_views, plain_borders, tell_background
+from igae.training.encoding import encode_views, log_once, plain_borders, tell_background
 from igae.training.meter import Meter, Outcome
 from igae.training.parallel.engine import Engine
 from igae.training.rank_data import RankData
@@ -24,7 +23,6 @@ BACKGROUND_EVERY = 50
 """Steps between refreshes of the background while the encoder learns: it moves slowly, and an encode costs time."""
 MOST_AHEAD = 64
 """Batches whose scenes are brought to the device before their step."""
-log = logging.getLogger("igae")
 
 
 @dataclass
@@ -86,7 +84,8 @@ class Stage:
         group = config.group if config.group is not None else spare if spare >= config.batch_size else 0
         if self.cache is None:
             return config.accumulate, 0
-        log.info("%s: views come in groups of %d scenes, %d fit on the device", self.name, group, slots)
+        if group:
+            log_once(f"{self.name}: views come in groups of {group} scenes; the device has room for {slots}")
         return max(config.accumulate, min(MOST_AHEAD, spare // config.batch_size)), group
 
     def _open_streams(self) -> dict[str, Any]:
