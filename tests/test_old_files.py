@@ -159,7 +159,8 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     how = [f"train.{name}" for name in ("precision", "compile", "channels_last")]
     assert [before.pop(key) for key in how] == ["fp32", False, False]
     assert all(
-        after[key] == ("auto" if settings == "two.yaml" else was) for key, was in zip(how, ["fp32", False, False])
+        after[key] == ("auto" if settings == "two.yaml" else was)
+        for key, was in zip(how, ["fp32", False, False], strict=True)
     )
     newest = checkpoint.list_complete(str(folder / "checkpoints"))[-1]
     assert yaml.safe_load(checkpoint.saved_config(newest))["train"]["precision"] == "fp32"
