@@ -10,8 +10,9 @@ from igae.ranks import local_world_size
 
 GIVEN = "OMP_NUM_THREADS"
 FEW = 4
-"""Threads of an evaluation on a CPU at most. Measured of images of 16 and 64 pixels: two are faster than one (0.17 s
-instead of 0.36, 4.5 instead of 7.8), 31 took three times as long as one."""
+"""Threads of an evaluation on a CPU, and of what is no step beside a GPU, at most. Evaluations on busy cores, of images
+of 16 and 64 pixels: two were faster than one (0.17 s instead of 0.36, 4.5 instead of 7.8); on 64 cores 31 took three
+times as long as one."""
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -59,17 +60,19 @@ def share() -> int:
     return max(1, available_cores() // local_world_size())
 
 
-def use_share() -> int:
-    """Have torch compute on this process's share of the cores; returns the number of threads.
+def use_share(steps: bool = False) -> int:
+    """Have torch compute on this process's share of the cores, on few of them beside a GPU; returns the number of
+    threads. OMP_NUM_THREADS of the user decides instead. It may be called again: libraries set numbers of their own.
 
-    With a GPU that is one: what is left to the CPU are launches and small tensors, for which threads wait for each
-    other longer than they compute, and a copy to the GPU would wake all of them. OMP_NUM_THREADS of the user decides
-    instead. It may be called again: libraries set numbers of their own.
+    Args:
+        steps: training steps follow. Beside a GPU they have one thread: what is left to the CPU are launches and small
+            tensors, for which threads wait for each other longer than they compute.
     """
     import torch
 
     if not _is_given():
-        torch.set_num_threads(1 if torch.cuda.is_available() else share())
+        beside_gpu = 1 if steps else min(FEW, share())
+        torch.set_num_threads(beside_gpu if torch.cuda.is_available() else share())
     return torch.get_num_threads()
 
 

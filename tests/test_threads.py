@@ -131,7 +131,11 @@ def test_one_thread_beside_a_gpu(cores: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     torch.set_num_threads(2)
     try:
-        assert use_share() == torch.get_num_threads() == 1
+        monkeypatch.setattr("igae.threads.share", lambda: 8)
+        assert use_share(steps=True) == torch.get_num_threads() == 1
+        assert 1 < use_share() == torch.get_num_threads() <= FEW
+        monkeypatch.setattr("igae.threads.share", lambda: 1)  # of a machine with as many ranks as cores
+        assert use_share() == 1
     finally:
         torch.set_num_threads(before)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from igae.checkpoint import Progress
 from igae.errors import TrainingError
 from igae.ranks import rank
+from igae.threads import use_share
 from igae.training.meter import Outcome
 from igae.training.stage import Stage
 
@@ -65,6 +66,7 @@ class Loop:
         stage, progress = self._stage, self._progress
         stage.model.train()
         stage.meter.restart(stage.taken)
+        use_share(steps=True)
         with self._progress_bar() as self._bar:
             for step in range(progress.step, stage.steps):
                 outcome = stage.step(step, self._signals.received is not None)
