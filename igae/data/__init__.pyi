@@ -19,9 +19,6 @@ from .latents import LatentLoader as LatentLoader
 from .loader import StreamState as StreamState
 from .manifest import CameraSummary as CameraSummary
 from .manifest import Manifest as Manifest
-from .manifest import Scene as Scene
-from .manifest import Shard as Shard
-from .manifest import name_problem as name_problem
 from .packing import Refused as Refused
 from .packing import pack as pack
 from .packing import verify_packed as verify_packed
@@ -38,3 +35,8 @@ from .streams import ImageLoader as ImageLoader
 from .streams import ViewLoader as ViewLoader
 from .streams import image_loader as image_loader
 from .streams import view_loader as view_loader
+from .tables import Scene as Scene
+from .tables import Scenes as Scenes
+from .tables import Shard as Shard
+from .tables import Shards as Shards
+from .tables import name_problem as name_problem

@@ -49,7 +49,7 @@ class Trainer(Job):
             data.log_parts(engine.strategy, scene_bytes(recipe.planes))
         found = find(recipe.checkpoint_root, resume, channel)
         super().__init__(recipe, data, engine, channel)
-        owned = [scene.id for scene in data.owned]
+        owned = data.owned.ids.tolist()
         check_memory(len(owned) * scene_bytes(recipe.planes), engine.device)
         self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device)
         self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
