@@ -154,10 +154,8 @@ class Manifest:
 
     def save_columns(self, root: str) -> bytes:
         """Writes the columns; returns the text of `manifest.json` in format 2."""
-        columns = {
-            name: torch.from_numpy(np.require(column, requirements=["C", "W"]))
-            for name, column in self._columns().items()
-        }
+        arrays = {name: np.require(column, requirements=["C", "W"]) for name, column in self._columns().items()}
+        columns = {name: torch.from_numpy(column) for name, column in arrays.items()}
         return _HEAD.dump_json(self._head(write_tensors(join(root, COLUMNS), columns)), indent=1) + b"\n"
 
     def _head(self, stamp: Stamp) -> "_Head":

@@ -143,10 +143,15 @@ class SceneColumns(_Columns):
         """Where in ``scene_names`` the names end."""
         return np.flatnonzero(self.scene_names == ord("\n"))
 
+    @cached_property
+    def lengths(self) -> Ints:
+        """Bytes of the names."""
+        return np.diff(self.ends, prepend=-1) - 1
+
     def names(self, ids: Ints) -> list[str]:
         """Of scenes by their ids."""
         ends = self.ends[ids]
-        starts = np.where(ids > 0, self.ends[ids - 1] + 1, 0)
+        starts = ends - self.lengths[ids]
         text = self.scene_names.data
         return [str(text[start:end], "utf-8") for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
@@ -185,24 +190,41 @@ class SceneColumns(_Columns):
 
     def _problems_of_names(self) -> Iterator[str]:
         try:
-            text = str(self.scene_names.data, "utf-8")
+            bad = self._has_bad_name()
         except UnicodeDecodeError:
             yield "the names of the scenes are no UTF-8"
             return
-        names = text.split("\n")[:-1]
-        # All at once: the loops are the library's. Which name it is matters only where one is bad.
-        lines = "\n" + text
-        forbidden = ("/", "\\", "..", "\n\n", "\n.\n", "\n__")
-        lengths = np.diff(self.ends, prepend=-1) - 1
-        if (
-            any(part in lines for part in forbidden)
-            or not text.replace("\n", "").isprintable()
-            or not _within(lengths, 1, MOST_OF_A_NAME)
-        ):
-            name = next(name for name in names if name_problem(name))
+        if bad:
+            name = next(name for name in self.names(np.arange(len(self))) if name_problem(name))
             yield f"scene {name[:200]!r}: {name_problem(name)}"
-        if len(set(names)) != len(names):
+        # A set of all of them would be the largest thing here.
+        hashes, starts = np.empty(len(self), np.int64), self.ends - self.lengths
+        for start in range(0, len(self), BATCH):
+            stop = min(start + BATCH, len(self))
+            some = self.scene_names[starts[start] : self.ends[stop - 1]].tobytes().split(b"\n")
+            hashes[start:stop] = np.fromiter(map(hash, some), np.int64, stop - start)
+        ordered = np.sort(hashes)
+        twice = np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+        candidates = self.names(np.flatnonzero(twice))
+        if len(set(candidates)) != len(candidates):
             yield "two scenes have one name"
+
+    def _has_bad_name(self) -> bool:
+        """Whether `name_problem` says something of a name: of all at once."""
+        text, starts = self.scene_names, self.ends - self.lengths
+        if not _within(self.lengths, 1, MOST_OF_A_NAME):
+            str(text.data, "utf-8")
+            return True
+        dots, lines = text == ord("."), int(np.count_nonzero(text < ord(" ")))
+        printable = lines == len(self) and not (len(text) and text.max() > ord("~"))
+        return bool(
+            (text == ord("/")).any()
+            or (text == ord("\\")).any()
+            or (dots[1:] & dots[:-1]).any()
+            or dots[starts[self.lengths == 1]].any()
+            or ((text[starts] == ord("_")) & (text[starts + 1] == ord("_"))).any()  # after each name is a line break
+            or not (printable or str(text.data, "utf-8").replace("\n", "").isprintable())
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,8 @@ def assign_scenes(shards: Ints, scenes: Ints, views: Ints, world: int) -> list[I
             break
         alone.append(ids[[scene]])
         rest[scene], total, world = False, total - int(loads[scene]), world - 1
-    ids, loads, things = ids[rest], loads[rest], _in_order(things[rest])[1]
+    _, things = np.unique(things[rest], return_inverse=True)  # in the order of before, without those that are empty
+    ids, loads = ids[rest], loads[rest]
     best, owners = -1, things
     for way in _ways(things, loads, world):
         uneven = _unevenness(_sums(way, loads, world).tolist())
@@ -92,11 +93,13 @@ def _ways(things: Ints, loads: Ints, world: int) -> Iterator[Ints]:
 
 def _in_order(values: Ints) -> tuple[Ints, Ints]:
     """The distinct values in the order in which they come first, and which of them each value is."""
-    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty_like(order)
-    number[order] = np.arange(len(order))
-    return distinct[order], number[inverse]
+    first = np.full(int(values.max(initial=-1)) + 1, -1)
+    first[values[::-1]] = np.arange(len(values))[::-1]
+    is_first = np.zeros(len(values), bool)
+    is_first[first[first >= 0]] = True
+    distinct, number = values[is_first], first
+    number[distinct] = np.arange(len(distinct))
+    return distinct, number[values]
 
 
 def _joined(shards: Ints, place: Ints) -> Ints:
@@ -219,13 +222,11 @@ def _search(things: Ints, views: Ints, world: int) -> Ints:
     weights, keys, total = sums.tolist(), sums, int(sums.sum())
     found, random, steps = [], Random(0), iter(range(1 + STEPS // len(weights)))
     for _ in zip(range(ATTEMPTS), steps, strict=False):
-        bins: list[list[int]] = [[] for _ in range(world)]
-        heap = [(0, k) for k in range(world)]
-        for i in np.argsort(-keys, kind="stable").tolist():
-            load, k = heap[0]
-            bins[k].append(i)
-            heapq.heapreplace(heap, (load + weights[i], k))
-        found.append((_exchange(weights, bins, steps), bins))
+        order = np.argsort(-keys, kind="stable")
+        owners, loads = _greedy(sums[order], world)
+        parts = np.split(order[np.argsort(owners, kind="stable")], np.cumsum(np.bincount(owners, minlength=world))[:-1])
+        bins = [part.tolist() for part in parts]
+        found.append((_exchange(weights, loads, bins, steps), bins))
         if found[-1][0] * PARTS <= total:
             break
         keys = np.array([weight * (0.5 + random.random()) for weight in weights])
@@ -236,10 +237,48 @@ def _search(things: Ints, views: Ints, world: int) -> Ints:
     return owners[things]
 
 
-def _exchange(weights: Sequence[int], bins: list[list[int]], steps: Iterator[int]) -> int:
-    """Makes bins more even, in place, until they are balanced, nothing helps, or there are no more steps: in a step one
-    thing of the bin farthest from the mean and one of another change places, or one moves. Returns the unevenness."""
-    loads = [sum(weights[i] for i in places) for places in bins]
+def _greedy(weights: Ints, world: int) -> tuple[Ints, list[int]]:
+    """Gives things away one after another, each to the owner with the lightest load, of equal ones to the first.
+
+    Returns:
+        The owner of each thing, and the loads.
+    """
+    owners, heap = np.empty(len(weights), np.int64), [(0, k) for k in range(world)]
+    cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        weight, count = int(weights[start]), end - start
+        if count > 2 * world:
+            owners[start:end], heap = _give_equal(weight, count, heap)
+            continue
+        for i in range(start, end):
+            load, k = heap[0]
+            owners[i] = k
+            heapq.heapreplace(heap, (load + weight, k))
+    return owners, [load for load, _ in sorted(heap, key=lambda one: one[1])]
+
+
+def _give_equal(weight: int, count: int, heap: list[tuple[int, int]]) -> tuple[Ints, list[tuple[int, int]]]:
+    """Gives ``count`` equal things away: who has a load takes some at load, load + weight, ..., and of all these the
+    lowest ones come first."""
+    loads = np.array([load for load, _ in sorted(heap, key=lambda one: one[1])])
+
+    def taken(limit: int) -> Ints:  # at loads of up to the limit
+        times: Ints = np.maximum(0, (limit - loads) // weight + 1)
+        return times
+
+    limit = bisect_left(range(int(loads.max()) + weight * count), count, key=lambda limit: int(taken(limit).sum()))
+    times = taken(limit)
+    owners = np.repeat(np.arange(len(loads)), times)
+    nth = np.arange(len(owners)) - np.repeat(np.cumsum(times) - times, times)
+    owners = owners[np.lexsort((owners, loads[owners] + weight * nth))[:count]]
+    loads += weight * np.bincount(owners, minlength=len(loads))
+    return owners, sorted(zip(loads.tolist(), range(len(loads)), strict=True))
+
+
+def _exchange(weights: Sequence[int], loads: list[int], bins: list[list[int]], steps: Iterator[int]) -> int:
+    """Makes bins and their loads more even, in place, until they are balanced, nothing helps, or there are no more
+    steps: in a step one thing of the bin farthest from the mean and one of another change places, or one moves. Returns
+    the unevenness."""
     mean = sum(loads) / len(loads)
     while (uneven := _unevenness(loads)) * PARTS > sum(loads) and next(steps, None) is not None:
         far = max(range(len(bins)), key=lambda k: abs(loads[k] - mean))
