@@ -29,7 +29,7 @@ import torch
 from igae import config
 from igae.checkpoint.load import Checkpoint
 from igae.data import CameraSummary, Manifest, Scenes, Shards
-from igae.data.tables import SceneColumns, ShardColumns
+from igae.data.columns import SceneColumns, ShardColumns
 from igae.evaluation import spread
 from igae.scenes import PlanesConfig, SceneStore
 from igae.training import RankData, Recipe

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -332,6 +333,21 @@ def test_large_data_are_packed_with_columns(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("igae.data.manifest.READABLE", len(small.scenes) + len(small.shards))
     pack(out, dataclasses.replace(options, overwrite=True))
     assert not file.exists() and Manifest.load(out) == small
+
+
+def test_columns_in_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("igae.data.manifest.READABLE", 6)
+    store = fsspec.filesystem("memory")
+    GOOD.save("memory://columns")
+    assert sorted(path.rpartition("/")[2] for path in store.ls("/columns", detail=False)) == [
+        "manifest.json",
+        "manifest.safetensors",
+    ]
+    assert Manifest.load("memory://columns") == GOOD
+    store.rm("/columns/manifest.safetensors")
+    with pytest.raises(ValueError, match="^memory://columns/manifest.safetensors is missing$"):
+        Manifest.load("memory://columns")
+    store.rm("/columns", recursive=True)
 
 
 @pytest.mark.parametrize("shard_scenes", [100, 1])

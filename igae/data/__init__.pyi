@@ -4,6 +4,9 @@ from .cameras import normalized_intrinsics as normalized_intrinsics
 from .cameras import opengl_to_opencv as opengl_to_opencv
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
+from .columns import Scene as Scene
+from .columns import Shard as Shard
+from .columns import name_problem as name_problem
 from .config import Convention as Convention
 from .config import DataConfig as DataConfig
 from .config import Fit as Fit
@@ -35,8 +38,5 @@ from .streams import ImageLoader as ImageLoader
 from .streams import ViewLoader as ViewLoader
 from .streams import image_loader as image_loader
 from .streams import view_loader as view_loader
-from .tables import Scene as Scene
 from .tables import Scenes as Scenes
-from .tables import Shard as Shard
 from .tables import Shards as Shards
-from .tables import name_problem as name_problem

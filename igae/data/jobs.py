@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter
 
 from igae.data.cameras import LARGEST
+from igae.data.columns import Shard, ShardKind
 from igae.data.config import PackOptions
 from igae.data.processes import ProgressCallback
 from igae.data.shards import ShardWriter, seeded
@@ -23,7 +24,6 @@ from igae.data.sources.heldout import split
 from igae.data.sources.images import check_image, read_files
 from igae.data.sources.pixels import pack_view
 from igae.data.sources.scene import BadInput, SceneRef, View
-from igae.data.tables import Shard, ShardKind
 from igae.errors import redact
 from igae.storage import file_system, join, write_file
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from igae.data.tables import Scene, SceneColumns, Scenes, Shard, ShardColumns, Shards
+from igae.data.columns import Scene, SceneColumns, Shard, ShardColumns
+from igae.data.tables import Scenes, Shards
 from igae.errors import Key, did_you_mean, origin_of, redact
 from igae.storage import (
     Damaged,
@@ -109,7 +110,9 @@ class Manifest:
             if version is None:
                 raise ValueError(f"{where} names no format: it is no manifest of packed data")
             if version not in (1, 2):
-                raise ValueError(f"{where} has format {version}, this version reads 1 and 2: pack the data again")
+                raise ValueError(
+                    f"{where} has format {str(version)[:80]}, this version reads 1 and 2: pack the data again"
+                )
             head = (_WHOLE if version == 1 else _HEAD).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]

@@ -19,6 +19,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from igae.data.columns import SHARD_NAME, Scene
 from igae.data.config import PackOptions
 from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
 from igae.data.manifest import COLUMNS, NAME, CameraSummary, Manifest
@@ -30,7 +31,7 @@ from igae.data.sources.images import find_images, open_image, read_files, size_o
 from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
-from igae.data.tables import SHARD_NAME, Scene, Scenes, Shards
+from igae.data.tables import Scenes, Shards
 from igae.errors import redact
 from igae.storage import FileInfo, file_system, join, look_up, make_folder, sync_folder
 

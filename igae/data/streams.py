@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from igae.data.columns import Scene, Shard
 from igae.data.config import DataConfig
 from igae.data.decoding import Decoder, ViewBatch
 from igae.data.loader import Loader, Plan, StreamState
 from igae.data.manifest import Manifest
 from igae.data.shards import ShardReader
-from igae.data.tables import Scene, Shard
 from igae.errors import redact
 from igae.storage import Cache
 
