@@ -86,7 +86,8 @@ class Manifest:
     def fingerprint(self) -> str:
         """Of all that is said: another one where anything differs. The layout makes no difference."""
         digest = hashlib.sha256(_HEAD.dump_json(self._head(Stamp(0, 0))))
-        for column in self._columns().values():
+        for name, column in self._columns().items():
+            digest.update(f"{name} {column.shape}".encode())
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
