@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from igae import config
-from igae.data import CameraSummary, LatentCache, Manifest, Scene, Shard, ShardWriter, ViewBatch, orbit
+from igae.data import CameraSummary, LatentCache, Manifest, Scene, Scenes, Shard, Shards, ShardWriter, ViewBatch, orbit
 from igae.models import IGAE
 from igae.scenes import SceneStore
 from igae.training import Engine, RankData, Recipe, Speed, Stage, StageState, Strategy, choose_speed
@@ -58,10 +58,10 @@ def write_data(folder: Path, scenes: int, size: int, shard_scenes: int = 100) ->
     with writer:
         for i in range(1000):
             writer.add(f"images/{i}", {"png": pictures[i % 16]})
-    listed = [Scene(i, f"scene_{i}", "toys", VIEWS, 0) for i in range(scenes)]
+    listed = Scenes.of(Scene(i, f"scene_{i}", "toys", VIEWS, 0) for i in range(scenes))
     cameras = CameraSummary(1.3, 1.3, 1.3, 1.1)
-    manifest = Manifest(1, (size, size), 0, "toys", [*shards, writer.entry()], listed, 1000, cameras)
-    (root / "manifest.json").write_bytes(manifest.to_json())
+    every = Shards.of([*shards, writer.entry()], listed)
+    Manifest((size, size), 0, "toys", every, listed, 1000, cameras).save(str(root))
     return str(root)
 
 

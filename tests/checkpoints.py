@@ -93,7 +93,7 @@ def same(folder: Path | str, expected: State) -> bool:
         and found.config == expected.config
         and bits(found.shared) == bits(expected.shared)
         and bits(found.optimizer) == bits(expected.optimizer)
-        and found.ids == frozenset(ids)
+        and found.ids.tolist() == sorted(ids)
         and bits(found.rows(ids)) == bits(rows)
     )
 

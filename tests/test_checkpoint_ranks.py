@@ -79,18 +79,18 @@ def save_steps(root: str, steps: list[int], background: bool = False, keep: int 
     return folders
 
 
-def read(folder: str) -> tuple[Progress, str, Bits, Bits, frozenset[int], Bits]:
+def read(folder: str) -> tuple[Progress, str, Bits, Bits, list[int], Bits]:
     """Everything, with the rows that this rank owns now."""
     found = load_checkpoint(folder)
     rows = found.rows(OWNED[world_size()][rank()])
-    return found.progress, found.config, bits(found.shared), bits(found.optimizer), found.ids, bits(rows)
+    return found.progress, found.config, bits(found.shared), bits(found.optimizer), found.ids.tolist(), bits(rows)
 
 
 def expected(total: int, written_by: int, world: int, number: int) -> tuple[Any, ...]:
     state, mine = whole(total), OWNED[world][number]
     state.progress.world = written_by
     rows = {name: tensor[mine] for name, tensor in state.scenes.items() if name != "ids"}
-    everyone = frozenset(range(SCENES))
+    everyone = list(range(SCENES))
     return state.progress, state.config, bits(state.shared), bits(state.optimizer), everyone, bits(rows)
 
 

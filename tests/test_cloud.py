@@ -15,11 +15,11 @@ import runs
 import yaml
 from object_store import Proxy
 from scene_files import open_images, open_views, write_data
+from slow_ownership import assign
 from test_fit import FIT
 
 from igae.cli import evaluate
 from igae.data import DataConfig, Manifest, PackOptions, pack
-from igae.scenes import assign_scenes
 from igae.storage import LIMITS
 from igae.training import RankData
 
@@ -89,9 +89,9 @@ def test_a_rank_reads_its_own(world, manifest, proxy, monkeypatch):
     monkeypatch.setattr(LIMITS, "remote_block", 2000)
     monkeypatch.setattr("igae.data.loader.READ_AHEAD", 1)
     shards = [shard for shard in manifest.shards if shard.kind == "scenes"]
-    owners = assign_scenes([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
+    owners = assign([{int(name[-1]): n for name, n in shard.scenes.items()} for shard in shards], world)
     for rank in range(world):
-        parts = [[manifest.scenes[i] for i in part] for part in owners]
+        parts = [manifest.scenes.take(part) for part in owners]
         data = RankData(DataConfig(root=ROOT), manifest, manifest.scenes, parts, rank, world)
         arguments: dict[str, Any] = {"batch_size": 1, "shuffle": 0, "workers": 0}
         for loader in (

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from scene_files import open_images, open_views, picture, write_data
 
-from igae.data import Manifest, PackOptions, ShardError, decode_image, pack, verify_packed
+from igae.data import Manifest, PackOptions, ShardError, Shards, decode_image, pack, verify_packed
 
 NAME = "scenes-00000.tar"
 IMAGE_LIMIT, CAMERA_LIMIT = 256 << 20, 1 << 20  # bytes
@@ -59,7 +59,7 @@ def error_with(packed: tuple[str, Manifest], extra: bytes, tail: bytes | None = 
     raw = extra + (good if tail is None else tail)
     entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     shards = [dataclasses.replace(shard, **entry) if shard.name == NAME else shard for shard in manifest.shards]
-    hostile = dataclasses.replace(manifest, shards=shards)
+    hostile = dataclasses.replace(manifest, shards=Shards.of(shards, manifest.scenes))
     path.write_bytes(raw)
     try:
         with pytest.raises(ShardError) as error:

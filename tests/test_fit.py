@@ -23,7 +23,7 @@ from torch import Tensor
 import train
 from igae import checkpoint, config
 from igae.checkpoint import Checkpoint
-from igae.data import Manifest, Scene, Shard
+from igae.data import Manifest, Scene, Scenes, Shard, Shards
 from igae.export import read_run, take_settings, write
 from igae.models.igae import Views
 from igae.scenes import SceneStore
@@ -94,7 +94,7 @@ def planes(loaded: Checkpoint) -> Tensor:
 
 
 def test_a_fit_trains_scenes_and_nothing_else(folder: Path, fitted: Checkpoint) -> None:
-    assert fitted.ids == frozenset(SCENES) and fitted.progress.finished
+    assert fitted.ids.tolist() == sorted(SCENES) and fitted.progress.finished
     model = checkpoint.load_checkpoint(checkpoint.list_complete(str(folder / "outputs" / "model" / "checkpoints"))[-1])
     assert fitted.shared.keys() == model.shared.keys()
     for name, value in model.shared.items():
@@ -384,16 +384,16 @@ def test_settings_come_from_the_model(folder: Path) -> None:
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(1, 9), st.data())
 def test_waves_are_even_and_in_the_order_of_the_shards(counts: list[int], most: int, data: st.DataObject) -> None:
     ids = data.draw(st.permutations(range(sum(counts))))
-    scenes = [Scene(i, f"s{i}", "all", 3, 0) for i in range(len(ids))]
+    scenes = Scenes.of([Scene(i, f"s{i}", "all", 3, 0) for i in range(len(ids))])
     shards, order = [], list(ids)
     for number, count in enumerate(counts):
         own, order = order[:count], order[count:]
         for kind in ("scenes", "heldout"):
-            shards.append(Shard(f"{kind}-{number:05d}.tar", kind, 1, "", 1, {f"s{i}": 3 for i in own}))  # type: ignore[arg-type]
-    chosen = [scene for scene in scenes if data.draw(st.booleans())]
-    manifest = Manifest(1, (16, 16), 0, "all", shards, scenes, 0, None)
+            shards.append(Shard(f"{kind}-{number:05d}.tar", kind, 1, "0" * 64, 1, {f"s{i}": 3 for i in own}))
+    chosen = scenes.take([i for i in range(len(ids)) if data.draw(st.booleans())])
+    manifest = Manifest((16, 16), 0, "all", Shards.of(shards, scenes), scenes, 0, None)
     found = waves(manifest, chosen, most)
-    assert [scene.id for wave in found for scene in wave] == [i for i in ids if scenes[i] in chosen]
+    assert [scene.id for wave in found for scene in wave] == [i for i in ids if i in chosen.ids]
     sizes = [len(wave) for wave in found]
     assert not sizes or (max(sizes) <= most and max(sizes) - min(sizes) <= 1 and min(sizes) > 0)
     assert len(found) == -(-len(chosen) // most)

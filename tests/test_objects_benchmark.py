@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import objects
 from benchmarks.objects_table import flat_from
 from igae import config
-from igae.data import Manifest, Scene, Shard
+from igae.data import Manifest, Scene, Scenes, Shard, Shards
 from igae.training import Recipe
 
 
@@ -50,9 +50,9 @@ def test_a_curve_is_flat_where_all_that_follows_is(curve: dict[float, float], fl
 
 
 def manifest_of(views: list[int]) -> Manifest:
-    scenes = [Scene(i, f"scene_{i}", "toys", count, 0) for i, count in enumerate(views)]
+    scenes = Scenes.of([Scene(i, f"scene_{i}", "toys", count, 0) for i, count in enumerate(views)])
     shard = Shard("scenes-00000.tar", "scenes", 1, "0" * 64, sum(views), {s.name: s.views for s in scenes})
-    return Manifest(1, (16, 16), 0, "toys", [shard], scenes, 0, None)
+    return Manifest((16, 16), 0, "toys", Shards.of([shard], scenes), scenes, 0, None)
 
 
 def arguments_of(folder: Path, *more: str) -> argparse.Namespace:

@@ -11,12 +11,13 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
+import slow_ownership
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from slow_ownership import assign, assign_scenes
 
-from igae.scenes import assign_scenes as assign
+from igae.scenes import ownership, part
 from igae.scenes import ownership_table as table
-from igae.scenes import part
 from igae.scenes import share_images as share
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,37 @@ def test_every_scene_has_one_owner_and_every_rank_a_scene(shards: Shards, data: 
     assert all(rank == sorted(rank) for rank in owned)
     # Neither the order inside a shard nor an empty shard makes a difference.
     assert assign([{}, *(dict(reversed(shard.items())) for shard in shards)], world) == owned
+
+
+def check_slowly(shards: Shards, world: int) -> None:
+    """With short searches, in which each attempt shows as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ownership, slow_ownership):
+            patch.setattr(module, "ATTEMPTS", 6)
+            patch.setattr(module, "STEPS", 600)
+        assert assign(shards, world) == assign_scenes(shards, world)
+
+
+@settings(max_examples=200)
+@given(some_shards, st.data())
+def test_as_scene_by_scene(shards: Shards, data: st.DataObject) -> None:
+    """Jobs that are running, and their checkpoints, depend on who owns what."""
+    if scenes := totals(shards):
+        world = data.draw(st.integers(1, len(scenes)))
+        check_slowly(shards, world)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 2000), st.integers(1, 40), st.sampled_from([3, 40, 1000]), st.integers(0, 2**32))
+def test_as_scene_by_scene_with_many(scenes: int, shard: int, most: int, seed: int) -> None:
+    """Scenes in any order, some of them in several shards, some heavy."""
+    source = random.Random(seed)
+    ids = source.sample(range(10 * scenes), scenes)
+    shards = [{scene: source.randint(1, most) for scene in ids[i : i + shard]} for i in range(0, scenes, shard)]
+    for _ in range(source.choice([0, 0, 3])):
+        source.choice(shards)[source.choice(ids)] = source.choice([1, most, scenes * most])
+    for world in {1, min(scenes, 64), source.randint(1, scenes)}:
+        check_slowly(shards, world)
 
 
 @settings(max_examples=60)
@@ -238,14 +270,15 @@ def test_too_few_scenes(shards: Shards, world: int) -> None:
 
 
 HARD = """
-import hashlib, json
-from igae.scenes import assign_scenes
+import hashlib, json, sys
+sys.path.insert(0, "tests")
+from slow_ownership import assign
 state, views = 1, []
 for _ in range(64):
     state = (1103515245 * state + 12345) % 2**31
     views.append(1 + state // 65536 % 700)
 shards = [dict(enumerate(views[i : i + 8], i)) for i in range(0, 64, 8)]
-owned = [assign_scenes(shards, world) for world in (3, 5, 24, 31)]
+owned = [assign(shards, world) for world in (3, 5, 24, 31)]
 print(hashlib.sha256(json.dumps(owned).encode()).hexdigest())
 """
 

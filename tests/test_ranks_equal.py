@@ -10,6 +10,7 @@ import ranks
 import runs
 import torch
 from scene_files import open_images, open_views
+from slow_ownership import assign
 from torch import Tensor
 
 from igae import config
@@ -166,12 +167,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def owned(folder: Path, world: int) -> list[list[int]]:
-    from igae.scenes import assign_scenes
-
     manifest = Manifest.load(str(folder / "shards"))
     ids = {scene.name: scene.id for scene in manifest.scenes}
     shards = [{ids[name]: n for name, n in shard.scenes.items()} for shard in manifest.shards if shard.kind == "scenes"]
-    return assign_scenes(shards, world)
+    return assign(shards, world)
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:

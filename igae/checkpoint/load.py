@@ -61,9 +61,9 @@ class Checkpoint:
         self._row = np.concatenate([np.arange(count) for count in counts])[order]
 
     @property
-    def ids(self) -> frozenset[int]:
-        """Ids of all scenes."""
-        return frozenset(self._ids.tolist())
+    def ids(self) -> NDArray[np.int64]:
+        """Ids of all scenes, ascending."""
+        return self._ids
 
     def rows(self, ids: Sequence[int], names: Container[str] | None = None) -> dict[str, Tensor]:
         """The rows of some scenes, in the order asked: name -> [len(ids), ...]. Nothing else is read.

@@ -20,7 +20,7 @@ import torch
 
 from igae import config
 from igae.checkpoint import is_complete
-from igae.data import Manifest, Scene
+from igae.data import Manifest, Scenes
 from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, problems, spread
 from igae.export import SECTIONS, Trained, data_root, find_model, is_export, load_trained
@@ -88,9 +88,9 @@ def evaluate(
     if problem := channel.gather(problem)[0]:
         raise ValueError(problem)
     groups = waves(manifest, scenes, math.ceil(len(scenes) / world_size())) if scenes else []
-    own = groups[rank()] if rank() < len(groups) else []
+    own = groups[rank()] if rank() < len(groups) else scenes[:0]
     store = _read_rows(trained, recipe, own, engine.device)
-    ids = frozenset(scene.id for scene in own)
+    ids = frozenset(own.ids.tolist())
     settings = recipe.evaluation.model_copy(update={"scenes": None})
     evaluator = Evaluator(settings, recipe.data, manifest, scenes, ids, engine.device, channel)
     perceptual = _perceptual(lpips, recipe.train.lpips_weights, manifest.image_size, channel)
@@ -125,11 +125,11 @@ def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
     return trained, config.load(Recipe, redact(where), overrides, complete=complete, saved=trained.config or NO_RUN)
 
 
-def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequence[str]) -> list[Scene]:
+def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequence[str]) -> Scenes:
     """The scenes to evaluate: those that are named, or those that the configuration chooses."""
     root, settings = redact(recipe.data.root), recipe.evaluation
     candidates, has = manifest.select(recipe.data.categories, recipe.origins), frozenset(trained.names)
-    known = {scene.name: scene for scene in candidates if scene.name in has}
+    known = {name: place for place, name in enumerate(candidates.names) if name in has}
     if candidates and not known:
         raise ValueError(
             f"{redact(trained.where)} has none of the {len(candidates)} scenes at {root}: say where its own are, "
@@ -139,7 +139,8 @@ def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequenc
         hint = f"{did_you_mean(unknown[0], known, 0.0)} There are {_few(list(known))}" if known else "; they have none"
         raise ValueError(f"--scenes: model and data have no scene {_few(unknown)}{hint}")
     wanted = frozenset(names)
-    scenes = [known[name] for name in known if name in wanted] or spread([*known.values()], settings.scenes)
+    scenes = candidates.take([known[name] for name in known if name in wanted])
+    scenes = scenes or spread(candidates.take([*known.values()]), settings.scenes)
     if not scenes and not min(settings.natural_images, manifest.images):
         raise ValueError(
             f"{root} has neither scenes nor natural images to evaluate on: set evaluation.natural_images above 0, or "
@@ -148,12 +149,12 @@ def _choose(trained: Trained, recipe: Recipe, manifest: Manifest, names: Sequenc
     return scenes
 
 
-def _read_rows(trained: Trained, recipe: Recipe, own: list[Scene], device: torch.device) -> SceneStore:
+def _read_rows(trained: Trained, recipe: Recipe, own: Scenes, device: torch.device) -> SceneStore:
     needed = 4 * math.prod(recipe.planes.row_shape) * len(own)
     check_memory(needed, device, "evaluate fewer scenes (evaluation.scenes)")
-    store = SceneStore(recipe.planes, [scene.id for scene in own], None, device)
+    store = SceneStore(recipe.planes, own.ids.tolist(), None, device)
     if own:
-        store.load_state_dict({"planes": trained.rows([scene.name for scene in own])})
+        store.load_state_dict({"planes": trained.rows(own.names)})
     return store
 
 
@@ -188,7 +189,7 @@ def _output(where: str, model: str, output: str | None) -> Path:
     raise ValueError(f"{redact(where)} is in no run's folder: say where the results go, --output FOLDER")
 
 
-def _write(folder: Path, scenes: list[Scene], means: Means, of_scenes: dict[str, Means]) -> None:
+def _write(folder: Path, scenes: Scenes, means: Means, of_scenes: dict[str, Means]) -> None:
     write_text(folder / JSON, json.dumps({"means": means, "scenes": of_scenes}, indent=1) + "\n")
     columns = [name for name in METRICS if any(name in metrics for metrics in of_scenes.values())]
     text = io.StringIO()

@@ -133,11 +133,9 @@ def _pack(arguments: argparse.Namespace) -> int:
     options["categories"] = parse_categories(arguments.categories)
     manifest, left_out = data.pack(arguments.output, data.PackOptions(**options))
     height, width = manifest.image_size
-    views = sum(scene.views for scene in manifest.scenes)
-    heldout = sum(scene.heldout for scene in manifest.scenes)
     print(
-        f"{redact(arguments.output)}: {len(manifest.scenes)} scenes with {views} training and "
-        f"{heldout} held-out views, {manifest.images} natural images, {width}x{height} pixels, "
+        f"{redact(arguments.output)}: {len(manifest.scenes)} scenes with {manifest.scenes.views.sum()} training and "
+        f"{manifest.scenes.heldout.sum()} held-out views, {manifest.images} natural images, {width}x{height} pixels, "
         f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )
     if left_out:

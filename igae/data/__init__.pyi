@@ -4,6 +4,9 @@ from .cameras import normalized_intrinsics as normalized_intrinsics
 from .cameras import opengl_to_opencv as opengl_to_opencv
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
+from .columns import Scene as Scene
+from .columns import Shard as Shard
+from .columns import name_problem as name_problem
 from .config import Convention as Convention
 from .config import DataConfig as DataConfig
 from .config import Fit as Fit
@@ -19,9 +22,6 @@ from .latents import LatentLoader as LatentLoader
 from .loader import StreamState as StreamState
 from .manifest import CameraSummary as CameraSummary
 from .manifest import Manifest as Manifest
-from .manifest import Scene as Scene
-from .manifest import Shard as Shard
-from .manifest import name_problem as name_problem
 from .packing import Refused as Refused
 from .packing import pack as pack
 from .packing import verify_packed as verify_packed
@@ -38,3 +38,5 @@ from .streams import ImageLoader as ImageLoader
 from .streams import ViewLoader as ViewLoader
 from .streams import image_loader as image_loader
 from .streams import view_loader as view_loader
+from .tables import Scenes as Scenes
+from .tables import Shards as Shards

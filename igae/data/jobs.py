@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from pydantic import TypeAdapter
 
 from igae.data.cameras import LARGEST
+from igae.data.columns import Shard, ShardKind
 from igae.data.config import PackOptions
-from igae.data.manifest import Shard, ShardKind
 from igae.data.processes import ProgressCallback
 from igae.data.shards import ShardWriter, seeded
 from igae.data.sources import read_scene

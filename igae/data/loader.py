@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader
 from webdataset import filters
 
+from igae.data.columns import Shard
 from igae.data.decoding import B, Decoder, ViewBatch
-from igae.data.manifest import Shard
 from igae.data.shards import RawSample, ShardError, ShardReader, seeded
 from igae.errors import LostWorker
 from igae.storage import File

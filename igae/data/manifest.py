@@ -1,63 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest of packed data: which shards there are, what is in them, and which scenes they hold."""
+"""The manifest of packed data: which shards there are, what is in them, and which scenes they hold.
+
+It has two layouts. Format 1 is one JSON file with an object for each scene and shard. In format 2, that of large data,
+these are columns in a file beside it, and the JSON file has the rest.
+"""
 
 import hashlib
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from pydantic import TypeAdapter, ValidationError
 
+from igae.data.columns import Scene, SceneColumns, Shard, ShardColumns
+from igae.data.tables import Scenes, Shards
 from igae.errors import Key, did_you_mean, origin_of, redact
-from igae.storage import Missing, StoreError, join, read_whole
+from igae.storage import (
+    Damaged,
+    Missing,
+    Stamp,
+    StoreError,
+    join,
+    named_errors,
+    read_tensors,
+    read_whole,
+    write_file,
+    write_tensors,
+)
 
-FORMAT = 1
-NAME = "manifest.json"
+NAME, COLUMNS = "manifest.json", "manifest.safetensors"
+READABLE = 10_000
+"""Scenes and shards together: more are written as columns."""
 LIMIT = 1 << 30
-"""Bytes that a manifest may have: that of a million scenes has about a quarter of them."""
+"""Bytes that each file may have: a million scenes have about a quarter of them."""
 MAX_SIDE = 16384
 """Pixels. Memory for a batch is allocated by what the manifest says."""
-ShardKind = Literal["scenes", "heldout", "images"]
-SHARD_NAME = re.compile(r"(scenes|heldout|images)-\d{5,}\.tar")
 NO_ORIGINS: Mapping[Key, str] = MappingProxyType({})
-SHA256 = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A packed scene.
-
-    Attributes:
-        id: position in the manifest.
-        name: folder of the scene in its data set, unique.
-        category: most specific category that lists the scene.
-        views: number of training views.
-        heldout: number of held-out views; they are in no training shard.
-        normalization: x, y, z and scale: a point p of the source's world is at scale * (p - (x, y, z)) in the packed
-            scene's; None: its cameras are as the source has them.
-    """
-
-    id: int
-    name: str
-    category: str
-    views: int
-    heldout: int
-    normalization: tuple[float, float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file of samples: its size in bytes, its checksum, and how many samples of which scene it holds."""
-
-    name: str
-    kind: ShardKind
-    bytes: int
-    sha256: str
-    samples: int
-    scenes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -72,10 +54,9 @@ class CameraSummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """What is said of packed data.
 
     Attributes:
-        format: version of the layout.
         image_size: (height, width) of every view and natural image, in pixels.
         seed: seed of the order of the views in the shards.
         dataset: name that stands for all scenes in `select`.
@@ -85,19 +66,30 @@ class Manifest:
         cameras: None where there are no scenes.
     """
 
-    format: int
     image_size: tuple[int, int]
     seed: int
     dataset: str
-    shards: list[Shard]
-    scenes: list[Scene]
+    shards: Shards
+    scenes: Scenes
     images: int
     cameras: CameraSummary | None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the content of all shards: checkpoints say with it what they were trained on."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        digest, sums, step = hashlib.sha256(), self.shards.columns.shard_sha256, 1 << 16
+        for start in range(0, len(sums), step):
+            digest.update(sums[start : start + step].tobytes().hex().encode())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is said: another one where anything differs. The layout makes no difference."""
+        digest = hashlib.sha256(_HEAD.dump_json(self._head(Stamp(0, 0))))
+        for name, column in self._columns().items():
+            digest.update(f"{name} {column.shape}".encode())
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, root: str) -> "Manifest":
@@ -118,24 +110,68 @@ class Manifest:
             version = _VERSION.validate_json(text).format
             if version is None:
                 raise ValueError(f"{where} names no format: it is no manifest of packed data")
-            if version != FORMAT:
-                raise ValueError(f"{where} has format {version}, this version reads {FORMAT}: pack the data again")
-            manifest = _MANIFEST.validate_json(text)
+            if version not in (1, 2):
+                raise ValueError(
+                    f"{where} has format {str(version)[:80]}, this version reads 1 and 2: pack the data again"
+                )
+            head = (_WHOLE if version == 1 else _HEAD).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
             raise ValueError(f"{where} is damaged ({what}): pack the data again") from error
-        if problem := next(manifest._problems(), None):
-            raise ValueError(f"{where} is damaged ({problem}): pack the data again")
+        del text  # as large as all that is made of it
+        arrays = {} if isinstance(head, _Whole) else _read_columns(root, head.columns)
+        try:
+            manifest = cls._of_whole(head) if isinstance(head, _Whole) else cls._of_columns(head, arrays)
+            if problem := next(manifest._problems(), None):
+                raise ValueError(problem)
+        except ValueError as error:
+            raise ValueError(f"{where} is damaged ({error}): pack the data again") from None
         return manifest
 
+    @classmethod
+    def _of_whole(cls, whole: "_Whole") -> "Manifest":
+        scenes = Scenes.of(whole.scenes)
+        shards = Shards.of(whole.shards, scenes)
+        return cls(whole.image_size, whole.seed, whole.dataset, shards, scenes, whole.images, whole.cameras)
+
+    @classmethod
+    def _of_columns(cls, head: "_Head", arrays: dict[str, Any]) -> "Manifest":
+        """With columns that are right by themselves and no others; `_problems` looks at what is in them."""
+        if arrays.keys() != SceneColumns.TYPES.keys() | ShardColumns.TYPES.keys():
+            raise ValueError("its columns are others")
+        columns = SceneColumns.of_arrays(arrays, categories=head.categories)
+        scenes = Scenes(columns, np.arange(len(columns)))
+        shards = Shards(ShardColumns.of_arrays(arrays), columns)
+        return cls(head.image_size, head.seed, head.dataset, shards, scenes, head.images, head.cameras)
+
+    def save(self, root: str) -> None:
+        """Writes it to the folder or URL `root`: in format 1, or in format 2 where there are more than READABLE scenes
+        and shards. `manifest.json` comes last: what it refers to is there."""
+        text = self.to_json() if len(self.scenes) + len(self.shards) <= READABLE else self.save_columns(root)
+        write_file(join(root, NAME), text)
+
     def to_json(self) -> bytes:
-        """The text of `manifest.json`; the same manifest always gives the same bytes."""
-        return _MANIFEST.dump_json(self, indent=1, exclude_defaults=True) + b"\n"
+        """The text of `manifest.json` in format 1; the same manifest always gives the same bytes."""
+        rest = self.image_size, self.seed, self.dataset, list(self.shards), list(self.scenes), self.images, self.cameras
+        return _WHOLE.dump_json(_Whole(1, *rest), indent=1, exclude_defaults=True) + b"\n"
+
+    def save_columns(self, root: str) -> bytes:
+        """Writes the columns; returns the text of `manifest.json` in format 2."""
+        arrays = {name: np.require(column, requirements=["C", "W"]) for name, column in self._columns().items()}
+        columns = {name: torch.from_numpy(column) for name, column in arrays.items()}
+        return _HEAD.dump_json(self._head(write_tensors(join(root, COLUMNS), columns)), indent=1) + b"\n"
+
+    def _head(self, stamp: Stamp) -> "_Head":
+        categories = self.scenes.columns.categories
+        return _Head(2, self.image_size, self.seed, self.dataset, categories, self.images, self.cameras, stamp)
+
+    def _columns(self) -> dict[str, Any]:
+        return self.scenes.columns.arrays() | self.shards.columns.arrays()
 
     def select(
         self, categories: Mapping[str, tuple[int, int]] | None = None, origins: Mapping[Key, str] = NO_ORIGINS
-    ) -> list[Scene]:
+    ) -> Scenes:
         """The scenes of some categories, each once, in the order of the manifest.
 
         Args:
@@ -147,12 +183,11 @@ class Manifest:
             ValueError: unknown category; the sentence says where it comes from.
         """
         if categories is None:
-            return list(self.scenes)
-        known = {self.dataset: self.scenes}
-        for scene in self.scenes:
-            if scene.category != self.dataset:
-                known.setdefault(scene.category, []).append(scene)
-        chosen: set[int] = set()
+            return self.scenes
+        codes, known = self.scenes.columns.scene_category, {self.dataset: -1}
+        for code, category in enumerate(self.scenes.columns.categories):
+            known.setdefault(category, code)
+        chosen = np.zeros(len(codes), bool)
         for category, (start, stop) in categories.items():
             where = origin_of(("data", "categories", category), origins, "")
             where = f"{where}: data.categories: " if where else "data.categories: "
@@ -163,43 +198,16 @@ class Manifest:
                 raise ValueError(
                     f"{where}range [{start}, {stop}] of category {category!r}: it takes 0 <= start <= stop"
                 )
-            chosen.update(scene.id for scene in known[category][start:stop])
-        return [scene for scene in self.scenes if scene.id in chosen]
+            code = known[category]
+            chosen[(np.arange(len(codes)) if code < 0 else np.flatnonzero(codes == code))[start:stop]] = True
+        return self.scenes.take(np.flatnonzero(chosen))
 
     def _problems(self) -> Iterator[str]:
         if not all(0 < side <= MAX_SIDE for side in self.image_size):
             yield f"image_size {list(self.image_size)}"
-        if [scene.id for scene in self.scenes] != list(range(len(self.scenes))):
-            yield "the scenes' ids do not count from 0"
-        for scene in self.scenes:
-            if problem := name_problem(scene.name):
-                yield f"scene {scene.name!r}: {problem}"
-            if scene.normalization and not (
-                all(map(math.isfinite, scene.normalization)) and scene.normalization[3] > 0
-            ):
-                yield f"the normalization of scene {scene.name!r}"
-        if len({scene.name for scene in self.scenes}) != len(self.scenes):
-            yield "two scenes have one name"
-        if len({shard.name for shard in self.shards}) != len(self.shards):
-            yield "two shards have one name"
-        counts: dict[str, dict[str, int]] = {"scenes": {}, "heldout": {}, "images": {}}
-        for shard in self.shards:
-            # Name and checksum become paths: nothing but our own may come out of a file that anybody can write.
-            if not SHARD_NAME.fullmatch(shard.name) or not shard.name.startswith(f"{shard.kind}-"):
-                yield f"shard name {shard.name!r}"
-            if not SHA256.fullmatch(shard.sha256):
-                yield f"sha256 {shard.sha256[:80]!r} of shard {shard.name}"
-            if min([shard.bytes, shard.samples, *shard.scenes.values()]) < 1:
-                yield f"the numbers of shard {shard.name}"
-            if shard.kind != "images" and sum(shard.scenes.values()) != shard.samples:
-                yield f"the counts of shard {shard.name}"
-            for name, number in shard.scenes.items():
-                counts[shard.kind][name] = counts[shard.kind].get(name, 0) + number
-        if counts["scenes"] != {scene.name: scene.views for scene in self.scenes}:
-            yield "the shards' training views are not those of the scenes"
-        if counts["heldout"] != {scene.name: scene.heldout for scene in self.scenes if scene.heldout}:
-            yield "the shards' held-out views are not those of the scenes"
-        if sum(shard.samples for shard in self.shards if shard.kind == "images") != self.images:
+        yield from self.scenes.columns.problems()
+        yield from self.shards.columns.problems(self.scenes.columns)
+        if self.shards.samples("images") != self.images:
             yield "the shards' natural images are not as many as it says"
 
 
@@ -208,19 +216,43 @@ class _Version:
     format: Any = None
 
 
-_MANIFEST = TypeAdapter(Manifest)
-_VERSION = TypeAdapter(_Version)
+@dataclass(frozen=True)
+class _Whole:
+    """`manifest.json` of format 1."""
+
+    format: Literal[1]
+    image_size: tuple[int, int]
+    seed: int
+    dataset: str
+    shards: list[Shard]
+    scenes: list[Scene]
+    images: int
+    cameras: CameraSummary | None
 
 
-def name_problem(name: str) -> str | None:
-    """Why a name cannot be the name of a scene, or None. Names become paths inside tar files."""
-    if not name or "/" in name or "\\" in name or ".." in name or name == ".":
-        return "the name is empty or has '/', '\\' or '..' in it"
-    if not name.isprintable():
-        return "the name has control characters in it"
-    if name.startswith("__") or len(name.encode()) > 128:
-        return "the name starts with '__' or is longer than 128 bytes"
-    return None
+@dataclass(frozen=True)
+class _Head:
+    """`manifest.json` of format 2; `columns` is the stamp of the file of columns."""
+
+    format: Literal[2]
+    image_size: tuple[int, int]
+    seed: int
+    dataset: str
+    categories: list[str]
+    images: int
+    cameras: CameraSummary | None
+    columns: Stamp
+
+
+_VERSION, _WHOLE, _HEAD = TypeAdapter(_Version), TypeAdapter(_Whole), TypeAdapter(_Head)
+
+
+def _read_columns(root: str, stamp: Stamp) -> dict[str, Any]:
+    where = join(root, COLUMNS)
+    with named_errors(where):
+        if stamp.bytes > LIMIT:
+            raise Damaged(f"it has {stamp.bytes} bytes, more than the {LIMIT} that it may have")
+        return {name: tensor.numpy() for name, tensor in read_tensors(where, redact(where), stamp).items()}
 
 
 def unknown_category(category: str, known: Mapping[str, object]) -> ValueError:

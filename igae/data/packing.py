@@ -21,9 +21,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from igae.data.columns import SHARD_NAME, Scene
 from igae.data.config import PackOptions
 from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
-from igae.data.manifest import FORMAT, NAME, SHARD_NAME, CameraSummary, Manifest, Scene
+from igae.data.manifest import COLUMNS, NAME, CameraSummary, Manifest
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
 from igae.data.shards import ShardReader, seeded
 from igae.data.sources import FORMATS, find_scenes, read_scene
@@ -32,8 +33,9 @@ from igae.data.sources.images import find_images, open_image, read_files, size_o
 from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
+from igae.data.tables import Scenes, Shards
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, join, look_up, make_folder, remove_leftovers, sync_folder, write_file
+from igae.storage import FileInfo, file_system, join, look_up, make_folder, remove_leftovers, sync_folder
 
 log = logging.getLogger("igae")
 
@@ -256,7 +258,8 @@ def _manifest(
         focal = sum(result.focal for result in results) / views
         cameras = CameraSummary(min(nearest), sum(sums) / views, max(farthest), focal)
     images = sum(shard.samples for shard in shards if shard.kind == "images")
-    return Manifest(FORMAT, size, seed, dataset, shards, scenes, images, cameras)
+    listed = Scenes.of(scenes)
+    return Manifest(size, seed, dataset, Shards.of(shards, listed), listed, images, cameras)
 
 
 def _remove(fs: fsspec.AbstractFileSystem, root: str, names: Iterable[str]) -> None:
@@ -285,7 +288,8 @@ def _finish(output: str, manifest: Manifest, staged: str) -> None:
     _remove(fs, root, [name for name in present() if name.endswith(NOTE + staged)])
     if staged:  # of packing that was stopped and had more shards
         _remove(fs, root, [name for name in present() if re.fullmatch(SHARD_NAME.pattern + re.escape(staged), name)])
-    write_file(join(output, NAME), manifest.to_json())
+    _remove(fs, root, [COLUMNS])  # of what was packed here before
+    manifest.save(output)
 
 
 def verify_packed(root: str, workers: int = 1) -> list[str]:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 from webdataset import TarWriter
 
+from igae.data.columns import Shard, ShardKind
 from igae.data.config import Verify
-from igae.data.manifest import Shard, ShardKind
 from igae.errors import redact
 from igae.storage import Cache, File, StoreError, file_system, join, sync, writes_to
 

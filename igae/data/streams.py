@@ -6,16 +6,17 @@ them. So the order depends on the seed alone, not on the number of workers, and 
 exactly where a stream is.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
+from igae.data.columns import Scene, Shard
 from igae.data.config import DataConfig
 from igae.data.decoding import Decoder, ViewBatch
 from igae.data.loader import Loader, Plan, StreamState
-from igae.data.manifest import Manifest, Scene, Shard
+from igae.data.manifest import Manifest
 from igae.data.shards import ShardReader
 from igae.errors import redact
 from igae.storage import Cache
@@ -54,18 +55,17 @@ def view_loader(
         ValueError: no such views, a number out of range, or a cache without room. While iterating `ShardError`, which
             names the shard.
     """
-    kind = "scenes" if split == "train" else "heldout"
-    names = frozenset(scene.name for scene in scenes)
-    counts = Counter[str]()
-    for shard in manifest.shards:
-        if shard.kind == kind:
-            counts[shard.name] = sum(number for scene, number in shard.scenes.items() if scene in names)
-    counts = +counts  # without the shards that have none
-    if not counts:
-        raise ValueError(f"the {len(scenes)} chosen scenes have no {split} views in {redact(config.root)}")
-    shards = [shard for shard in manifest.shards if shard.name in counts]
-    plan = Plan(_reader(config, shards), shards, counts, names, None, seed, config.shuffle, repeat)
     ids = {scene.name: scene.id for scene in scenes}
+    wanted = np.zeros(len(manifest.scenes), bool)
+    wanted[list(ids.values())] = True
+    places, entries, samples = manifest.shards.entries("scenes" if split == "train" else "heldout")
+    total = np.zeros(len(manifest.shards), np.int64)
+    np.add.at(total, places, np.where(wanted[entries], samples, 0))
+    shards = manifest.shards.take(np.flatnonzero(total))
+    if not shards:
+        raise ValueError(f"the {len(scenes)} chosen scenes have no {split} views in {redact(config.root)}")
+    counts = {shard.name: count for shard, count in zip(shards, total[total > 0].tolist(), strict=True)}
+    plan = Plan(_reader(config, shards), shards, counts, frozenset(ids), None, seed, config.shuffle, repeat)
     decoder = Decoder[ViewBatch](config.root, manifest.image_size, config.background, ids)
     return Loader(plan, decoder, batch_size, config.workers, state)
 
@@ -102,11 +102,11 @@ def image_loader(
         raise ValueError(f"part {part} is no part of {manifest.images} natural images")
     parts: dict[str, range] = {}
     first = 0
-    for shard in manifest.shards:
-        if shard.kind == "images":
-            parts[shard.name] = range(max(part.start - first, 0), min(part.stop - first, shard.samples))
-            first += shard.samples
-    shards = [shard for shard in manifest.shards if parts.get(shard.name)]
+    every = manifest.shards.take(manifest.shards.places("images"))
+    for shard in every:
+        parts[shard.name] = range(max(part.start - first, 0), min(part.stop - first, shard.samples))
+        first += shard.samples
+    shards = [shard for shard in every if parts[shard.name]]
     counts = {shard.name: len(parts[shard.name]) for shard in shards}
     plan = Plan(_reader(config, shards), shards, counts, None, parts, seed, config.shuffle, repeat)
     decoder = Decoder[Tensor](config.root, manifest.image_size, WHITE, None)

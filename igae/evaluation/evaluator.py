@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igae.data import DataConfig, Manifest, Scene, ViewBatch, image_loader, orbit_like, view_loader
+from igae.data import DataConfig, Manifest, Scene, Scenes, ViewBatch, image_loader, orbit_like, view_loader
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.depth import DepthMaps, depth_errors
@@ -50,7 +50,7 @@ class Evaluator:
         config: EvaluationConfig,
         data: DataConfig,
         manifest: Manifest,
-        scenes: list[Scene],
+        scenes: Scenes,
         owned: Set[int],
         device: torch.device,
         channel: Channel,
@@ -182,8 +182,9 @@ class Evaluator:
         Returns:
             The pictures on the first rank, nothing on the others and where there is nothing to show.
         """
-        split = SPLITS[0] if any(scene.heldout for scene in self.scenes) else SPLITS[1]
-        shown = spread([scene for scene in self.scenes if _count(scene, split)], self.config.pictures)
+        split = SPLITS[0] if self.scenes.heldout.any() else SPLITS[1]
+        counts = self.scenes.heldout if split == SPLITS[0] else self.scenes.views
+        shown = spread(self.scenes.take(np.flatnonzero(counts)), self.config.pictures)
         at = _Renderer(model, store, self.device)
         if not shown:
             return self._natural_grid(at)
@@ -297,7 +298,7 @@ class _Renderer:
 class _Totals:
     """Sums and numbers of a rank's measurements: by scene, and in the last row those of natural images."""
 
-    def __init__(self, scenes: list[Scene], perceptual: LPIPS | None) -> None:
+    def __init__(self, scenes: Scenes, perceptual: LPIPS | None) -> None:
         self._scenes, self._perceptual, self._names = scenes, perceptual, list(METRICS)
         self._rows: dict[int | None, int] = {scene.id: row for row, scene in enumerate(scenes)}
         self._rows[None] = len(scenes)
@@ -344,7 +345,7 @@ def _count(scene: Scene, split: Split) -> int:
     return scene.heldout if split == "heldout" else scene.views
 
 
-def spread(scenes: list[Scene], count: int | None) -> list[Scene]:
+def spread(scenes: Scenes, count: int | None) -> Scenes:
     """``count`` scenes, spread evenly; all where there are fewer, or where it is None."""
     count = len(scenes) if count is None else min(count, len(scenes))
-    return [scenes[i * len(scenes) // count] for i in range(count)]
+    return scenes.take([i * len(scenes) // count for i in range(count)])

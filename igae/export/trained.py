@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
@@ -196,8 +197,7 @@ class TrainedRun(Trained):
         manifest = Manifest.load(root)
         categories = self.settings.data.categories
         same = manifest.digest == self.loaded.progress.data
-        ids = frozenset(scene.id for scene in manifest.select(categories, self.settings.origins)) if same else None
-        if self.loaded.ids != ids:
+        if not same or not np.array_equal(self.loaded.ids, manifest.select(categories, self.settings.origins).ids):
             raise ValueError(
                 f"{redact(self.where)} was trained on other scenes than those at {redact(root)}: say where they are, "
                 "data.root=..."
@@ -211,7 +211,8 @@ class TrainedRun(Trained):
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {scene.name: scene.id for scene in self.manifest.select(self.settings.data.categories)}
+        scenes = self.manifest.select(self.settings.data.categories)
+        return dict(zip(scenes.names, scenes.ids.tolist(), strict=True))
 
     def _read_rows(self, names: Sequence[str]) -> Tensor:
         ids = [self._places[name] for name in names]

@@ -6,9 +6,11 @@ Loads are integers, ties are broken by order and random numbers are seeded: all 
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
 
 PARTS = 20
 """A load is balanced if it differs from the mean by at most one part in this many: 5 %."""
@@ -20,9 +22,10 @@ PLACES = 200
 """Cuts near each even one that the search for stretches looks at."""
 LINES = 16
 """Most ranks that the table shows one by one."""
+Ints = NDArray[np.int64]
 
 
-def assign_scenes(shards: Sequence[Mapping[int, int]], world: int) -> list[list[int]]:
+def assign_scenes(shards: Ints, scenes: Ints, views: Ints, world: int) -> list[Ints]:
     """Shares the scenes out among the ranks, so that each rank's views differ by at most 5 % from the mean.
 
     The first of these that reaches the 5 % is taken; where none does, the most even one:
@@ -39,53 +42,94 @@ def assign_scenes(shards: Sequence[Mapping[int, int]], world: int) -> list[list[
     with up to 384 things for up to 32 ranks.
 
     Args:
-        shards: for each training shard, in the manifest's order: scene id -> its training views there, at least 1;
-            only scenes that are trained.
+        shards, scenes, views: int64 [n]. Each entry says how many training views (at least 1) of a scene (its id) are
+            in a training shard (its place in the manifest); only scenes that are trained.
         world: number of ranks.
 
     Returns:
-        For each rank its scene ids, sorted. Every scene is owned by one rank and every rank owns a scene.
+        For each rank the ids of its scenes, ascending. Every scene is owned by one rank and every rank owns a scene.
 
     Raises:
         ValueError: there are fewer scenes than ranks.
     """
-    views: dict[int, int] = {}
-    groups: dict[int, list[int]] = {}  # scene -> the scenes of its shards
-    for shard in shards:
-        together: list[int] = []
-        for scene in sorted(shard):
-            views[scene] = views.get(scene, 0) + shard[scene]
-            if (group := groups.get(scene, [scene])) is not together:
-                together += group
-                groups.update(dict.fromkeys(group, together))
-    if world > len(views):
+    order = np.lexsort((scenes, shards))
+    shards, views = shards[order], views[order]
+    ids, place = _in_order(scenes[order])
+    if world > len(ids):
         raise ValueError(
-            f"{len(views)} scenes with training views can't be shared by {world} processes, each of which needs one: "
+            f"{len(ids)} scenes with training views can't be shared by {world} processes, each of which needs one: "
             "start fewer processes, or select more scenes"
         )
-    total, alone = sum(views.values()), []
-    for scene in heapq.nlargest(world, views, key=views.__getitem__):
-        if views[scene] <= _bounds(total, world)[1]:
+    loads, things = _sums(place, views, len(ids)), _joined(shards, place)
+    total, alone = int(loads.sum()), list[Ints]()
+    rest = np.ones(len(ids), bool)
+    for scene in np.argsort(-loads, kind="stable")[:world].tolist():
+        if loads[scene] <= _bounds(total, world)[1]:
             break
-        alone.append([scene])
-        total, world = total - views.pop(scene), world - 1
-    whole = [[scene for scene in group if scene in views] for group in {id(g): g for g in groups.values()}.values()]
-    tried = []
-    for owned in _ways([scenes for scenes in whole if scenes], views, world):
-        uneven = _unevenness([sum(views[scene] for scene in scenes) for scenes in owned])
-        tried.append((uneven, owned))
+        alone.append(ids[[scene]])
+        rest[scene], total, world = False, total - int(loads[scene]), world - 1
+    _, things = np.unique(things[rest], return_inverse=True)  # in the order of before, without those that are empty
+    ids, loads = ids[rest], loads[rest]
+    best, owners = -1, things
+    for way in _ways(things, loads, world):
+        uneven = _unevenness(_sums(way, loads, world).tolist())
+        if best < 0 or uneven < best:
+            best, owners = uneven, way
         if uneven * PARTS <= total:
             break
-    _, owned = min(tried, key=lambda way: way[0])
-    return sorted(sorted(scenes) for scenes in alone + owned)
+    order = np.lexsort((ids, owners))
+    owned = np.split(ids[order], np.searchsorted(owners[order], np.arange(1, world)))
+    return sorted(alone + owned, key=lambda part: int(part[0]))
 
 
-def _ways(whole: list[list[int]], views: Mapping[int, int], world: int) -> Iterator[list[list[int]]]:
-    if len(whole) >= world:
-        yield _search(whole, views, world)
-    if stretches := _stretches(views, world):
-        yield stretches
-    yield _search([[scene] for scene in views], views, world)
+def _ways(things: Ints, loads: Ints, world: int) -> Iterator[Ints]:
+    """Owners of scenes with these loads, of which those of one thing stay together."""
+    if things.max() >= world - 1:
+        yield _search(things, loads, world)
+    if (cuts := _stretches(loads, world)) is not None:
+        yield np.repeat(np.arange(world), np.diff(cuts))
+    yield _search(np.arange(len(loads)), loads, world)
+
+
+def _in_order(values: Ints) -> tuple[Ints, Ints]:
+    """The distinct values in the order in which they come first, and which of them each value is."""
+    first = np.full(int(values.max(initial=-1)) + 1, -1)
+    first[values[::-1]] = np.arange(len(values))[::-1]
+    is_first = np.zeros(len(values), bool)
+    is_first[first[first >= 0]] = True
+    distinct, number = values[is_first], first
+    number[distinct] = np.arange(len(distinct))
+    return distinct, number[values]
+
+
+def _joined(shards: Ints, place: Ints) -> Ints:
+    """For each scene the thing that its shards are, all that have a scene in common directly or through others; things
+    are numbered in the order of their first scenes."""
+    _, first = np.unique(place, return_index=True)
+    _, thing = _in_order(shards)
+    root = list(range(int(thing[-1]) + 1))
+
+    def find(one: int) -> int:
+        while root[one] != one:
+            root[one] = root[root[one]]
+            one = root[one]
+        return one
+
+    again = np.ones(len(place), bool)
+    again[first] = False  # a scene that is in several shards, in all of these but the first
+    for one, other in zip(thing[again].tolist(), thing[first[place[again]]].tolist(), strict=True):
+        root[find(one)] = find(other)
+    roots = thing[first]
+    if again.any():
+        roots = np.array([find(one) for one in roots.tolist()])
+    return _in_order(roots)[1]
+
+
+def _sums(groups: Ints, values: Ints, count: int) -> Ints:
+    """The sum of the values of each group."""
+    sums = np.zeros(count, np.int64)
+    np.add.at(sums, groups, values)
+    return sums
 
 
 def part(count: int, rank: int, world: int) -> range:
@@ -148,54 +192,93 @@ def _bounds(total: int, world: int) -> tuple[int, int]:
     return -((1 - PARTS) * total // (PARTS * world)), (PARTS + 1) * total // (PARTS * world)
 
 
-def _stretches(views: Mapping[int, int], world: int) -> list[list[int]] | None:
-    """Cuts the row of scenes into balanced stretches, each cut as near to an even one as that allows; None if there are
-    none within PLACES scenes of even cuts."""
-    scenes, ends = list(views), list(accumulate(views.values(), initial=0))
+def _stretches(views: Ints, world: int) -> list[int] | None:
+    """Where to cut the row of scenes into balanced stretches, each cut as near to an even one as that allows; None if
+    there are none within PLACES scenes of even cuts."""
+    ends = [0, *np.cumsum(views).tolist()]
     total = ends[-1]
     low, high = _bounds(total, world)
     reached = [[0]]  # for k balanced stretches: the places where the last of them can end
     for k in range(1, world):
         even, before, places = bisect_left(ends, k * total // world), reached[-1], []
-        for place in range(max(even - PLACES, k), min(even + PLACES, len(scenes))):
+        for place in range(max(even - PLACES, k), min(even + PLACES, len(views))):
             i = bisect_left(before, ends[place] - high, key=ends.__getitem__)
             if i < len(before) and ends[before[i]] <= ends[place] - low:
                 places.append(place)
         reached.append(places)
-    cuts = [len(scenes)]
+    cuts = [len(views)]
     for k in range(world - 1, -1, -1):
         places = [place for place in reached[k] if low <= ends[cuts[0]] - ends[place] <= high]
         if not places:
             return None
         cuts.insert(0, min(places, key=lambda place: abs(ends[place] * world - k * total)))
-    return [scenes[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return cuts
 
 
-def _search(things: Sequence[list[int]], views: Mapping[int, int], world: int) -> list[list[int]]:
-    """Joins lists of scenes to ``world`` lists of even load: the heaviest first into the lightest load, then exchanges.
-    If that is not balanced, the same in other orders."""
-    weights = [sum(views[scene] for scene in thing) for thing in things]
-    keys: Sequence[float] = weights
-    found, random, steps = [], Random(0), iter(range(1 + STEPS // len(things)))
+def _search(things: Ints, views: Ints, world: int) -> Ints:
+    """Joins things to ``world`` owners of even load: the heaviest first to the lightest load, then exchanges. If that
+    is not balanced, the same in other orders. Returns the owner of each scene."""
+    sums = _sums(things, views, int(things.max()) + 1)
+    weights, keys, total = sums.tolist(), sums, int(sums.sum())
+    found, random, steps = [], Random(0), iter(range(1 + STEPS // len(weights)))
     for _ in zip(range(ATTEMPTS), steps, strict=False):
-        bins: list[list[int]] = [[] for _ in range(world)]
-        heap = [(0, k) for k in range(world)]
-        for i in sorted(range(len(things)), key=lambda i: (-keys[i], i)):
-            load, k = heap[0]
-            bins[k].append(i)
-            heapq.heapreplace(heap, (load + weights[i], k))
-        found.append((_exchange(weights, bins, steps), bins))
-        if found[-1][0] * PARTS <= sum(weights):
+        order = np.argsort(-keys, kind="stable")
+        owners, loads = _greedy(sums[order], world)
+        parts = np.split(order[np.argsort(owners, kind="stable")], np.cumsum(np.bincount(owners, minlength=world))[:-1])
+        bins = [part.tolist() for part in parts]
+        found.append((_exchange(weights, loads, bins, steps), bins))
+        if found[-1][0] * PARTS <= total:
             break
-        keys = [weight * (0.5 + random.random()) for weight in weights]
+        keys = np.array([weight * (0.5 + random.random()) for weight in weights])
     _, bins = min(found, key=lambda one: one[0])
-    return [[scene for i in places for scene in things[i]] for places in bins]
+    owners = np.empty(len(weights), np.int64)
+    for k, places in enumerate(bins):
+        owners[places] = k
+    return owners[things]
 
 
-def _exchange(weights: Sequence[int], bins: list[list[int]], steps: Iterator[int]) -> int:
-    """Makes bins more even, in place, until they are balanced, nothing helps, or there are no more steps: in a step one
-    thing of the bin farthest from the mean and one of another change places, or one moves. Returns the unevenness."""
-    loads = [sum(weights[i] for i in places) for places in bins]
+def _greedy(weights: Ints, world: int) -> tuple[Ints, list[int]]:
+    """Gives things away one after another, each to the owner with the lightest load, of equal ones to the first.
+
+    Returns:
+        The owner of each thing, and the loads.
+    """
+    owners, heap = np.empty(len(weights), np.int64), [(0, k) for k in range(world)]
+    cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        weight, count = int(weights[start]), end - start
+        if count > 2 * world:
+            owners[start:end], heap = _give_equal(weight, count, heap)
+            continue
+        for i in range(start, end):
+            load, k = heap[0]
+            owners[i] = k
+            heapq.heapreplace(heap, (load + weight, k))
+    return owners, [load for load, _ in sorted(heap, key=lambda one: one[1])]
+
+
+def _give_equal(weight: int, count: int, heap: list[tuple[int, int]]) -> tuple[Ints, list[tuple[int, int]]]:
+    """Gives ``count`` equal things away: who has a load takes some at load, load + weight, ..., and of all these the
+    lowest ones come first."""
+    loads = np.array([load for load, _ in sorted(heap, key=lambda one: one[1])])
+
+    def taken(limit: int) -> Ints:  # at loads of up to the limit
+        times: Ints = np.maximum(0, (limit - loads) // weight + 1)
+        return times
+
+    limit = bisect_left(range(int(loads.max()) + weight * count), count, key=lambda limit: int(taken(limit).sum()))
+    times = taken(limit)
+    owners = np.repeat(np.arange(len(loads)), times)
+    nth = np.arange(len(owners)) - np.repeat(np.cumsum(times) - times, times)
+    owners = owners[np.lexsort((owners, loads[owners] + weight * nth))[:count]]
+    loads += weight * np.bincount(owners, minlength=len(loads))
+    return owners, sorted(zip(loads.tolist(), range(len(loads)), strict=True))
+
+
+def _exchange(weights: Sequence[int], loads: list[int], bins: list[list[int]], steps: Iterator[int]) -> int:
+    """Makes bins and their loads more even, in place, until they are balanced, nothing helps, or there are no more
+    steps: in a step one thing of the bin farthest from the mean and one of another change places, or one moves. Returns
+    the unevenness."""
     mean = sum(loads) / len(loads)
     while (uneven := _unevenness(loads)) * PARTS > sum(loads) and next(steps, None) is not None:
         far = max(range(len(bins)), key=lambda k: abs(loads[k] - mean))

@@ -35,7 +35,7 @@ def check_box(box: float, data: RankData) -> None:
     if not data.owned:
         return
     here = replace(data, config=data.config.model_copy(update={"workers": 0}))
-    count = min(VIEWS, sum(scene.views for scene in data.owned))
+    count = min(VIEWS, int(data.owned.views.sum()))
     with closing(here.open_views(count, repeat=False)) as views:
         origins, directions = rays_to_objects(next(views))
     share = meeting(origins, directions, box)

@@ -126,7 +126,7 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
         ValueError: the GPU has no room for them.
     """
     encode = ViewEncoder(recipe, name, model, background)
-    needed = encode.bytes_of_a_view * sum(scene.views for scene in data.owned)
+    needed = encode.bytes_of_a_view * int(data.owned.views.sum())
     check_latents(needed, background.device, name, encode.variants)
     log_once(f"{name}: encoding {needed // encode.bytes_of_a_view} views")
     with closing(data.open_views(BATCH, repeat=False)) as views:

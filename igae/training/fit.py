@@ -171,7 +171,7 @@ class Fit(Job):
         """Fit and write the scenes of a wave; False where it was stopped before."""
         scenes, recipe, start = self.waves[index], self.recipe, time.perf_counter()
         # A scene's initial planes depend on the scene alone; the order of its views depends on the wave.
-        ids = [scene.id for scene in scenes]
+        ids = scenes.ids.tolist()
         store = SceneStore(recipe.planes, ids, recipe.seed, self.engine.device, self.storage)
         recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
         data = RankData.alone(recipe.data, self.data.manifest, scenes, recipe.train.timeout)
@@ -195,7 +195,7 @@ class Fit(Job):
     def conclude(self) -> dict[str, float]:
         """Evaluate the scenes that are chosen for it, as they were written; each rank has some of them."""
         scenes = self.data.scenes
-        ids = [scene.id for scene in spread(scenes, self.evaluation.scenes)[rank() :: world_size()]]
+        ids = spread(scenes, self.evaluation.scenes).ids[rank() :: world_size()].tolist()
         store = SceneStore(self.recipe.planes, ids, None, self.engine.device)
         store.load_state_dict(load_checkpoint(self.parts.folder, moments=False).rows(ids))
         metrics = self.evaluate(store, "fit", len(self.waves), orbits=True)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is checked before a run trains: that all ranks do the same, data for its stages, memory for its scenes."""
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -41,8 +40,7 @@ def agree(recipe: Recipe, channel: Channel, load: Callable[[], Manifest] | None 
     channel.agree(settings)
     found = channel.together(load or (lambda: Manifest.load(recipe.data.root)))
     if world_size() > 1:
-        digest = hashlib.sha256(found.to_json()).hexdigest()[:16]
-        channel.agree({"the digest of the manifest of data.root": digest}, recipe.data.root)
+        channel.agree({"the digest of the manifest of data.root": found.fingerprint[:16]}, recipe.data.root)
     return found
 
 

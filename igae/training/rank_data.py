@@ -5,7 +5,9 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from igae.data import DataConfig, ImageLoader, Manifest, Scene, StreamState, ViewLoader, image_loader, view_loader
+import numpy as np
+
+from igae.data import DataConfig, ImageLoader, Manifest, Scenes, StreamState, ViewLoader, image_loader, view_loader
 from igae.errors import origin_of
 from igae.ranks import rank, world_size
 from igae.scenes import assign_scenes, ownership_table, share_images
@@ -28,8 +30,8 @@ class RankData:
 
     config: DataConfig
     manifest: Manifest
-    scenes: list[Scene]
-    parts: list[list[Scene]]
+    scenes: Scenes
+    parts: list[Scenes]
     rank: int = field(default_factory=rank)
     world: int = field(default_factory=world_size)
     timeout: float = 600.0
@@ -45,26 +47,25 @@ class RankData:
             ValueError: there is no such data, or not enough of it for each rank.
         """
         manifest, scenes = select(recipe, manifest)
-        ids = {scene.name: scene.id for scene in scenes}
-        shards = [
-            {ids[name]: views for name, views in shard.scenes.items() if name in ids}
-            for shard in manifest.shards
-            if shard.kind == "scenes"
-        ]
-        parts = assign_scenes(shards, world_size()) if scenes else [[] for _ in range(world_size())]
-        data = cls(recipe.data, manifest, scenes, [[manifest.scenes[i] for i in part] for part in parts])
+        parts = [scenes] * world_size()
+        if scenes:
+            shards, ids, views = manifest.shards.entries("scenes")
+            ours = np.isin(ids, scenes.ids)
+            owned = assign_scenes(shards[ours], ids[ours], views[ours], world_size())
+            parts = [manifest.scenes.take(part) for part in owned]
+        data = cls(recipe.data, manifest, scenes, parts)
         data.timeout = recipe.train.timeout
         if manifest.images and any(stage.natural_images for stage in recipe.train.stages.values()):
             len(data.natural_images)  # refuses more ranks than natural images
         return data
 
     @classmethod
-    def alone(cls, config: DataConfig, manifest: Manifest, scenes: list[Scene], timeout: float = 600.0) -> "RankData":
+    def alone(cls, config: DataConfig, manifest: Manifest, scenes: Scenes, timeout: float = 600.0) -> "RankData":
         """Scenes that this rank trains by itself."""
         return cls(config, manifest, scenes, [scenes], 0, 1, timeout)
 
     @property
-    def owned(self) -> list[Scene]:
+    def owned(self) -> Scenes:
         """The scenes of this rank."""
         return self.parts[self.rank]
 
@@ -78,7 +79,7 @@ class RankData:
         same number on every rank."""
         count, batch = self.manifest.images, stage.natural_images
         if stage.batch_size:
-            count, batch = sum(scene.views for scene in self.scenes), stage.batch_size
+            count, batch = int(self.scenes.views.sum()), stage.batch_size
         return max(1, count // max(1, batch * stage.accumulate * self.world)) * (2 if stage.alternate else 1)
 
     def steps(self, stage: StageConfig) -> int:
@@ -92,7 +93,7 @@ class RankData:
             consumed: views that were taken before.
         """
         config = self.config if repeat else self.config.model_copy(update={"shuffle": 0})
-        state = StreamState(*divmod(consumed, sum(scene.views for scene in self.owned)))
+        state = StreamState(*divmod(consumed, int(self.owned.views.sum())))
         loader = view_loader(
             config, self.manifest, self.owned, batch_size=batch_size, seed=seed, repeat=repeat, state=state
         )
@@ -111,11 +112,11 @@ class RankData:
         """Say how many ranks there are, and what each owns (``scene_bytes`` of memory for each scene)."""
         log.info("%d rank%s, %s; %d scenes", self.world, "s" * (self.world > 1), strategy, len(self.scenes))
         if self.world > 1 and self.scenes:
-            sizes = [(len(part), sum(scene.views for scene in part)) for part in self.parts]
+            sizes = [(len(part), int(part.views.sum())) for part in self.parts]
             log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))
 
 
-def select(recipe: Recipe, manifest: Manifest | None = None) -> tuple[Manifest, list[Scene]]:
+def select(recipe: Recipe, manifest: Manifest | None = None) -> tuple[Manifest, Scenes]:
     """The manifest, which may be read already, and the scenes of the run in its order."""
     root, categories = recipe.data.root, recipe.data.categories
     manifest = manifest or Manifest.load(root)
@@ -129,10 +130,11 @@ def select(recipe: Recipe, manifest: Manifest | None = None) -> tuple[Manifest, 
     return manifest, scenes
 
 
-def waves(manifest: Manifest, scenes: list[Scene], most: int) -> list[list[Scene]]:
+def waves(manifest: Manifest, scenes: Scenes, most: int) -> list[Scenes]:
     """Scenes in even groups of at most ``most``, in the order of the shards, so that a group reads few of them."""
-    wanted = {scene.name: scene for scene in scenes}
-    names = [name for shard in manifest.shards if shard.kind == "scenes" for name in shard.scenes]
-    order = [wanted[name] for name in names if name in wanted]
+    _, ids, _ = manifest.shards.entries("scenes")
+    ids = ids[np.isin(ids, scenes.ids)]
+    _, first = np.unique(ids, return_index=True)
+    order = manifest.scenes.take(ids[np.sort(first)])
     count = math.ceil(len(order) / most)
     return [order[len(order) * i // count : len(order) * (i + 1) // count] for i in range(count)]

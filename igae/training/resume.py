@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from igae.checkpoint import (
@@ -118,7 +119,7 @@ def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> Che
         )
     fixed = FIXED if progress.finished else [*FIXED, "train.plane_optimizer", f"train.{progress.stage}.alternate"]
     compare_settings(folder, loaded.config, recipe, fixed)
-    if loaded.ids != frozenset(scene.id for scene in data.scenes):
+    if not np.array_equal(loaded.ids, data.scenes.ids):
         raise ValueError(
             f"{folder} has {len(loaded.ids)} scenes and this configuration has {len(data.scenes)} (or others): "
             "data.categories can't change within a run; use a new experiment=NAME"

@@ -50,7 +50,7 @@ class Trainer(Job):
             data.log_parts(engine.strategy, scene_bytes(recipe.planes))
         found = find(recipe.checkpoint_root, resume, channel)
         super().__init__(recipe, data, engine, channel)
-        owned = [scene.id for scene in data.owned]
+        owned = data.owned.ids.tolist()
         instead = "train fewer scenes (data.categories), or on more GPUs"
         storage = choose_storage(recipe, len(owned), engine.device, channel, instead)
         self.store = SceneStore(recipe.planes, owned, None if found else recipe.seed, engine.device, storage)

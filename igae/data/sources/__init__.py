@@ -8,8 +8,9 @@ A new format is a module of this folder with `UNIT_BOX`, `is_scene` and `read` (
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from igae.data.columns import name_problem
 from igae.data.config import Convention
-from igae.data.manifest import name_problem, unknown_category
+from igae.data.manifest import unknown_category
 from igae.data.sources import blender, co3d, colmap, eg3d, gobjaverse, igae_data, srn, transforms, trellis, zero123
 from igae.data.sources.placement import move
 from igae.data.sources.scene import BadInput, SceneRef, SourceFormat, View
