@@ -15,14 +15,18 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch._inductor.config
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.training_step import AUTOENCODER
 from igae import config
 from igae.checkpoint import list_complete, saved_config
+from igae.export import take_settings
+from igae.kernels import keep_compiled
 from igae.models import Autoencoder
 from igae.training import Fit, Recipe, Trainer, speed
 from igae.training.speed import Speed
@@ -207,7 +211,6 @@ def test_a_fit_that_goes_on_elsewhere_keeps_its_precision(recipe_file: str, gpu:
     model.run()
     rates = ["train.joint.weights={latent: 1}", "train.joint.natural_images=0"]
     rates += [f"train.{stage}.learning_rates={{planes: 1.0e-2}}" for stage in ("warmup", "joint")]
-    from igae.export import take_settings
 
     def fit(experiment: str, *overrides: str) -> Fit:
         overrides = (f"model={model.folder}", f"experiment={experiment}", "train.joint.epochs=0.5", *overrides)
@@ -299,30 +302,42 @@ def test_what_is_compiled_is_kept_for_the_next_start(tmp_path: Path) -> None:
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-def variables_after(statement: str, **given: str) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name and "TRITON" not in name}
-    code = f"{statement}\nimport json, os\nprint(json.dumps({{n: os.environ.get(n, '') for n in {VARIABLES}}}))"
+def test_imports_set_nothing_of_ours(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    code = "import igae.training.trainer, igae.models.igae, os; print(os.environ)"
     command = [sys.executable, "-c", code]
-    environment |= {"PYTHONPATH": str(ROOT), **given}
-    return dict(json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1]))
+    environment |= {"PYTHONPATH": str(ROOT), "IGAE_KERNEL_CACHE": str(tmp_path / "kernels")}
+    printed = subprocess.check_output(command, env=environment, text=True)
+    assert str(tmp_path / "kernels" / "t") not in printed and not (tmp_path / "kernels").exists()
 
 
-def test_where_it_is_kept(tmp_path: Path) -> None:
-    keep = "from igae.kernels import keep_compiled; keep_compiled(1)"
-    imported = "import igae.training.trainer, igae.models.igae"
-    set_by_import = variables_after(imported, HOME=str(tmp_path))
-    assert str(tmp_path) not in str(set_by_import)  # torch's own default at most, which is not the user's wish
-    assert list(variables_after(f"{imported}\n{keep}", IGAE_KERNEL_CACHE=str(tmp_path)).values()) == [
-        str(tmp_path / "torchinductor"),
-        str(tmp_path / "triton"),
-    ]
-    at_home = tmp_path / ".cache" / "igae" / "kernels"
-    assert list(variables_after(keep, HOME=str(tmp_path), IGAE_KERNEL_CACHE="").values()) == [
-        str(at_home / "torchinductor"),
-        str(at_home / "triton"),
-    ]
-    own = variables_after(keep, IGAE_KERNEL_CACHE=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="/own")
-    assert own == {VARIABLES[0]: "/own", VARIABLES[1]: ""}
-    own = variables_after(keep, IGAE_KERNEL_CACHE=str(tmp_path), TRITON_CACHE_DIR="/own")
-    assert own == {VARIABLES[0]: str(tmp_path / "torchinductor"), VARIABLES[1]: "/own"}
-    assert "/proc" not in str(variables_after(keep, IGAE_KERNEL_CACHE="/proc/nowhere"))  # can't be written
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        ({"IGAE_KERNEL_CACHE": "/tmp/x/kernels"}, ("/tmp/x/kernels/torchinductor", "/tmp/x/kernels/triton")),
+        ({"HOME": "/tmp/x"}, ("/tmp/x/.cache/igae/kernels/torchinductor", "/tmp/x/.cache/igae/kernels/triton")),
+        # What torch writes there when it is imported is no wish of the user's.
+        (
+            {"IGAE_KERNEL_CACHE": "/tmp/x", "TORCHINDUCTOR_CACHE_DIR": default_cache_dir()},
+            ("/tmp/x/torchinductor", "/tmp/x/triton"),
+        ),
+        ({"IGAE_KERNEL_CACHE": "/tmp/x", "TORCHINDUCTOR_CACHE_DIR": "/own"}, ("/own", None)),
+        ({"IGAE_KERNEL_CACHE": "/tmp/x", "TRITON_CACHE_DIR": "/own"}, ("/tmp/x/torchinductor", "/own")),
+        ({"IGAE_KERNEL_CACHE": "/proc/nowhere"}, (None, None)),  # can't be written
+    ],
+    ids=str,
+)
+def test_where_it_is_kept(
+    given: dict[str, str], folders: tuple[str | None, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/tmp/x stands for a folder of the test's."""
+    for name in (*VARIABLES, "IGAE_KERNEL_CACHE"):
+        monkeypatch.setenv(name, "")  # so that all is as before afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.replace("/tmp/x", str(tmp_path)))
+    with torch._inductor.config.patch(compile_threads=64):
+        keep_compiled(3)
+        assert torch._inductor.config.compile_threads == 3
+    expected = [folder and folder.replace("/tmp/x", str(tmp_path)) for folder in folders]
+    assert [os.environ.get(name) for name in VARIABLES] == expected
