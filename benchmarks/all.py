@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from igae.threads import available_cores
+from igae.ranks import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "accelerate", "diffusers", "numpy", "cuda-core")

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "igae"
 
 # Floors: a room imports rooms of the floors above it, through their faces alone.
 FLOORS = (
-    ("config", "ranks", "threads", "errors"),
+    ("config", "ranks", "errors"),
     ("storage", "kernels"),
     ("rendering", "data", "scenes"),
     ("models", "checkpoint"),
@@ -34,7 +34,7 @@ MODULES = FLOORS[0]
 FRONTS = {"export/__main__.py"}
 
 # Of Python in igae/: only a feature may raise it. 10,500 would be right.
-MOST_LINES = 19749
+MOST_LINES = 19736
 # Longer than 60 lines or with more than 8 parameters, and why.
 EXCEPTIONS: dict[str, str] = {"rendering/api.py:render": "what is rendered, and how: nothing would share an object"}
 
@@ -138,7 +138,7 @@ def test_there_are_no_circles_inside_of_rooms() -> None:
 def test_rooms() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert len(folders) <= 12 and len(modules) <= 4 and len(FLOORS) <= 8
+    assert len(folders) <= 12 and len(modules) <= 3 and len(FLOORS) <= 8
     assert folders | modules == set(FLOOR_OF)
     for room in folders - {"cli"}:
         submodules = {path.stem for path in (PACKAGE / room).iterdir()}

@@ -14,7 +14,7 @@ import runs
 import torch
 
 from igae import config
-from igae.threads import FEW, available_cores, few_threads, share, use_share
+from igae.ranks import FEW, available_cores, few_threads, share, use_share
 from igae.training import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def test_ranks_of_a_machine_share_its_cores(cores: None, monkeypatch: pytest.Mon
 
 def test_affinity_of_a_real_process() -> None:
     core = min(os.sched_getaffinity(0))
-    code = "from igae.threads import use_share; print(use_share())"
+    code = "from igae.ranks import use_share; print(use_share())"
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     command = ["taskset", "-c", str(core), sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -110,7 +110,7 @@ def test_the_users_number_counts_and_a_launchers_does_not(
     if asked is not None:
         environment["OMP_NUM_THREADS"] = asked
     code = (
-        "import torch, igae.threads as threads\n"
+        "import torch, igae.ranks as threads\n"
         "before, threads.share = torch.get_num_threads(), lambda: 5\n"
         "print(before, threads.use_share())"
     )
@@ -131,10 +131,10 @@ def test_one_thread_beside_a_gpu(cores: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     torch.set_num_threads(2)
     try:
-        monkeypatch.setattr("igae.threads.share", lambda: 8)
+        monkeypatch.setattr("igae.ranks.share", lambda: 8)
         assert use_share(steps=True) == torch.get_num_threads() == 1
         assert 1 < use_share() == torch.get_num_threads() <= FEW
-        monkeypatch.setattr("igae.threads.share", lambda: 1)  # of a machine with as many ranks as cores
+        monkeypatch.setattr("igae.ranks.share", lambda: 1)  # of a machine with as many ranks as cores
         assert use_share() == 1
     finally:
         torch.set_num_threads(before)
@@ -195,7 +195,7 @@ def test_workers_have_a_thread_each(shards: str) -> None:
         "import json, sys, torch\n"
         "from igae.data import DataConfig, Manifest, view_loader\n"
         "import igae.data.decoding as decoding\n"
-        "from igae.threads import use_share\n"
+        "from igae.ranks import use_share\n"
         "torch.set_num_threads(4)\n"
         "decode = decoding.Decoder.__getitems__\n"
         "def watched(self, samples):\n"

@@ -25,10 +25,9 @@ from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
 from igae.evaluation import METRICS, Evaluator, problems, spread
 from igae.export import SECTIONS, Trained, data_root, find_model, is_export, load_trained
 from igae.models import LPIPS
-from igae.ranks import Channel, check_rank_variables, join, rank, world_size
+from igae.ranks import Channel, check_rank_variables, join, rank, use_share, world_size
 from igae.scenes import SceneStore
 from igae.storage import write_text
-from igae.threads import use_share
 from igae.training import Engine, Recipe, agree, check_memory, waves
 
 JSON, CSV = "evaluation.json", "evaluation.csv"

@@ -3,7 +3,7 @@
 
 from igae.errors import Parser, command, log_to_stderr, redact
 from igae.export import check_target, read_run, write
-from igae.threads import use_share
+from igae.ranks import use_share
 
 
 @command

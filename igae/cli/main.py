@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 from igae import __version__
 from igae.errors import command, did_you_mean, end, say
-from igae.ranks import check_rank_variables
-from igae.threads import wait_asleep
+from igae.ranks import check_rank_variables, wait_asleep
 
 COMMANDS = {
     "train": "train an autoencoder with its scenes, or resume a run",

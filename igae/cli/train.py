@@ -13,8 +13,7 @@ from typing import Any
 
 from igae import config
 from igae.errors import Parser, command, log_to_stderr, redact
-from igae.ranks import check_rank_variables, rank, world_size
-from igae.threads import wait_asleep
+from igae.ranks import check_rank_variables, rank, wait_asleep, world_size
 from igae.training import Recipe
 
 

@@ -12,7 +12,7 @@ import threading
 import torch
 
 from igae.errors import Parser, command, log_to_stderr, say
-from igae.threads import use_share
+from igae.ranks import use_share
 from igae.viewer import Followed, Viewer
 
 

@@ -17,10 +17,9 @@ from igae.evaluation.depth import DepthMaps, depth_errors
 from igae.evaluation.metrics import METRICS, latent_errors, opacity_on, psnr, ssim
 from igae.evaluation.pictures import Picture
 from igae.models import IGAE, LPIPS, Views, coverage_bounds, to_signed
-from igae.ranks import Channel, rank, world_size
+from igae.ranks import Channel, few_threads, rank, world_size
 from igae.rendering import Cameras
 from igae.scenes import SceneStore, part
-from igae.threads import few_threads
 
 CHUNK = 32
 Split = Literal["heldout", "train"]

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from igae.checkpoint import Progress
 from igae.errors import TrainingError
-from igae.ranks import rank
-from igae.threads import use_share
+from igae.ranks import rank, use_share
 from igae.training.meter import Outcome
 from igae.training.stage import Stage
 

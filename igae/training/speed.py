@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from igae.kernels import keep_compiled
 from igae.models import IGAE
-from igae.threads import share
+from igae.ranks import share
 from igae.training.parallel.engine import Engine
 from igae.training.recipe import Precision, StageConfig, TrainConfig
 

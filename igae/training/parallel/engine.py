@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from igae.ranks import check_rank_variables, join, world_size
-from igae.threads import use_share
+from igae.ranks import check_rank_variables, join, use_share, world_size
 from igae.training.parallel.ddp import DDP
 from igae.training.parallel.deepspeed import DeepSpeed
 from igae.training.parallel.fsdp import FSDP
