@@ -42,7 +42,7 @@ import yaml
 
 from benchmarks.objects_table import Row, table
 from igae.data import Manifest
-from igae.scenes import PlanesConfig
+from igae.scenes import StoredPlanesConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("plain", "macro", "light", "micro", "rgb")
@@ -237,7 +237,7 @@ def row_of(variant: str, epochs: float, jobs: list[Job], job: Job, runner: Runne
     """The metrics of a finished fit."""
     run, figures = runner.done(job).parent, metrics(runner.done(job).parent)[job.stage]
     recipe = yaml.safe_load((run / "config.yaml").read_text())
-    planes, chosen = PlanesConfig.model_validate(recipe["planes"]), manifest.select(recipe["data"]["categories"])
+    planes, chosen = StoredPlanesConfig.model_validate(recipe["planes"]), manifest.select(recipe["data"]["categories"])
     seen = sum(recipe["train"][stage]["epochs"] for stage in ("warmup", "joint"))
     return Row(
         variant,

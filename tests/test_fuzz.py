@@ -282,7 +282,9 @@ def test_recipes(tmp_path: Path) -> None:
         recipe = load(Recipe, root / "recipe.yaml", search=[root])
         assert load(Recipe, "saved", saved=dump(recipe)) == recipe
         planes = recipe.planes
-        if max(planes.resolution, planes.features, planes.base_planes) <= 64 and recipe.autoencoder.create:
+        chosen = zlib.crc32((root / "recipe.yaml").read_bytes()) % 5 == 0  # a model takes ten times as long
+        small = max(planes.resolution, planes.features, planes.base_planes) <= 64
+        if chosen and small and recipe.autoencoder.create:
             model = IGAE.from_recipe(recipe, (16, 16), losses=False)
             check_render(model, torch.zeros(1, *planes.row_shape))
 

@@ -163,7 +163,7 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
         for key, was in zip(how, ["fp32", False, False], strict=True)
     )
     newest = checkpoint.list_complete(str(folder / "checkpoints"))[-1]
-    assert yaml.safe_load(checkpoint.saved_config(newest))["train"]["precision"] == "fp32"
+    assert yaml.safe_load(checkpoint.load_checkpoint(newest).config)["train"]["precision"] == "fp32"
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"
     # Records of steps before the checkpoint stay as they were.
     now = (folder / "metrics.jsonl").read_text().splitlines()

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.training_step import AUTOENCODER
 from igae import config
-from igae.checkpoint import list_complete, saved_config
+from igae.checkpoint import list_complete, load_checkpoint
 from igae.export import take_settings
 from igae.kernels import keep_compiled
 from igae.models import Autoencoder
@@ -183,7 +183,7 @@ def test_a_run_says_what_was_chosen_and_keeps_it(recipe_file: str, gpu: Any, cap
         "channels_last": False,
     }
     newest = list_complete(str(trainer.folder / "checkpoints"))[-1]
-    assert yaml.safe_load(saved_config(newest))["train"]["precision"] == "bf16"
+    assert yaml.safe_load(load_checkpoint(newest).config)["train"]["precision"] == "bf16"
     for capability, precision in ((CPU, "bf16"), (A100, "bf16")):
         gpu(capability)
         again = start(recipe_file, "train.warmup.epochs=2")
@@ -232,7 +232,7 @@ def test_a_fit_that_goes_on_elsewhere_keeps_its_precision(recipe_file: str, gpu:
     second.run()
     assert second.speed.precision == "bf16" and second.model.bf16
     (done,) = list_complete(str(second.folder / "checkpoints"))
-    assert yaml.safe_load(saved_config(done))["train"]["precision"] == "bf16"
+    assert yaml.safe_load(load_checkpoint(done).config)["train"]["precision"] == "bf16"
 
 
 def differently(recipe_file: str) -> str:
