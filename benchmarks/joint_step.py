@@ -31,8 +31,6 @@ from igae.training import Engine, Stage
 SLOW = {
     "train.precision": "fp32",
     "train.kernels": "torch",
-    "train.channels_last": "false",
-    "train.compile": "false",
     "train.async_steps": "false",
     "train.cuda_graph": "false",
 }
@@ -41,8 +39,6 @@ VARIANTS = {
     "+ bf16": {"train.precision": "bf16"},
     "+ fused kernels": {"train.kernels": "cuda"},
     "+ host runs ahead": {"train.async_steps": "true"},
-    "+ channels last": {"train.channels_last": "true"},
-    "+ compiled": {"train.compile": "true"},
     "+ CUDA graph": {"train.cuda_graph": "true"},
     "as it comes": {key: "true" if key in ("train.async_steps", "train.cuda_graph") else "auto" for key in SLOW},
 }
@@ -65,8 +61,7 @@ def matrix_rate() -> float:
 def build(engine: Engine, stage: str, shards: str, settings: dict[str, str]) -> Stage:
     recipe = recipe_of(stage, shards, [f"{key}={value}" for key, value in settings.items()])
     single = alone(engine, recipe.train.async_steps)
-    model, speed = model_of(recipe, single)
-    print(f"{speed.why}; kernels: {recipe.train.kernels}", flush=True)
+    model = model_of(recipe, single)
     return prepare(single, model, stage, recipe)
 
 

@@ -71,7 +71,7 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     engine = Engine(async_steps=first.train.async_steps)
     channel, world = Channel(), world_size()
     single = alone(engine, engine.asynchronous)
-    model, _ = model_of(first, engine)
+    model = model_of(first, engine)
     found: dict[str, list[Figures]] = {case: [] for case in cases}
     for _ in range(rounds):
         for case in cases:

@@ -31,8 +31,6 @@ from igae.training import ASYNC_STEPS, Engine, Outcome, RankData, Recipe, StageS
 
 FAST = [
     "train.precision=bf16",
-    "train.compile=false",
-    "train.channels_last=false",
     "train.kernels=cuda",
     "planes.resolution=64",
     "planes.features=32",
@@ -83,7 +81,7 @@ def time_of(stage: Any, first: int, steps: int) -> float:
 
 def measure(name: str, recipe: Recipe, store: SceneStore, engine: Engine, args: argparse.Namespace) -> list[float]:
     """Milliseconds of a step in each round."""
-    model, _ = model_of(recipe, engine)
+    model = model_of(recipe, engine)
     steps = args.steps if name == "joint" else 10 * args.steps
     single, data, state = alone(engine, recipe.train.async_steps), RankData.split(recipe), StageState(rows_resumed=True)
     arguments: Any = (name, recipe, single, model, store, data, state)

@@ -14,7 +14,7 @@ from igae import config
 from igae.data import CameraSummary, LatentCache, Manifest, Scene, Scenes, Shard, Shards, ShardWriter, ViewBatch, orbit
 from igae.models import IGAE
 from igae.scenes import SceneStore
-from igae.training import Engine, RankData, Recipe, Speed, Stage, StageState, Strategy, choose_speed
+from igae.training import Engine, RankData, Recipe, Stage, StageState, Strategy, compute_in
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,6 @@ def recipe_of(stage: str, shards: str, overrides: list[str]) -> Recipe:
         f"autoencoder={{create: {json.dumps(AUTOENCODER)}, scale: 0.1}}",
         "train.joint.weights.natural_lpips=0",  # its weights are a download
         "train.precision=" + ("bf16" if torch.cuda.is_available() else "fp32"),
-        *("train.compile=false", "train.channels_last=false"),
         *overrides,
     ]
     return config.load(Recipe, str(ROOT / "configs" / "igae.yaml"), settings)
@@ -91,15 +90,13 @@ def random_latents(model: IGAE, data: RankData, device: torch.device) -> LatentC
     return LatentCache([views], encode)
 
 
-def model_of(recipe: Recipe, engine: Engine) -> tuple[IGAE, Speed]:
-    """The model, and how it computes: as the recipe says, or as in its run where that says `auto`."""
+def model_of(recipe: Recipe, engine: Engine) -> IGAE:
+    """The model, computed as in a run of the recipe."""
     data = RankData.split(recipe)
     model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
     model.refresh_background()
-    stages = [(stage, data.steps(stage)) for stage in recipe.train.stages.values()]
-    speed = choose_speed(recipe.train, engine, model, stages)
-    speed.apply(model, engine)
-    return model, speed
+    compute_in("fp32" if recipe.train.precision == "fp32" else "bf16", model, engine)
+    return model
 
 
 def alone(engine: Engine, async_steps: bool = False) -> Engine:

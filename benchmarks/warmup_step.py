@@ -17,7 +17,6 @@ from benchmarks.joint_step import main
 VARIANTS = {
     "plain": {},
     "+ fused kernels": {"train.kernels": "cuda"},
-    "+ compiled losses": {"train.compile": "true"},
     "+ host runs ahead": {"train.async_steps": "true"},
     "+ CUDA graph": {"train.cuda_graph": "true"},
 }

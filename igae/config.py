@@ -47,7 +47,8 @@ class Section(BaseModel):
     RENAMED: ClassVar[Mapping[str, str]] = {}
     """Keys of the last version -> what they are called now. They are accepted for one version, with a warning."""
     REMOVED: ClassVar[Mapping[str, Any]] = {}
-    """Keys of the last version -> what they always mean now. With that value they are accepted, too."""
+    """Keys of the last version -> what they always mean now. With that value they are accepted, too; with any, where it
+    is `...`: these changed no result."""
 
     @cached_property
     def origins(self) -> Mapping[Key, str]:
@@ -59,9 +60,9 @@ class Section(BaseModel):
     def _rename(cls, data: Any) -> Any:
         for key, value in cls.REMOVED.items() if isinstance(data, dict) else ():
             if key in data:
-                if data[key] != value:
+                if value not in (..., data[key]):
                     raise ValueError(f"{key} is always {value} now: leave it out, and use a new experiment=NAME")
-                log.warning("the key %s is always %s now: remove it", key, value)
+                log.warning("the key %s %s: remove it", key, "is gone" if value is ... else f"is always {value} now")
                 del data[key]  # and is not told again
         return {_current([cls], key): value for key, value in data.items()} if isinstance(data, dict) else data
 

@@ -26,7 +26,7 @@ TASKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_
 _FLAG = (r"true|false", "write true or false")
 HONORED = {
     "ACCELERATE_MIXED_PRECISION": ("no", "set mixed_precision to no, and train.precision to bf16"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "set dynamo_backend to no, and train.compile to true"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "set dynamo_backend to no: train.kernels does more"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         "1|auto",
         "set gradient_accumulation_steps to 1, and train.*.accumulate",

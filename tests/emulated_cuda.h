@@ -127,6 +127,15 @@ static unsigned half2(float high, float low) {
   auto limited = [](float x) { return x > 65504.f ? 65504.f : x < -65504.f ? -65504.f : x; };
   return bits_of(limited(high)) << 16 | bits_of(limited(low));
 }
+// A pair of bfloat16, rounded to the nearest, ties to even: `high` in the upper half.
+static unsigned bfloat2(float high, float low) {
+  auto rounded = [](float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(high) << 16 | rounded(low);
+}
 static unsigned times(unsigned a, unsigned b) {
   return bits_of(half_of(a, 1) * half_of(b, 1)) << 16 | bits_of(half_of(a, 0) * half_of(b, 0));
 }
@@ -295,6 +304,7 @@ static unsigned __float_as_uint(float x) {
 }
 static float __int_as_float(int x) { return __uint_as_float(x); }
 static int __float_as_int(float x) { return (int)__float_as_uint(x); }
+static float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static float __saturatef(float x) { return x > 0 ? min(x, 1.f) : 0.f; }  // of NaN, too
 template <class T>
 static T __ldg(const T *at) {

@@ -39,6 +39,7 @@ INSTRUCTIONS = {
     "lg2.approx.ftz.f32 %0, %1;": "%0 = log2f(%1)",
     "rcp.approx.ftz.f32 %0, %1;": "%0 = 1.f / (%1)",
     "cvt.rn.satfinite.f16x2.f32 %0, %1, %2;": "%0 = emulated::half2(%1, %2)",
+    "cvt.rn.bf16x2.f32 %0, %1, %2;": "%0 = emulated::bfloat2(%1, %2)",
     "mul.rn.f16x2 %0, %1, %2;": "%0 = emulated::times(%1, %2)",
     MMA: "emulated::mma(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
     MMA_F16: "emulated::mma_f16(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",

@@ -33,7 +33,6 @@ SETTINGS = [
     ("outputs=elsewhere", "outputs"),
     ("train.precision=bf16", "train.precision"),
     ("train.kernels=torch", "train.kernels"),
-    ("train.compile=true", "train.compile"),
     ("train.timeout=30", "train.timeout"),
     ("train.max_skipped=3", "train.max_skipped"),
     ("train.scale_learning_rates=true", "train.scale_learning_rates"),

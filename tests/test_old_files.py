@@ -156,12 +156,10 @@ def test_a_run_is_resumed(old: Path, world: int, settings: str) -> None:
     assert not re.search("was .* before this restart and is", (old.parent / "log-0").read_text())
     after = leaves(yaml.safe_load((folder / "config.yaml").read_text()))
     # What that file leaves out is chosen now; a run that is resumed keeps its precision.
-    how = [f"train.{name}" for name in ("precision", "compile", "channels_last")]
-    assert [before.pop(key) for key in how] == ["fp32", False, False]
-    assert all(
-        after[key] == ("auto" if settings == "two.yaml" else was)
-        for key, was in zip(how, ["fp32", False, False], strict=True)
-    )
+    assert before.pop("train.precision") == "fp32"
+    assert after["train.precision"] == ("auto" if settings == "two.yaml" else "fp32")
+    # Later versions have no such settings: they changed no result.
+    assert [before.pop(f"train.{name}") for name in ("compile", "channels_last")] == [False, False]
     newest = checkpoint.list_complete(str(folder / "checkpoints"))[-1]
     assert yaml.safe_load(checkpoint.load_checkpoint(newest).config)["train"]["precision"] == "fp32"
     assert {key: after.get(key, "no such key") for key in before} == before, "each setting has the value that it had"

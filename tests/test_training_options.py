@@ -16,7 +16,7 @@ NO_JOINT = "train.joint.epochs=0"
     "overrides",
     [
         ["train.joint.alternate=true"],
-        ["train.precision=bf16", "train.channels_last=true"],
+        ["train.precision=bf16"],
         ["train.joint.weights.depth_tv=0.01", "autoencoder.latents=mean", "autoencoder.scale=0.5"],
         [
             "train.joint.learning_rates={decoder: 1.0e-4}",

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from .cache import keep_compiled as keep_compiled
 from .compile import ARCHITECTURES as ARCHITECTURES
 from .compile import Usage as Usage
 from .compile import cached_cubin as cached_cubin

@@ -12,13 +12,15 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from igae.kernels.cache import cache_folder
-
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that are tested to compile: A100, RTX 30, L4 and RTX 40, H100 and H200, B200."""
 
 STALE = 60.0
 """Seconds after which a file that is being written is taken for what a kill left: writing one takes milliseconds."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("IGAE_KERNEL_CACHE") or Path.home() / ".cache" / "igae" / "kernels")
 
 
 class Usage(NamedTuple):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from igae.models.channels_last import keep_dtypes, to_channels_last
 from igae.models.config import AutoencoderConfig
+from igae.models.layers import keep_dtypes, skip_products, to_channels_last
 from igae.storage import is_url, reason, staged_files
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
@@ -65,24 +65,20 @@ class Autoencoder(nn.Module):
     def is_identity(self) -> bool:
         return self.net is None
 
-    def speed_up(self, *, compile: bool, channels_last: bool) -> None:
-        """Change how the network is computed, and nothing of what: with torch.compile, and with channels as the last
-        dimension in memory. Without gradients it is never compiled: there batches have many sizes."""
-        if self.net is None:
-            return
-        if channels_last:
-            to_channels_last(self.net)
-        if compile:
-            for name in ("encoder", "decoder"):
-                if (part := getattr(self.net, name, None)) is not None:
-                    part.compile(dynamic=False)
+    def speed_up(self, *, kernels: bool) -> None:
+        """Change how the network is computed, and nothing of what: no product comes twice, and with ``kernels`` fused
+        CUDA kernels do what is between convolutions, with channels as the last dimension in memory. Weights must be
+        whole on each rank."""
+        if self.net is not None:
+            skip_products(self.net)
+            if kernels:
+                to_channels_last(self.net)
 
     def posterior(self, images: Tensor) -> Posterior:
         """Encode images [B, 3, H, W] in [-1, 1]."""
         if self.net is None:
             return Posterior(images, None)
-        with torch.compiler.set_stance("default" if torch.is_grad_enabled() else "force_eager"):
-            encoded = self.net.encode(images)
+        encoded = self.net.encode(images)
         if hasattr(encoded, "latent_dist"):
             # The moments in fp32 also under autocast: exp(logvar) overflows half formats.
             mean, logvar = encoded.latent_dist.mean.float(), encoded.latent_dist.logvar.float()
@@ -93,8 +89,7 @@ class Autoencoder(nn.Module):
         """Images [B, 3, H, W], about [-1, 1], of latents [B, c, h, w]."""
         if self.net is None:
             return latents
-        with torch.compiler.set_stance("default" if torch.is_grad_enabled() else "force_eager"):
-            images: Tensor = self.net.decode(latents).sample
+        images: Tensor = self.net.decode(latents).sample
         return images.float()
 
     def normalize(self, latents: Tensor) -> Tensor:

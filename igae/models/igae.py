@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig, LossWeights
+from igae.models.fused import fits, planes_variation, runs_on
 from igae.models.head import PatchHead
 from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, orthogonality, total_variation
 from igae.models.lpips import LPIPS
@@ -102,7 +103,6 @@ class IGAE(nn.Module):
         self.register_buffer("background", torch.zeros(height, width, channels))
         self.plain: Tensor
         self.background: Tensor
-        self._total_variation = total_variation
         # In a tuple, so that it is no submodule: neither trained, nor saved, nor sharded.
         self._perceptual = (perceptual,)
 
@@ -132,11 +132,12 @@ class IGAE(nn.Module):
             LPIPS(train.lpips_weights).to(device) if lpips else None,
         ).to(device)
 
-    def speed_up(self, *, compile: bool, channels_last: bool) -> None:
-        """Change how things are computed, not what; see :meth:`Autoencoder.speed_up`."""
-        self.autoencoder.speed_up(compile=compile, channels_last=channels_last)
-        if compile:  # it reads planes many times over otherwise
-            self._total_variation = torch.compile(total_variation)
+    def speed_up(self) -> None:
+        """Change how the autoencoder is computed, not what; see :meth:`Autoencoder.speed_up`."""
+        kernels = self.renderer != "torch" and runs_on(self.background.device)
+        self.autoencoder.speed_up(kernels=kernels)
+        if kernels and (perceptual := self._perceptual[0]) is not None:
+            perceptual.speed_up(torch.bfloat16 if self.bf16 else torch.float32)
 
     @torch.no_grad()
     def refresh_background(self) -> None:
@@ -269,7 +270,10 @@ class IGAE(nn.Module):
             # Planes count by their views: so the loss is a mean over views, however these are split into batches.
             share = torch.full((len(views.index),), 1 / len(views.index), device=planes.device)
             shares = torch.zeros(len(planes), device=planes.device).index_add(0, views.index, share)
-            losses["planes_tv"] = self._total_variation(planes, (2, 3), shares)
+            if self.renderer != "torch" and fits(planes, planes.shape[-1]):
+                losses["planes_tv"] = planes_variation(planes, shares)
+            else:
+                losses["planes_tv"] = total_variation(planes, (2, 3), shares)
         if weights.depth_tv > 0:
             losses["depth_tv"] = total_variation(depth, (-2, -1))
         if weights.opacity > 0:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igae.models.layers import to_channels_last
+
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
@@ -66,6 +68,10 @@ class LPIPS(nn.Module):
         """Whether VGG16's weights can be read without fetching them."""
         cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_URL.rpartition("/")[2]
         return Path(weights or cached).is_file()
+
+    def speed_up(self, dtype: torch.dtype) -> None:
+        """Have the weights in the dtype that autocast would make of them each time, channels last in memory."""
+        to_channels_last(self.features.to(dtype))
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Mean distance (a scalar) of images [B, 3, H, W] in [-1, 1]; H and W at least SMALLEST."""

@@ -7,6 +7,7 @@ from .parallel.all_reduce import BucketedAllReduce as BucketedAllReduce
 from .parallel.ddp import DDP as DDP
 from .parallel.engine import Engine as Engine
 from .parallel.strategy import Strategy as Strategy
+from .precision import compute_in as compute_in
 from .preflight import agree as agree
 from .preflight import check_memory as check_memory
 from .rank_data import RankData as RankData
@@ -16,8 +17,6 @@ from .recipe import StageConfig as StageConfig
 from .recipe import StageName as StageName
 from .recipe import TrackingConfig as TrackingConfig
 from .run_folder import lock_run as lock_run
-from .speed import Speed as Speed
-from .speed import choose_speed as choose_speed
 from .stage import Stage as Stage
 from .stage import StageState as StageState
 from .step import CapturedStep as CapturedStep

@@ -8,7 +8,6 @@ take waves in turns and don't wait for each other. The scenes of a wave are writ
 """
 
 import logging
-import math
 import threading
 import time
 from contextlib import closing
@@ -22,12 +21,12 @@ from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
+from igae.training.precision import capability_of, choose_precision
 from igae.training.preflight import agree
 from igae.training.rank_data import RankData, select, waves
-from igae.training.recipe import Precision, Recipe, StageConfig, StageName
+from igae.training.recipe import Precision, Recipe, StageName
 from igae.training.resume import compare_settings, initialize, precision_of
 from igae.training.run_folder import open_run, public_settings, read_metrics, write_metrics
-from igae.training.speed import capability_of, choose_precision
 from igae.training.stage import Stage, StageState
 
 # What all scenes of a fit have in common.
@@ -118,18 +117,12 @@ class Fit(Job):
             raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
         with open_run(self.recipe, self.channel):
             finished, is_complete, is_done, precision = self.channel.on_first_rank(self._begin)
-            self.choose_speed(precision, self._steps_to_do())
+            self.set_precision(precision)
             if is_done:
                 log.info("nothing is left to do in %s", self.folder)
                 return {}
             with self.tracking(max(finished, default=-1) + 1):
                 return self.conclude() if is_complete or self._fit_all(finished) else {}
-
-    def _steps_to_do(self) -> list[tuple[StageConfig, int]]:
-        """Those of a rank that has as many waves as any, if none is finished."""
-        waves = math.ceil(len(self.waves) / world_size())
-        data = RankData.alone(self.recipe.data, self.data.manifest, self.waves[0])
-        return [(stage, waves * data.steps(stage)) for stage in self.recipe.train.stages.values()]
 
     def _begin(self) -> tuple[set[int], bool, bool, Precision]:
         """Which waves are finished, whether checkpoint and results are there, and what waves are computed in."""

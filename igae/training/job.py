@@ -3,7 +3,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import yaml
@@ -15,10 +15,10 @@ from igae.scenes import SceneStore
 from igae.storage import write_text
 from igae.training.loop import ASYNC_STEPS, StopSignals
 from igae.training.parallel.engine import Engine
+from igae.training.precision import capability_of, choose_precision, compute_in
 from igae.training.rank_data import RankData
-from igae.training.recipe import Precision, Recipe, StageConfig
+from igae.training.recipe import Precision, Recipe
 from igae.training.run_folder import ENVIRONMENT, environment, public_settings
-from igae.training.speed import Speed, choose_speed
 from igae.training.trackers import Tracker
 
 SHOWN = (
@@ -35,7 +35,7 @@ class Job:
         model: as it starts; what comes after is the job's.
         async_steps: steps that may be launched before it is known how the last one went.
         evaluation: what is evaluated.
-        speed: how it computes, once that is chosen.
+        precision: what it computes in, once that is chosen.
     """
 
     def __init__(self, recipe: Recipe, data: RankData, engine: Engine, channel: Channel) -> None:
@@ -45,38 +45,38 @@ class Job:
         self.evaluation: EvaluationConfig = recipe.evaluation
         self._evaluator: Evaluator | None = None
         self.model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
-        self.speed: Speed
+        self.precision: Precision
 
-    def choose_speed(self, began_in: Precision | None, stages: Iterable[tuple[StageConfig, int]]) -> None:
+    def set_precision(self, began_in: Precision | None) -> None:
         """Compute as the recipe says, or as suits where it says `auto`.
 
         Args:
             began_in: the precision of the steps so far.
-            stages: with the steps that are to do.
 
         Raises:
             ValueError: on all ranks alike, one of them can't compute as the steps so far, or would not as the others.
         """
-        train, model, engine = self.recipe.train, self.model, self.engine
-        speed = self.channel.together(lambda: choose_speed(train, engine, model, stages, began_in))
-        self.channel.agree({f"train.{name}": value for name, value in speed.settings.items()}, speed.why)
-        log.info("%s", speed.why)
-        speed.apply(model, engine)
-        self.speed = speed
+        train, capability = self.recipe.train, capability_of(self.engine.device)
+        self.precision, why = self.channel.together(lambda: choose_precision(train, capability, began_in))
+        self.channel.agree({"train.precision": self.precision}, why)
+        log.info("%s (%s)", self.precision, why)
+        compute_in(self.precision, self.model, self.engine)
 
     def settings(self) -> str:
         """The configuration as checkpoints have it: what they hold is of one precision."""
-        return public_settings(self.recipe.computed_in(self.speed.precision))
+        return public_settings(self.recipe.computed_in(self.precision))
 
     @contextmanager
     def tracking(self, step: int) -> Iterator[None]:
         """Record what it runs on, and what comes after a step of the whole job."""
-        found = {**environment(self.engine.device), **self.speed.settings}
+        found = {**environment(self.engine.device), "precision": self.precision}
         path = self.folder / ENVIRONMENT
         self.channel.on_first_rank(lambda: write_text(path, json.dumps(found, indent=1) + "\n"))
         self.tracker = Tracker(self.folder, self.recipe.tracking, step, enabled=rank() == 0)
         with closing(self.tracker):
-            self.tracker.config({**yaml.safe_load(public_settings(self.recipe)), "chosen": self.speed.settings})
+            self.tracker.config(
+                {**yaml.safe_load(public_settings(self.recipe)), "chosen": {"precision": self.precision}}
+            )
             yield
 
     def evaluate(self, store: SceneStore, stage: str, step: int, orbits: bool) -> dict[str, float]:

@@ -136,26 +136,21 @@ class StageConfig(Section):
 
 class TrainConfig(Section):
     RENAMED = {"run_ahead": "async_steps"}
-    REMOVED = {"plane_optimizer": "exact"}
+    REMOVED = {"plane_optimizer": "exact", "compile": ..., "channels_last": ...}
 
     precision: Literal["auto"] | Precision = "auto"
     """Arithmetic of the autoencoder, and what DDP sends large gradients as; weights are fp32 in both (matrix products
     in TF32 on GPUs). `auto`: `bf16` on GPUs that have it, else `fp32`; a run that is resumed keeps its own. The
     renderer has a precision of its own."""
     kernels: Literal["auto", "cuda", "torch"] = "auto"
-    """How rays are rendered and planes are stepped: `torch`: in PyTorch, which is the definition; `cuda`: in fused
-    kernels; `auto`: in kernels where they can."""
+    """How rays are rendered, planes are stepped, and what lies between an autoencoder's convolutions is computed, there
+    not where sharded: `torch`: in PyTorch, which is the definition; `cuda`: in fused kernels; `auto`: in kernels where
+    they can."""
     async_steps: bool = True
     """On a GPU, launch steps before it is known whether the last ones were applied; not where sharded."""
     cuda_graph: bool = True
     """Steps are one CUDA graph where they can be: with async_steps, not sharded, planes in kernels, without accumulate
     and alternate."""
-    compile: Literal["auto"] | bool = "auto"
-    """Compile encoder and decoder with torch.compile, a minute or two at the first start; not where sharded. `auto`: on
-    a GPU, where the steps that are to do save more than that."""
-    channels_last: Literal["auto"] | bool = "auto"
-    """Weights and activations of the autoencoder with channels as the last dimension in memory; not where sharded.
-    Faster together with compile, slower without; `auto`: with compile."""
     warmup: StageConfig
     joint: StageConfig
     scale_learning_rates: bool = False

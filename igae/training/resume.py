@@ -34,7 +34,7 @@ from igae.training.recipe import Precision, Recipe
 from igae.training.run_folder import flat, public_settings
 from igae.training.stage import StageState
 
-AUTO = ("train.precision", "train.compile", "train.channels_last")
+AUTO = ("train.precision",)
 """Settings whose `auto` changes nothing within a run."""
 FIXED = [
     *("seed", "model", "planes", "render", "data.background"),

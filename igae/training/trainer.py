@@ -15,7 +15,7 @@ from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
 from igae.training.preflight import agree, check_data, scene_bytes
 from igae.training.rank_data import RankData
-from igae.training.recipe import STAGES, Recipe, StageConfig, StageName
+from igae.training.recipe import STAGES, Recipe, StageName
 from igae.training.resume import find, initialize, restore
 from igae.training.run_folder import open_run, read_metrics, write_metrics
 from igae.training.stage import Stage, StageState
@@ -61,7 +61,7 @@ class Trainer(Job):
             self.progress, self._state, damaged, began_in = state
         else:
             initialize(self.model, recipe, data, channel)
-        self.choose_speed(began_in, self._steps_to_do())
+        self.set_precision(began_in)
         background = settings.background and storage.tier == "device"
         if settings.background and not background:
             log.info("checkpoints are written while training waits: a copy of the planes would double their memory")
@@ -92,11 +92,6 @@ class Trainer(Job):
                     self.writer.close()
                 raise
         return metrics
-
-    def _steps_to_do(self) -> list[tuple[StageConfig, int]]:
-        stages, now = self.recipe.train.stages, self.progress
-        todo = [name for name in stages if STAGES.index(name) >= STAGES.index(now.stage) + now.finished]
-        return [(stages[name], self.data.steps(stages[name]) - now.step * (name == now.stage)) for name in todo]
 
     def _stages_to_do(self, only: StageName | None) -> list[StageName]:
         progress, wanted = self.progress, self.recipe.train.stages
