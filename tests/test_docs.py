@@ -24,6 +24,7 @@ from documents import DOCUMENTS, ROOT
 from igae import config
 from igae.errors import all_keys
 from igae.training import Recipe
+from igae.training.recipe import TrainConfig
 
 
 def makefile() -> set[str]:
@@ -94,7 +95,7 @@ def test_links(path: Path) -> None:
 
 
 SECTIONS = [name for name, f in Recipe.model_fields.items() if hasattr(f.annotation, "model_fields")]
-KEYS = {".".join(key) for key in all_keys(Recipe)}
+KEYS = {".".join(key) for key in all_keys(Recipe)} | {f"train.{key}" for key in TrainConfig.REMOVED}
 KEY = rf"(?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+"
 
 

@@ -34,7 +34,7 @@ NAMES += (
 
 
 class Params(ctypes.Structure):
-    """The kernels' argument: `struct Params` in kernels/layers.cu."""
+    """The kernels' argument: `struct Params` in kernels/common.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in "x y skip out bias weight shift sums coefficients means".split()),
