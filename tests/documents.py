@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = (
     "igae python python3 pip make accelerate torchrun pytest ruff mypy sbatch squeue scancel srun docker kubectl ssh "
-    "mkdocs mike scp rsync hf git cd export curl wget sh bash source apt-get tensorboard wandb aws gsutil gcloud nvidia-smi .ci/run"
+    "scp rsync hf git cd export curl wget sh bash source apt-get tensorboard wandb aws gsutil gcloud nvidia-smi "
+    "mkdocs mike .ci/run"
 ).split()
 ASSIGNMENTS = re.compile(r"""([A-Z][A-Z0-9_]*=("[^"]*"|'[^']*'|\S*)\s*)*""")
 
