@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make quickstart: demo data, both training stages on the CPU, pictures and metrics (under 10 minutes on 2 cores)
 # make test:       linters, types and tests
+# make docs:       the documentation as a site, in build/site
 #
 # On Linux PyPI's torch brings several GB of CUDA libraries. A machine without GPU can do without them:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make quickstart
@@ -12,14 +13,13 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 RUN := outputs/quickstart
 
-.PHONY: quickstart test
+.PHONY: quickstart test docs
 .DELETE_ON_ERROR:
 
 # Threads that spin for a while before they sleep: a third faster where nobody else needs the cores.
 quickstart: export GOMP_SPINCOUNT ?= 20000
 quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
-	$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml \
-		train.py --config quickstart.yaml
+	$(BIN)/igae train --config quickstart.yaml
 	@echo
 	@echo "Done. Look at:"
 	@echo "  $(RUN)/report.html     all of the following in one page"
@@ -33,6 +33,9 @@ test: .venv/dev.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy igae
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+
+docs: .venv/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 data/demo/demo.json: | .venv/quickstart.stamp
 	$(BIN)/python data_tools/make_demo.py --output data/demo

@@ -21,8 +21,8 @@ NAMES = {
     "step-00001000": "step-00000002-end",
     "chair-0017 chair-0018": "mug teddy",
     "data.root=SHARDS": "data.root=data/shards",
-    "data.root=data/photo-shards64": "data.root=data/demo-shards",
-    "data.root=data/photo-shards": "data.root=data/shards",
+    "data.root=data/new-shards": "data.root=data/shards",
+    "$DATA_DIR": "data/demo",
     "[--output FILE]": "--output page.html",
     "<dir or s3://...>": "data/packed-again",
 }
@@ -56,35 +56,32 @@ How = Executed | CoveredBy | Left
 INSTALLS = Left("installs into the environment that runs the tests (`test_extras_exist` looks at the names)")
 MEASURES = Left("measures on GPUs, for minutes; its metrics are in docs/experiments")
 
-# From a command (`*` stands for anything) to how it is tried; the first that fits counts. Executed in this order.
+# From a command (`*` stands for anything) to how it is tried; the first that fits counts. Commands are executed in the
+# order of the pages, in one folder.
 TABLE: dict[str, How] = {
     # -- demo data and the quickstart, as `make -n quickstart` says
-    "make quickstart": Left("makes an environment, and trains for minutes; what it starts is below"),
+    "make quickstart": Left("makes an environment, and trains for minutes; what it starts is executed in its place"),
     "PIP_EXTRA_INDEX_URL=* make quickstart": Left("as make quickstart"),
     "python data_tools/make_demo.py --output data/demo": Executed(
         "--scenes 2 --views 4 --size 16 --natural-images 4 --supersample 1 --workers 1".split()
     ),
-    "python data_tools/make_demo.py --output data/demo --size 128": CoveredBy("test_demo.py::test_layout_and_counts"),
     "python data_tools/pack_shards.py --scenes data/demo/* --output data/demo-shards": Executed(["--workers=1"]),
-    "accelerate launch --config_file launch/accelerate/one_process.yaml train.py --config quickstart.yaml": Executed(
-        [*SHORT, "train.joint.epochs=0"]
-    ),
+    "igae train --config quickstart.yaml": Executed([*SHORT, "train.joint.epochs=0"]),
     # -- packing, training
-    "python data_tools/pack_shards.py --scenes $DATA_DIR/* --output data/shards": Executed(["--workers=1"]),
+    "python data_tools/pack_shards.py --scenes data/igae-data/* --output data/shards": Executed(["--workers=1"]),
     "python data_tools/pack_shards.py --scenes $DATA_DIR/* --output <dir or s3://...>": Executed(["--workers=1"]),
     "python data_tools/pack_shards.py --verify data/shards": Executed(),
     "python data_tools/render_objects.py *": CoveredBy("test_render_objects.py::test_two_commands_lead_to_training"),
-    "python data_tools/pack_shards.py --scenes data/objects *": CoveredBy(
-        "test_render_objects.py::test_two_commands_lead_to_training"
+    "python data_tools/pack_shards.py --scenes data/objects *": Executed(["--workers=1"]),
+    "python data_tools/pack_shards.py --scenes photos *": Executed(["--resize=16", "--workers=1"]),
+    "igae train --config igae.yaml data.root=data/shards": Executed([*SMALL, *SHORT]),
+    "accelerate launch train.py --config igae.yaml": Executed(
+        [*SMALL, *SHORT, "train.joint.epochs=0", "experiment=launched", "data.root=data/shards"], launched=True
     ),
-    "accelerate launch train.py --config igae.yaml data.root=data/shards": Executed([*SMALL, *SHORT], launched=True),
-    "python data_tools/pack_shards.py --scenes photos *": CoveredBy("test_formats_captures.py::test_colmap_geometry"),
-    "igae train --config own_data.yaml data.root=data/photo-shards": Executed(
+    "igae train --config own_data.yaml *": Executed(
         [*SMALL, *SHORT, "train.joint.epochs=0", "train.warmup.min_steps=0"]
     ),
-    "igae train --config own_data_small.yaml data.root=data/photo-shards64": Executed(
-        [*SHORT, "train.joint.epochs=0", "train.warmup.min_steps=0", "experiment=own-small"]
-    ),
+    "igae train --config own_data_small.yaml *": Executed([*SHORT, "train.joint.epochs=0", "train.warmup.min_steps=0"]),
     "igae evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"]),
     "igae evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),
     "igae evaluate --checkpoint outputs/NAME/checkpoints/*": Executed(["data.workers=0"]),
@@ -99,38 +96,26 @@ TABLE: dict[str, How] = {
     "igae export outputs/NAME hf://*": CoveredBy("test_export_hub.py::test_a_hub_repository"),
     "igae evaluate --checkpoint hf://*": Executed(["data.workers=0"]),
     "igae published *": CoveredBy("test_published.py::test_renders_as_the_published_code"),
-    "accelerate launch train.py --config igae.yaml autoencoder.path=exports/NAME data.root=SHARDS": Executed(
-        [*SMALL[1:], *SHORT, "experiment=again", "train.joint.epochs=0"]
+    "igae train --config igae.yaml experiment=again autoencoder.path=exports/NAME data.root=SHARDS": Executed(
+        [*SMALL[1:], *SHORT, "train.joint.epochs=0"]
     ),
-    "accelerate launch train.py --config fit.yaml model=outputs/igae data.root=data/new-shards": Executed(
-        [*SHORT, "experiment=new", "data.root=data/shards"]
-    ),
-    "accelerate launch train.py --config fit.yaml model=outputs/RUN data.root=SHARDS": Executed(
-        [*SHORT, "experiment=fit-of-a-run"]
-    ),
-    "accelerate launch train.py --config fit.yaml model=exports/NAME data.root=SHARDS": Executed(
-        [*SHORT, "experiment=fit-of-an-export"]
-    ),
+    "igae fit model=outputs/*": Executed(SHORT),
+    "igae fit model=exports/NAME data.root=SHARDS": Executed([*SHORT, "experiment=fit-of-an-export"]),
     "igae reference": Executed(),
     "igae --help": CoveredBy("test_cli.py::test_help"),
     "igae train --config igae.yaml --print-config": CoveredBy(
         "test_cli.py::test_the_resolved_recipe_is_printed_and_nothing_else_happens"
     ),
-    "accelerate launch train.py --config igae.yaml data.root=SHARDS 'tracking.trackers=[wandb]'": CoveredBy(
+    "igae train --config igae.yaml data.root=SHARDS 'tracking.trackers=[wandb]'": CoveredBy(
         "test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"
     ),
     "wandb sync*": CoveredBy("test_tracking.py::test_wandb_offline_loses_nothing_when_it_is_killed"),
     # -- buckets and the hub
     "hf download k-kassab/igae-data *": CoveredBy("test_cloud_hub.py::test_a_data_set_of_the_hub"),
-    "python data_tools/pack_shards.py --scenes data/igae-data/*": CoveredBy(
-        "test_cloud_hub.py::test_a_data_set_of_the_hub"
-    ),
     "python data_tools/pack_shards.py --scenes s3://*": CoveredBy(
         "test_pack_remote.py::test_from_and_to_s3_in_two_runs"
     ),
-    "accelerate launch train.py --config igae.yaml data.root=s3://* data.cache=*": CoveredBy(
-        "test_cloud.py::test_runs"
-    ),
+    "igae train --config igae.yaml data.root=s3://* data.cache=*": CoveredBy("test_cloud.py::test_runs"),
     "hf upload": Left("writes to the hub, with an account"),
     # -- the viewer
     "igae view *": CoveredBy("test_view.py::test_the_command_serves_this_machine_alone_until_it_is_ended"),
@@ -173,7 +158,11 @@ TABLE: dict[str, How] = {
     "wandb login": Left("asks for an account"),
     "accelerate config": Left("asks questions; igae needs none of its files"),
     "accelerate launch --cpu": Left("what not to do"),
+    "python3 -m venv *": INSTALLS,
     "make test": Left("runs these tests"),
+    "make docs": CoveredBy("test_site.py::test_the_site"),
+    "*mkdocs build --strict": CoveredBy("test_site.py::test_the_site"),
+    "mike *": Left("commits to a branch of the repository, and pushes it"),
     ".ci/run": Left("runs these tests"),
     "python -m pytest -q *": Left("runs these tests"),
     "pytest -m gpu": Left("needs a GPU"),

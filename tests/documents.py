@@ -10,40 +10,50 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = (
     "igae python python3 pip make accelerate torchrun pytest ruff mypy sbatch squeue scancel srun docker kubectl ssh "
-    "scp rsync hf git cd export curl wget sh bash source apt-get tensorboard wandb aws gsutil gcloud nvidia-smi .ci/run"
+    "scp rsync hf git cd export curl wget sh bash source apt-get tensorboard wandb aws gsutil gcloud nvidia-smi "
+    "mkdocs mike .ci/run"
 ).split()
 ASSIGNMENTS = re.compile(r"""([A-Z][A-Z0-9_]*=("[^"]*"|'[^']*'|\S*)\s*)*""")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Indented by four spaces, or fenced."""
+    """Code, indented by four spaces or fenced; or the text between."""
 
     document: str
     language: str
-    """Of the fence; else found by its content: `sh`, `python` or nothing."""
+    """Of the fence; else found by its content: `sh`, `python` or nothing. `text` is what is no code."""
     text: str
+
+    @property
+    def spans(self) -> list[str]:
+        """What stands `like this` in running text."""
+        found = re.findall(r"(?<!`)`([^`]+)`(?!`)", self.text) if self.language == "text" else []
+        return [" ".join(span.split()) for span in found]
 
 
 def blocks(path: Path) -> Iterator[Block]:
-    name, lines, fence = str(path.relative_to(ROOT)), [], None
+    """All of a page, in its order."""
+    name, lines, kind = str(path.relative_to(ROOT)), list[str](), "text"
 
-    def block(language: str) -> Iterator[Block]:
+    def piece() -> Iterator[Block]:
         text = "\n".join(lines).strip("\n")
         lines.clear()
         if text:
-            yield Block(name, language or _language(text), text)
+            yield Block(name, kind or _language(text), text)
 
-    for line in [*path.read_text(encoding="utf-8").splitlines(), "end"]:
-        if line.startswith("```"):
-            yield from block(fence or "")
-            fence = line[3:].strip() if fence is None else None
-        elif fence is not None:
-            lines.append(line)
-        elif line.startswith("    ") or (not line and lines):
-            lines.append(line[4:])
-        else:
-            yield from block("")
+    fenced = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fence = line.startswith("```")
+        if fence:
+            fenced = not fenced
+        code = "" if line.startswith("    ") or (not line and kind == "") else "text"
+        if fence or (not fenced and code != kind):
+            yield from piece()
+            kind = line[3:].strip() if fence and fenced else "text" if fence else code
+        if not fence:
+            lines.append(line[4:] if kind == "" and not fenced else line)
+    yield from piece()
 
 
 def _language(text: str) -> str:
@@ -57,27 +67,31 @@ def _is_command(line: str) -> bool:
     return bool(words) and words[0].removeprefix(".venv/bin/") in PROGRAMS
 
 
-def commands(path: Path) -> set[str]:
-    """All commands of shell blocks, one line each, and those in running text that have arguments."""
-    found = set()
+def steps(path: Path) -> list[tuple[str, str]]:
+    """All commands in the order of the page, one line each: those of shell blocks, each with what the lines that begin
+    with `#` below it say that it prints, and those in running text that have arguments."""
+    found = list[tuple[str, str]]()
     for block in blocks(path):
         if block.language == "sh":
-            text = re.sub(r"\s*\\\n\s*", " ", block.text)
-            found |= {re.sub(r"\s+# .*", "", line).strip() for line in text.splitlines()}
-    for span in spans(path):
-        if (_is_command(span) and " " in span and span != "accelerate launch") or span == ".ci/run":
-            found.add(span)
-    return found - {""}
+            for line in re.sub(r"\s*\\\n\s*", " ", block.text).splitlines():
+                if line.startswith("# "):
+                    found[-1] = (found[-1][0], f"{found[-1][1]}\n{line[2:]}".strip())
+                elif command := re.sub(r"\s+# .*", "", line).strip():
+                    found.append((command, ""))
+        for span in block.spans:
+            if (_is_command(span) and " " in span and span != "accelerate launch") or span == ".ci/run":
+                found.append((span, ""))
+    return found
+
+
+def commands(path: Path) -> list[str]:
+    """All commands of a page, each once."""
+    return list(dict.fromkeys(command for command, _ in steps(path)))
 
 
 def spans(path: Path) -> list[str]:
     """What stands `like this` in running text."""
-    lines, fenced = [], False
-    for line in path.read_text(encoding="utf-8").splitlines():
-        fenced ^= line.startswith("```")
-        if not fenced and not line.startswith("    "):
-            lines.append(line)
-    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", "\n".join(lines))]
+    return [span for block in blocks(path) for span in block.spans]
 
 
 def links(path: Path) -> set[str]:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import documents
 import hub
 import pytest
 from scene_files import write_data
@@ -48,10 +49,9 @@ print(json.dumps({"code": code, "same": same, "missing": missing}))
 
 
 def follow_the_page(folder: Path, environment: dict[str, str]) -> None:
-    """The first two commands of docs/cloud.md (tests/test_training.py trains), which README.md has too."""
-    block = re.search(r"(^    .+\n)+", (ROOT / "docs" / "cloud.md").read_text(), re.MULTILINE)
-    assert block is not None and block[0] in (ROOT / "README.md").read_text()
-    lines = block[0].replace("\\\n", "").strip().splitlines()
+    """The first two commands of docs/cloud.md (tests/test_docs.py trains), which README.md has too."""
+    lines = documents.commands(ROOT / "docs" / "cloud.md")
+    assert set(lines[:3]) <= set(documents.commands(ROOT / "README.md"))
     tools = {"hf": [str(Path(sys.executable).parent / "hf")], "python": [sys.executable]}
     for line in lines[:2]:
         first, *words = shlex.split(line.replace("k-kassab/igae-data", "user/raw"))
@@ -60,7 +60,7 @@ def follow_the_page(folder: Path, environment: dict[str, str]) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=folder)
         assert done.returncode == 0, done.stderr
     assert not (folder / "data/igae-data/README.md").exists()
-    assert lines[2].endswith("train.py --config igae.yaml data.root=data/shards")
+    assert lines[2] == "igae train --config igae.yaml data.root=data/shards"
 
 
 @pytest.mark.slow

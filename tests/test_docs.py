@@ -12,12 +12,13 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import documents
 import pytest
 import ranks
+from capture_files import shots, write_colmap
 from doc_commands import NAMES, TABLE, CoveredBy, Executed
 from documents import DOCUMENTS, ROOT
 
@@ -27,20 +28,31 @@ from igae.training import Recipe
 from igae.training.recipe import TrainConfig
 
 
-def makefile() -> set[str]:
-    """What make starts."""
-    done = subprocess.run(["make", "-nB", "quickstart", "test"], cwd=ROOT, capture_output=True, text=True, check=True)
+@functools.cache
+def makefile(target: str) -> list[str]:
+    """What make starts, in its order."""
+    done = subprocess.run(["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = re.sub(r"\s*\\\n\s*", " ", done.stdout).splitlines()
-    return {line.removeprefix(".venv/bin/") for line in lines if line.startswith(".venv/bin/")}
+    return [line.split(".venv/bin/", 1)[1] for line in lines if re.match(r"([A-Z_0-9]+=\S+ )?\.venv/bin/", line)]
+
+
+@functools.cache
+def steps() -> list[tuple[str, str, str]]:
+    """(document, command, what it says that the command prints), in the order in which a reader gives them: README.md
+    first, page by page; `make` stands before what it starts."""
+    found = []
+    for path in DOCUMENTS:
+        for command, printed in documents.steps(path):
+            found.append((str(path.relative_to(ROOT)), command, printed))
+            if target := re.fullmatch(r"make (\w+)", command):
+                found += [("Makefile", started, "") for started in makefile(target[1])]
+    return found
 
 
 @functools.cache
 def commands() -> dict[str, str]:
-    """All commands, and a document that has each."""
-    found = {command: "Makefile" for command in makefile()}
-    for path in DOCUMENTS:
-        found |= {command: str(path.relative_to(ROOT)) for command in documents.commands(path)}
-    return found
+    """All commands, and the first document that has each."""
+    return {command: document for document, command, _ in reversed(steps())}
 
 
 def entry_of(command: str) -> str | None:
@@ -149,8 +161,6 @@ def run_in(folder: str, words: list[str], environment: dict[str, str]) -> None:
 
 def python_words(command: str) -> list[str]:
     """What Python is given in the end: a file, or -m and a module, and arguments. Launchers parse their own."""
-    for name, mine in NAMES.items():
-        command = command.replace(name, mine)
     words = shlex.split(command)
     if words[0] == "igae":
         return ["-m", "igae.cli.main", *words[1:]]
@@ -164,10 +174,14 @@ def python_words(command: str) -> list[str]:
     return [*(["-m"] if parsed.module else []), parsed.training_script, *parsed.training_script_args]
 
 
-def execute(command: str, how: Executed, checkout: Path) -> None:
-    for name, mine in NAMES.items():
-        command = command.replace(name, mine)
-    command = command.replace("$DATA_DIR", "data/demo")
+def mine(text: str) -> str:
+    for name, here in NAMES.items():
+        text = text.replace(name, here)
+    return text
+
+
+def execute(command: str, how: Executed, checkout: Path) -> str:
+    """A command with this folder's names; returns what it prints."""
     log = checkout / "log.txt"
     log.write_text("")
     if how.launched:
@@ -185,6 +199,7 @@ def execute(command: str, how: Executed, checkout: Path) -> None:
         words = [*python_words(command), *how.more]
         codes = ranks.Ranks(run_in, how.ranks, str(checkout), words, {}, log=str(log)).exit_codes(120)
     assert codes == [0] * how.ranks, f"{command}\n{log.read_text()}"
+    return log.read_text()
 
 
 def test_launchers_take_their_arguments() -> None:
@@ -194,7 +209,7 @@ def test_launchers_take_their_arguments() -> None:
     launches = [
         command for command in commands() if re.match(r"(accelerate launch|torchrun) .*\.(py|evaluate)", command)
     ]
-    assert len(launches) > 10
+    assert len(launches) > 6
     for command in launches:
         if command.startswith("torchrun"):
             parsed = get_args_parser().parse_args(shlex.split(command)[1:])
@@ -203,43 +218,84 @@ def test_launchers_take_their_arguments() -> None:
             assert python_words(command)[0] in ("train.py", "-m"), command
 
 
+@dataclass
+class Checkout:
+    """A folder as a reader's checkout, in which commands have been executed that can be, in the order of the pages."""
+
+    folder: Path
+    printed: dict[str, str] = field(default_factory=dict)
+    """By command, with the names of this folder."""
+
+
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder as a reader's checkout, in which all commands have been executed that can be."""
-    folder = tmp_path_factory.mktemp("docs") / "checkout"
-    folder.mkdir()
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    made = Checkout(tmp_path_factory.mktemp("docs") / "checkout")
+    made.folder.mkdir()
     for name in ("train.py", "igae", "configs", "data_tools", "launch"):
-        (folder / name).symlink_to(ROOT / name)
-    by_entry: dict[str | None, list[str]] = {}
-    for command in sorted(commands()):
-        by_entry.setdefault(entry_of(command), []).append(command)
-    for pattern, how in TABLE.items():
-        for command in by_entry[pattern] if isinstance(how, Executed) else []:
-            execute(command, how, folder)
-            if "make_demo" in command:  # of 16 x 16 pixels, under the names of the sizes that readers have
-                for link in ("square64", "square128"):
-                    for data in ("objaverse", "imagenet"):
-                        (folder / "data/demo/train" / data / link).symlink_to("square16")
-    yield folder
+        (made.folder / name).symlink_to(ROOT / name)
+    write_colmap(made.folder / "photos" / "mug", {f"{i:03}.png": shot for i, shot in enumerate(shots())})
+    for document, documented, _ in steps():
+        command, how = mine(documented), TABLE[entry_of(documented) or ""]
+        if isinstance(how, Executed) and command not in made.printed:
+            try:
+                made.printed[command] = execute(command, how, made.folder)
+            except AssertionError as error:
+                raise AssertionError(f"{document}, after what stands before it there: {error}") from None
+            if "make_demo" in command:
+                stand_in(made.folder / "data")
+    return made
 
 
-def test_commands_leave_what_the_documents_say(checkout: Path) -> None:
-    run = checkout / "outputs" / "igae"
+def stand_in(data: Path) -> None:
+    """Demo data of 16 x 16 pixels, under the names of readers' sizes, for what is downloaded and rendered."""
+    for link in ("square64", "square128"):
+        for kind in ("objaverse", "imagenet"):
+            (data / "demo/train" / kind / link).symlink_to("square16")
+    (data / "igae-data").symlink_to("demo")
+    (data / "objects").symlink_to("demo/train/objaverse")
+
+
+def test_commands_print_what_the_documents_say(checkout: Checkout) -> None:
+    """But for numbers, which are those of larger data there, and `...`. What follows three spaces is a time."""
+    checked = 0
+    for document, command, printed in steps():
+        if mine(command) in checkout.printed:
+            for line in printed.splitlines():
+                said, found = mine(line.split("   ")[0]), checkout.printed[mine(command)]
+                parts = [re.sub(r"\\?\d[\d.\\]*", r"[\\d.]+", re.escape(part)) for part in said.split("...")]
+                assert re.search(".*".join(parts), found), f"{document}: {command} does not print {said}"
+                checked += 1
+    assert checked >= 6
+
+
+def test_commands_leave_what_the_documents_say(checkout: Checkout) -> None:
+    run = checkout.folder / "outputs" / "igae"
     named = "metrics.jsonl metrics.json pictures orbits checkpoints config.yaml autoencoder report.html evaluation.json"
     for name in [*named.split(), "evaluation.csv"]:
         assert (run / name).exists(), name
-    assert (checkout / "page.html").stat().st_size > 10_000
-    assert (checkout / "results" / "evaluation.json").is_file()
-    assert (checkout / "outputs" / "fit-of-an-export" / "metrics.json").is_file()
+    assert (checkout.folder / "page.html").stat().st_size > 10_000
+    assert (checkout.folder / "results" / "evaluation.json").is_file()
+    assert (checkout.folder / "outputs" / "fit-of-an-export" / "metrics.json").is_file()
 
 
-def test_python_blocks_run(checkout: Path) -> None:
+def test_the_drawn_folder_is_that_of_a_run(checkout: Checkout) -> None:
+    """docs/concepts.md draws it."""
+    [drawn] = [block.text for block in documents.blocks(ROOT / "docs/concepts.md") if "outputs/NAME/\n" in block.text]
+    run = checkout.folder / "outputs" / "igae"
+    names = set(re.findall(r"[\w-]+\.(?:yaml|jsonl?|html|safetensors)", drawn)) - {"scenes-00000.safetensors"}
+    assert len(names) > 8
+    present = {path.name for path in run.rglob("*")}
+    assert names <= present and "scenes-00000.safetensors" in present
+    kept = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    assert kept <= set(re.findall(r"[\w.-]+", drawn.replace("evaluation.json  .csv", "evaluation.json evaluation.csv")))
+
+
+def test_python_blocks_run(checkout: Checkout) -> None:
     for path in DOCUMENTS:
         text = "\n".join(block.text for block in documents.blocks(path) if block.language == "python")
         if path.name == "extending.md" or not text:  # tests/test_extending.py
             continue
-        for name, mine in NAMES.items():
-            text = text.replace(name, mine)
-        (checkout / "block.py").write_text(text)
-        (code,) = ranks.Ranks(run_in, 1, str(checkout), ["block.py"], {}, log=str(checkout / "log.txt")).exit_codes(120)
-        assert code == 0, f"{path.name}: {(checkout / 'log.txt').read_text()}"
+        folder = checkout.folder
+        (folder / "block.py").write_text(mine(text))
+        (code,) = ranks.Ranks(run_in, 1, str(folder), ["block.py"], {}, log=str(folder / "log.txt")).exit_codes(120)
+        assert code == 0, f"{path.name}: {(folder / 'log.txt').read_text()}"

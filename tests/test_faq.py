@@ -176,7 +176,9 @@ PROVOKED: dict[str, Call] = {
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,
     "shard ... in ... has ... bytes, the manifest says ...": truncated,
     "autoencoder.path: ... is no folder, and no hub repository that can be reached and read, with a diffusers "
-    "autoencoder": lambda f, s, m: load_autoencoder(AutoencoderConfig(path="/nowhere/vae")),
+    "autoencoder ...; without network: a folder, or autoencoder.path=demo": lambda f, s, m: load_autoencoder(
+        AutoencoderConfig(path="/nowhere/vae")
+    ),
     "the LPIPS loss needs VGG16's weights and ... can't be fetched": no_network,
     "train.lpips_weights: ...": lambda f, s, m: LPIPS(f / "vgg16.pth"),
     "tracking.trackers: ... is not installed": lambda f, s, m: (

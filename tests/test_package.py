@@ -42,7 +42,7 @@ SOURCES = sorted(
     path for pattern in ("*.py", "Makefile", "setup.cfg", "*.toml", ".ci/run") for path in ROOT.glob(pattern)
 ) + sorted(
     path
-    for folder in ("igae", "data_tools", "tests", "benchmarks", "launch")
+    for folder in ("igae", "data_tools", "tests", "benchmarks", "launch", "website")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".cu", ".cuh", ".h", ".sh", ".sbatch")
 )

@@ -80,7 +80,7 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)  # makes its import fail
     with pytest.raises(
-        ValueError, match=rf"^tracking\.trackers: {name} is not installed .*pip install 'igae\[tracking\]'"
+        ValueError, match=rf"^tracking\.trackers: {name} is not installed .*pip install -e '\.\[tracking\]'"
     ):
         Tracker(tmp_path, TrackingConfig.model_validate({"trackers": [name]}))
 

@@ -310,7 +310,7 @@ def test_what_is_refused_is_one_sentence(
     assert "no manifest.json" in error(str(viewed.newer), f"data.root={tmp_path}")
     assert "leave it out" in error(str(viewed.export), "data.root=x")
     monkeypatch.setitem(sys.modules, "viser", None)
-    assert "pip install 'igae[viewer]'" in error(str(viewed.export), "--port", "0")
+    assert "pip install -e '.[viewer]'" in error(str(viewed.export), "--port", "0")
 
 
 def test_the_command_serves_this_machine_alone_until_it_is_ended(viewed: Made) -> None:

@@ -86,7 +86,6 @@ def image_loader(
         part: the natural images that are wanted, of `manifest.images`, counted through the shards in the order of the
             manifest, inside a shard as stored; shards with none of them are not read. The order, epochs and states are
             those of the part alone. None: all.
-        others: as in `view_loader`.
 
     Raises:
         ValueError: no such images, or a number out of range. While iterating `ShardError`, which names the shard.

@@ -85,7 +85,7 @@ def psnr(prediction: "Tensor", target: "Tensor", data_range: float = 2.0) -> "Te
     """Peak signal-to-noise ratio in dB of each image.
 
     Args:
-        prediction, target: [B, ...], of equal shape.
+        prediction: [B, ...], as the target.
         data_range: distance of the largest to the smallest possible value (2 for images in [-1, 1]).
 
     Returns:

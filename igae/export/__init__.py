@@ -11,10 +11,10 @@ An export is a folder, at a local path, a fsspec URL or in a hub repository, of
 * ``igae.json``: how rays are sampled and what sizes are, and the files above with sizes and checksums. It is written
   last: a folder with it is complete.
 
-::
-
-    export = Export("hf://user/name")
-    image = export.scene("chair-0017").image(cam2world, intrinsics)[0]  # uint8 [H, W, 3]
+```python
+export = Export("hf://user/name")
+image = export.scene("chair-0017").image(cam2world, intrinsics)[0]  # uint8 [H, W, 3]
+```
 """
 
 import lazy_loader

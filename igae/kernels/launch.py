@@ -48,7 +48,7 @@ class Library:
     def missing(device: torch.device) -> str | None:
         """Why kernels can't run on a device, in a sentence; None: they can."""
         if not INSTALLED:
-            return "cuda-core is not installed (pip install igae[cuda])"
+            return "cuda-core is not installed (pip install -e '.[cuda]')"
         if torch.cuda.get_device_properties(device).major < 8:
             return "the GPU has a compute capability below 8.0"
         return None

@@ -215,8 +215,9 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
         )
     except Exception as error:  # of diffusers, the hub's client, safetensors and torch
         place = "folder" if Path(source).exists() else "folder, and no hub repository that can be reached and read,"
+        hint = "" if Path(source).exists() else "; without network: a folder, or autoencoder.path=demo, which igae has"
         raise ValueError(
-            f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason(error)})"
+            f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason(error)}){hint}"
         ) from error
     return net
 

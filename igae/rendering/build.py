@@ -3,9 +3,9 @@
 
     igae kernels --arch 80 90
 
-needs `pip install igae[cuda]`, but neither a GPU nor a driver nor nvcc. A kernel is compiled for one variant (sizes and
-conventions, see `Variant`); the command compiles those that its options name. `IGAE_KERNEL_CACHE` is the folder of the
-results, by default `~/.cache/igae/kernels`.
+needs `pip install -e '.[cuda]'`, but neither a GPU nor a driver nor nvcc. A kernel is compiled for one variant (sizes
+and conventions, see `Variant`); the command compiles those that its options name. `IGAE_KERNEL_CACHE` is the folder of
+the results, by default `~/.cache/igae/kernels`.
 """
 
 import argparse

@@ -42,8 +42,8 @@ def assign_scenes(shards: Ints, scenes: Ints, views: Ints, world: int) -> list[I
     with up to 384 things for up to 32 ranks.
 
     Args:
-        shards, scenes, views: int64 [n]. Each entry says how many training views (at least 1) of a scene (its id) are
-            in a training shard (its place in the manifest); only scenes that are trained.
+        shards: int64 [n], as `scenes` and `views`: each entry says how many training views (at least 1) of a scene
+            (its id) are in a training shard (its place in the manifest); only scenes that are trained.
         world: number of ranks.
 
     Returns:

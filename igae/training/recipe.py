@@ -186,7 +186,7 @@ class FitConfig(Section):
 
 class TrackingConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Where scalars, pictures and videos go besides metrics.jsonl; needs `pip install 'igae[tracking]'`."""
+    """Where scalars, pictures and videos go besides metrics.jsonl; needs `pip install -e '.[tracking]'`."""
     project: str = "igae"
     """wandb's project."""
     entity: str | None = None

@@ -221,5 +221,5 @@ def _require(name: str) -> Any:
         return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
     except ImportError as error:
         raise ValueError(
-            f"tracking.trackers: {name} is not installed ({error}): pip install 'igae[tracking]', or remove it there"
+            f"tracking.trackers: {name} is not installed ({error}): pip install -e '.[tracking]', or remove it there"
         ) from None

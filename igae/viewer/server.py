@@ -28,7 +28,7 @@ class Viewer:
     """Serves the page until :meth:`close`.
 
     Args:
-        host, port: address to listen on; port 0 is any that is free.
+        host: address to listen on, at `port`; port 0 is any that is free.
         poll: seconds between looks for a newer checkpoint.
 
     Attributes:
@@ -131,7 +131,7 @@ def _start(host: str, port: int) -> "viser.ViserServer":
     try:
         import viser
     except ImportError as error:
-        raise ValueError(f"the viewer needs viser ({error}): pip install 'igae[viewer]'") from None
+        raise ValueError(f"the viewer needs viser ({error}): pip install -e '.[viewer]'") from None
 
     class Server(viser.ViserServer):
         def request_share_url(self, verbose: bool = True) -> str | None:

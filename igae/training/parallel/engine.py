@@ -209,5 +209,5 @@ def _check_launch(deepspeed: bool) -> None:
         missing = [name for name in ("deepspeed", "transformers") if find_spec(name) is None]
         if missing:
             raise ValueError(
-                f"the launch asks for DeepSpeed and {missing[0]} is missing: pip install 'igae[deepspeed]'"
+                f"the launch asks for DeepSpeed and {missing[0]} is missing: pip install -e '.[deepspeed]'"
             )
