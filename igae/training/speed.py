@@ -163,8 +163,12 @@ def compilation(model: IGAE, stages: Iterable[tuple[StageConfig, int]]) -> tuple
     for stage, steps in stages:
         weights, count = stage.weights, steps * stage.accumulate / (2 if stage.alternate else 1)
         natural = stage.natural_images
-        encoded = 0 if stage.uses_cached_latents else natural + stage.batch_size * (weights.latent + weights.ae > 0)
-        decoded = stage.batch_size * ((weights.rgb > 0) + (weights.ae > 0)) + natural
+        encoded = (
+            0
+            if stage.uses_cached_latents
+            else natural + stage.batch_size * (weights.latent + weights.ae + weights.of_plugins > 0)
+        )
+        decoded = stage.batch_size * (weights.decodes + (weights.ae > 0)) + natural
         flop += 3 * count * (encoded * encode + decoded * decode)  # backward passes are two of three
         views += count * stage.batch_size * (weights.planes_tv > 0)
     return NETWORK_COSTS * (flop > 0) + LOSSES_COST * (views > 0), flop * NETWORK_SAVES + views * LOSSES_SAVE
