@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -105,7 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     commands = []
     for block in documents.blocks(PAGE):
         if block.language == "sh":
-            commands += block.text.splitlines()
+            commands += re.sub(r"\\\n\s*", "", block.text).splitlines()
         else:
             file = source / block.text.splitlines()[0].removeprefix("# ")
             file.parent.mkdir(parents=True, exist_ok=True)
