@@ -27,7 +27,7 @@ from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 from igae.viewer.cameras import Camera, lens_of, orbit_from
-from igae.viewer.drawing import ALL, RGB, VIEWS, arrange, draw, is_decoded, panels
+from igae.viewer.drawing import ALL, RGB, arrange, draw, is_decoded, panels
 from igae.viewer.session import MOVING, RESTING, scale_for
 from igae.viewer.subject import Subject, open_subject
 
@@ -71,9 +71,9 @@ def milliseconds(subject: Subject, view: str, moving: bool, frames: int, server:
             times.append(time.perf_counter())
 
         drawn = draw(subject.model, scene, camera.cam2world, camera.intrinsics, scale, is_decoded(view))
-        pictures = panels(view, drawn, scene, size)
+        shown = panels(view, drawn, scene, size)
         mark()
-        sheet = arrange(pictures, VIEWS[view], WINDOW, side)
+        sheet = arrange(shown, WINDOW, side)
         mark()
         server.scene.set_background_image(sheet.picture, format="jpeg", jpeg_quality=quality)
         mark()

@@ -6,12 +6,14 @@ A configuration file may start from another one (`base: other.yaml`) and use the
 the key.
 """
 
+import functools
 import logging
 import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -31,6 +33,38 @@ def shipped(folder: str) -> Path:
 
 
 SEARCH = (Path("configs"), shipped("configs"))
+
+
+@functools.cache
+def entry_point(kind: str, name: str) -> EntryPoint:
+    """The entry point that an installed package has of this name in the group ``igae.KIND``. ValueError: none has."""
+    group = f"igae.{kind}"
+    found = {point.value: point for point in entry_points(group=group, name=name)}
+    if len(found) != 1:
+        what = f"{len(found)} installed packages have" if found else "no installed package has"
+        way = "uninstall all but one" if found else "install the one that it comes from"
+        raise ValueError(f"{what} an entry point {name[:80]} in the group {group}: {way}")
+    return next(iter(found.values()))
+
+
+def plug_in(kind: str, name: str) -> Any:
+    """What an installed package offers under a name. Names may be anybody's: nothing is imported but what the user has
+    installed and what its package declares.
+
+    Args:
+        kind: autoencoders, losses, formats or fields.
+
+    Raises:
+        ValueError: no installed package has it, or it can't be imported; the sentence says what is missing.
+    """
+    point = entry_point(kind, name)
+    try:
+        return point.load()
+    except Exception as error:  # of others' code
+        raise ValueError(
+            f"{point.value}, the entry point {name} in the group igae.{kind}, can't be imported "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 class Section(BaseModel):

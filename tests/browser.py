@@ -77,6 +77,28 @@ class Page:
             mouse("mouseMoved", point, 1)
         mouse("mouseReleased", points[-1], 0)
 
+    def place_of(self, label: str, selector: str, x: float = 0.5, y: float = 0.5) -> list[float]:
+        """A point of a control, which is scrolled to: in the element with a selector in the smallest box around its
+        label, at fractions of its width and height."""
+        found = self.run(
+            "((label, selector, x, y) => {const texts = [...document.querySelectorAll('label, div')]"
+            ".filter(e => e.childElementCount === 0 && e.innerText?.trim() === label && e.getClientRects().length);"
+            "for (let e = texts.at(-1); e; e = e.parentElement) {const inside = e.querySelector(selector);"
+            "if (inside) {inside.scrollIntoView({block: 'center'}); const b = inside.getBoundingClientRect();"
+            f"return [b.x + x * b.width, b.y + y * b.height]}}}}}})({json.dumps([label, selector, x, y])[1:-1]})"
+        )
+        assert found is not None, f"there is no control {label}"
+        return [float(value) for value in found]
+
+    def hover(self, point: list[float]) -> None:
+        """The mouse comes to a point."""
+        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=point[0], y=point[1])
+
+    def press(self, key: str) -> None:
+        """A key on the keyboard, such as Enter."""
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=13)
+
     def type(self, text: str) -> None:
         """Into what has the focus."""
         self._call("Input.insertText", text=text)

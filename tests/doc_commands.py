@@ -121,15 +121,11 @@ TABLE: dict[str, How] = {
     "igae view *": CoveredBy("test_view.py::test_the_command_serves_this_machine_alone_until_it_is_ended"),
     "ssh *": Left("needs another machine"),
     # -- docs/extending.md
-    "python train.py --config igae.yaml experiment=patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
-    "igae export outputs/patches exports/patches": CoveredBy("test_extending.py::test_an_autoencoder"),
-    "igae evaluate --checkpoint exports/patches *": CoveredBy("test_extending.py::test_an_autoencoder"),
-    "python train.py --config igae.yaml experiment=solid *": CoveredBy("test_extending.py::test_a_loss"),
-    "python train.py --config igae.yaml experiment=deep": CoveredBy("test_extending.py::test_a_network_and_rows"),
-    "python train.py --config igae.yaml experiment=lines *": CoveredBy("test_extending.py::test_a_network_and_rows"),
-    "accelerate launch * experiment=half": CoveredBy("test_extending.py::test_a_strategy"),
-    "python data_tools/pack_arrays.py *": CoveredBy("test_extending.py::test_a_data_source"),
-    "python train.py --config igae.yaml experiment=arrays *": CoveredBy("test_extending.py::test_a_data_source"),
+    "pip install ./igae-example": CoveredBy("test_extending.py::made"),
+    "igae pack --scenes captures *": CoveredBy("test_extending.py::test_an_input_format"),
+    "igae train --config igae.yaml experiment=example *": CoveredBy("test_extending.py::test_a_loss"),
+    "igae export outputs/example exports/example": CoveredBy("test_extending.py::test_an_autoencoder_and_a_field"),
+    "igae evaluate --checkpoint exports/example *": CoveredBy("test_extending.py::test_an_autoencoder_and_a_field"),
     "igae kernels *": CoveredBy("test_cuda_build.py::test_processes_share_the_cache"),
     # -- many GPUs, many machines
     "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8 train.py *": CoveredBy(

@@ -109,7 +109,7 @@ def test_one_loader_for_runs_checkpoints_and_exports(folder: Path, run: Path, tm
         assert trained.model_for((16, 16), (1.0, 1.0, 1.0)) is trained.model
         other = trained.model_for((32, 16), (0.0, 0.0, 0.0))
         assert other.background.shape == (16, 8, 4) and torch.equal(other.mlp.w1, trained.model.mlp.w1)
-    assert "leave it out" in sentence(lambda: load_trained(str(tmp_path / "out"), ["data.root=x"]))
+    assert "leave it out" in sentence(lambda: load_trained(str(tmp_path / "out"), ["planes.features=4"]))
     text = sentence(lambda: load_trained(str(run), ["dta.root=x"]))
     assert text.startswith("dta.root: only autoencoder, data, planes, render matter") and "did you mean data?" in text
 

@@ -233,6 +233,7 @@ RUNS: dict[str, Trick] = {
         IN_RUN,
         "is none of the image autoencoders",
     ),
+    "another field": (settings(render={"field": "os:system"}), IN_RUN, "no installed package has an entry point os:"),
     "a million layers": (
         settings(autoencoder={"create": {"layers_per_block": 10**6}}),
         IN_RUN,
@@ -278,6 +279,7 @@ EXPORTS: dict[str, Trick] = {
     "a million layers": (of_autoencoder(layers_per_block=10**6), IN_EXPORT, "of more than"),
     "wide layers": (of_autoencoder(block_out_channels=[32768] * 2), IN_EXPORT, " weights"),
     "another class": (of_autoencoder(_class_name="DiffusionPipeline"), IN_EXPORT, "is none of the image autoencoders"),
+    "another field": (index(render={"field": "os:system"}), ("view", "fit"), "no installed package has an entry point"),
     "weights by name": (listed_elsewhere, IN_EXPORT, "none that diffusers writes"),
     "scenes elsewhere": (link(lambda h: h.export / "scenes-00000.safetensors"), ("evaluate",), "leads out"),
     "index elsewhere": (link(lambda h: h.export / "igae.json"), IN_EXPORT, "leads out of its folder"),

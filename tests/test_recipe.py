@@ -213,7 +213,7 @@ def test_the_published_recipe() -> None:
     assert recipe.autoencoder.path == "ostris/vae-kl-f8-d16" and recipe.autoencoder.scale == 0.02
     assert (recipe.planes.resolution, recipe.planes.features) == (64, 32)
     assert (recipe.render.coarse_samples, recipe.render.fine_samples) == (48, 48)
-    nothing = dict.fromkeys(type(recipe.train.joint.weights).model_fields, 0.0)
+    nothing = {**dict.fromkeys(type(recipe.train.joint.weights).model_fields, 0.0), "plugins": {}}
     warmup, joint = recipe.train.warmup, recipe.train.joint
     assert (warmup.epochs, warmup.batch_size, warmup.natural_images, warmup.mlp_epochs) == (50, 32, 0, 45)
     frozen = dict.fromkeys(type(warmup.learning_rates).model_fields, 0.0)

@@ -27,13 +27,17 @@ from igae.evaluation import latent_to_rgb
 from igae.export import Export
 from igae.viewer import (
     ALL,
+    CHANNEL,
     CHANNELS,
+    DATA,
     DEPTH,
     LATENTS,
+    OPACITY,
     RGB,
     VIEWS,
     Camera,
     Followed,
+    Panel,
     Sheet,
     angle_of,
     arrange,
@@ -190,7 +194,8 @@ def test_pictures_are_those_of_the_export(viewed: Made) -> None:
             first = export.scene(name).render(subject.front, lens_of(subject.angle, (16, 16)))[0][0, :3]
             statistics = (first.mean((1, 2)), first.std((1, 2), correction=0))
             colored = latent_to_rgb(latents, (16, 16), statistics)[0]
-            assert np.abs(panels(LATENTS, drawn, scene, (16, 16))[0].astype(int) - colored).max() <= 1
+            (panel,) = panels(LATENTS, drawn, scene, (16, 16))
+            assert np.abs(panel.picture.astype(int) - colored).max() <= 1
 
 
 def test_views_and_fewer_pixels(viewed: Made) -> None:
@@ -205,17 +210,24 @@ def test_views_and_fewer_pixels(viewed: Made) -> None:
     # Opacity of half the pixels is about the mean of the four that each stands for.
     means = torch.nn.functional.avg_pool2d(whole.opacity[None], 2)[0]
     assert (half.opacity - means).abs().mean() < 0.2 * means.mean()
-    shapes = {view: [p.shape for p in panels(view, whole, scene, (16, 16))] for view in VIEWS}
-    assert shapes[RGB] == shapes[LATENTS] == shapes[DEPTH] == [(16, 16, 3)]
-    assert shapes[CHANNELS] == [(32, 32, 3)] and shapes[ALL] == 3 * [(16, 16, 3)]
-    # Each channel has its own place: the grid's cells are the channels as gray pictures, in reading order.
-    grid = panels(CHANNELS, whole, scene, (16, 16))[0]
-    for i in range(4):
-        cell = grid[16 * (i // 2) :, 16 * (i % 2) :][:16:2, :16:2].astype(int)
+    found = {view: panels(view, whole, scene, (16, 16), 2) for view in VIEWS}
+    shapes = {view: {panel.picture.shape for panel in found[view] if panel.picture is not None} for view in VIEWS}
+    assert all(of_view == {(16, 16, 3)} for of_view in shapes.values())
+    one = (RGB, LATENTS, CHANNEL, DEPTH, OPACITY)
+    assert {view: len(found[view]) for view in VIEWS} == {**dict.fromkeys(one, 1), CHANNELS: 4, ALL: 3, DATA: 3}
+    # Channels have their numbers, and are gray pictures.
+    assert [panel.label for panel in found[CHANNELS]] == list("1234") and found[CHANNEL][0].label == "3"
+    for i, panel in enumerate(found[CHANNELS]):
         unit = (whole.latents[i] - scene.mean[i]) / scene.std[i]
         gray = ((0.5 + unit / 4).clamp(0, 1) * 255).round().int().numpy()
-        assert np.abs(cell - gray[:, :, None]).max() <= 1
-    assert side_by_side(panels(ALL, whole, scene, (16, 16))).shape == (16, 48, 3)
+        assert np.abs(panel.picture[::2, ::2].astype(int) - gray[:, :, None]).max() <= 1
+    assert np.array_equal(found[CHANNEL][0].picture, found[CHANNELS][2].picture)
+    opaque = (whole.opacity * 255).round().int().numpy()
+    assert np.abs(found[OPACITY][0].picture.astype(int) - opaque[:, :, None]).max() <= 1
+    # Saved: three in a row, four in a square in reading order.
+    assert side_by_side(found[ALL]).shape == (16, 48, 3)
+    grid = side_by_side(found[CHANNELS])
+    assert grid.shape == (32, 32, 3) and np.array_equal(grid[16:, :16], found[CHANNELS][2].picture)
     assert subject.model.options == open_subject(str(viewed.newer), viewed.overrides, CPU).model.options
 
 
@@ -223,8 +235,8 @@ def test_views_and_fewer_pixels(viewed: Made) -> None:
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_panels_fill_the_window(window: tuple[int, int], count: int) -> None:
     colors = np.arange(count) * 20
-    pictures = [np.full((8, 12, 3), color, np.uint8) for color in colors]
-    sheet = arrange(pictures, [str(i) for i in range(count)], window, 800)
+    shown = [Panel(str(i), np.full((8, 12, 3), color, np.uint8)) for i, color in enumerate(colors)]
+    sheet = arrange(shown, window, 800)
     height, width = sheet.picture.shape[:2]
     assert max(height, width) <= 800 and height / width == pytest.approx(window[0] / window[1], rel=0.1)
     if min(window) < 100:
@@ -241,7 +253,8 @@ def test_panels_fill_the_window(window: tuple[int, int], count: int) -> None:
 
 
 def test_empty_places_and_long_labels() -> None:
-    sheet = arrange([None, None], ["a name that is much too long for its place" * 9, "b"], (200, 300), 300)
+    shown = [Panel("a name that is much too long for its place" * 9, None), Panel("b", None)]
+    sheet = arrange(shown, (200, 300), 300)
     assert isinstance(sheet, Sheet) and len(sheet.cells) == 2
     assert (sheet.picture == 238).all(-1).mean() > 0.3
 
@@ -308,7 +321,8 @@ def test_what_is_refused_is_one_sentence(
     assert "--port" in error(str(viewed.export), "--port", "70000")
     assert "neither a checkpoint" in error(str(tmp_path))
     assert "no manifest.json" in error(str(viewed.newer), f"data.root={tmp_path}")
-    assert "leave it out" in error(str(viewed.export), "data.root=x")
+    assert "leave it out" in error(str(viewed.export), "planes.features=8")
+    assert "no manifest.json in x" in error(str(viewed.export), "data.root=x")
     monkeypatch.setitem(sys.modules, "viser", None)
     assert "pip install -e '.[viewer]'" in error(str(viewed.export), "--port", "0")
 
@@ -325,6 +339,7 @@ def test_the_command_serves_this_machine_alone_until_it_is_ended(viewed: Made) -
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
+    assert process.stderr.readline().startswith("the renderer uses torch: ")  # it draws before a page is open
     line = process.stderr.readline()
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+) shows .*/export \(4 scenes\); Ctrl-C ends it\n", line)
     assert found is not None, line

@@ -37,6 +37,8 @@ class Made:
     export: Path
     """Of the newer one."""
     overrides: list[str]
+    source: Path
+    """Of its scenes, before they were packed."""
 
 
 def make(folder: Path) -> Made:
@@ -46,7 +48,7 @@ def make(folder: Path) -> Made:
     run = folder / "outputs/run"
     older, newer = map(Path, checkpoint.list_complete(str(run / "checkpoints")))
     write(read_run(str(newer)), str(folder / "export"))
-    return Made(run, older, newer, folder / "export", [f"data.root={shards}"])
+    return Made(run, older, newer, folder / "export", [f"data.root={shards}"], folder / "source/scenes/square16")
 
 
 def open_as_run(made: Made, folder: Path) -> Path:

@@ -35,10 +35,10 @@ JSON, CSV = "evaluation.json", "evaluation.csv"
 NO_RUN = """
 experiment: evaluation
 data: {}
-train:
-  warmup: {epochs: 0, batch_size: 0, learning_rates: {}, weights: {}}
-  joint: {epochs: 0, batch_size: 0, learning_rates: {}, weights: {}}
+train: {}
 """
+NO_STAGES = dict.fromkeys(("warmup", "joint"), {"epochs": 0, "batch_size": 0, "learning_rates": {}, "weights": {}})
+"""Instead of those of the run: their losses need not be installed."""
 Means = dict[str, float]
 log = logging.getLogger("igae")
 
@@ -119,6 +119,8 @@ def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
         data.pop("autoencoder", None)  # where the run had it from
         if not any(override.startswith("data.cache=") for override in overrides):
             (data.get("data") or {}).pop("cache", None)  # a folder to write to, perhaps of another machine
+        if isinstance(data.get("train"), dict):  # else validation says what is wrong
+            data["train"] |= NO_STAGES
         trained.complete(data)
 
     return trained, config.load(Recipe, redact(where), overrides, complete=complete, saved=trained.config or NO_RUN)

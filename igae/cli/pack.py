@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="'NAME: [START, STOP]'",
         help="scenes of dataset_map.json to pack; may be repeated; default: all",
     )
-    parser.add_argument("--format", choices=list(data.FORMATS), help="of the scenes; default: by content")
+    parser.add_argument("--format", choices=list(data.formats()), help="of the scenes; default: by content")
     parser.add_argument(
         "--convention",
         choices=typing.get_args(data.Convention),

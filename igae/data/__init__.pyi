@@ -32,8 +32,10 @@ from .shards import RawSample as RawSample
 from .shards import ShardError as ShardError
 from .shards import ShardReader as ShardReader
 from .shards import ShardWriter as ShardWriter
-from .sources import FORMATS as FORMATS
 from .sources import find_scenes as find_scenes
+from .sources import formats as formats
+from .sources.scene import BadInput as BadInput
+from .sources.scene import View as View
 from .streams import ImageLoader as ImageLoader
 from .streams import ViewLoader as ViewLoader
 from .streams import image_loader as image_loader

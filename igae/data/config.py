@@ -49,7 +49,7 @@ class PackOptions:
         scenes: folder or URL of the scenes, in one of the formats of `igae.data.sources`; None: natural images only.
         subset: folder below `scenes` that has the scenes' folders (`square128`).
         categories: category -> [start, stop) in its list in dataset_map.json; None: all scenes.
-        format: key of `igae.data.sources.FORMATS`; None: by content.
+        format: key of `igae.data.formats()`; None: by content.
         convention: of the scenes' matrices; None: as the format has it.
         normalize: `cameras`: what a scene's cameras look at comes into the box; `auto`: where the format does not say
             that it is there; `none`: cameras stay as they are, and need not look at one place.

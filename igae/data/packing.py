@@ -27,7 +27,7 @@ from igae.data.jobs import NOTE, Job, JobResult, Output, do_job
 from igae.data.manifest import COLUMNS, NAME, CameraSummary, Manifest
 from igae.data.processes import ItemFailed, ItemFunction, ProcessPool, ProgressCallback
 from igae.data.shards import ShardReader, seeded
-from igae.data.sources import FORMATS, find_scenes, read_scene
+from igae.data.sources import find_scenes, formats, read_scene
 from igae.data.sources.heldout import split
 from igae.data.sources.images import find_images, open_image, read_files, size_of
 from igae.data.sources.pixels import check_extras
@@ -193,7 +193,7 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
         image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
         size = (image.height, image.width)
         focus = check_cameras(views, size, one_place=how != "none")
-        if how == "cameras" or how == "auto" and not FORMATS[ref.format].UNIT_BOX:
+        if how == "cameras" or how == "auto" and not formats()[ref.format].UNIT_BOX:
             ref = replace(ref, normalization=normalization_of(views, size, focus))
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"

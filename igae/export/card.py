@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from igae.config import entry_point
 from igae.evaluation import METRICS
 from igae.export.format import Description
 from igae.export.model import Content
@@ -38,6 +39,10 @@ def model_card(description: Description, where: str, content: Content) -> str:
         or None,
     )
     pretrained, options = _of_diffusers(where)
+    net, field = content.model.autoencoder.net, content.model.options.field
+    of_diffusers = net is None or type(net).__module__.startswith("diffusers.")
+    own = None if of_diffusers else entry_point("autoencoders", type(net).__name__)
+    needed = [own, None if field == "mlp" else entry_point("fields", field)]
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
@@ -48,6 +53,8 @@ def model_card(description: Description, where: str, content: Content) -> str:
         metrics=[(METRICS[key], value) for key, value in metrics.items()],
         pretrained=pretrained,
         options=options,
+        module="diffusers" if own is None else own.module,
+        packages=sorted({f"{point.dist.name} {point.dist.version}" for point in needed if point and point.dist}),
     )
     return str(card)
 

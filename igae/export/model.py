@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from igae.data import Manifest
+from igae.data import DataConfig, Manifest
 from igae.errors import did_you_mean, redact
 from igae.export.format import Moved
 from igae.models import IGAE, AutoencoderConfig, Views
@@ -63,14 +63,20 @@ class Trained(ABC):
         """Its settings."""
 
     @property
+    def data(self) -> DataConfig | None:
+        """Settings of the data that it was trained on; None where they are unknown."""
+        return None
+
+    @cached_property
     def manifest(self) -> Manifest | None:
-        """Manifest of the data that it was trained on; None where that is unknown."""
+        """That of :attr:`data`, if they are known."""
         return None
 
     @property
     def camera(self) -> tuple[float, float]:
         """Distance from the origin and normalized focal length of a typical view."""
-        return 1.3 * self.render.box, 1.1
+        cameras = self.manifest.cameras if self.manifest else None
+        return (cameras.mean_distance, cameras.mean_focal) if cameras else (1.3 * self.render.box, 1.1)
 
     @property
     @abstractmethod

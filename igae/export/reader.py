@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igae.data import DataConfig, Manifest
 from igae.errors import did_you_mean, redact
 from igae.export.format import (
     CONFIG,
@@ -52,22 +53,36 @@ class Export(Trained):
         url: local folder, fsspec URL, or ``hf://user/name[@revision][/folder]`` of a hub repository.
         device: where the model and the planes that are read are put.
         renderer: the backend of :func:`igae.rendering.render`.
+        data: folder or URL of the data that it was trained on, which it does not know itself.
 
     Raises (all methods):
         ValueError: it is missing, incomplete, damaged or of another format; the sentence names the file.
     """
 
     def __init__(
-        self, url: str, device: str | torch.device = "cpu", renderer: Literal["auto", "cuda", "torch"] = "torch"
+        self,
+        url: str,
+        device: str | torch.device = "cpu",
+        renderer: Literal["auto", "cuda", "torch"] = "torch",
+        data: str | None = None,
     ) -> None:
         self.where, self.device, self.renderer = url, torch.device(device), renderer
-        data = read_small(url, INDEX)
-        if data is None:
+        index = read_small(url, INDEX)
+        if index is None:
             raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export")
-        self.description = parse_description(data, redact(join(url, INDEX)))
+        self.description = parse_description(index, redact(join(url, INDEX)))
         self.planes, self.render = self.description.planes, self.description.render
         self.background = self.description.background
         self._open: dict[str, TensorFile] = {}
+        self._data = data
+
+    @property
+    def data(self) -> DataConfig | None:
+        return None if self._data is None else DataConfig(root=self._data, background=self.background)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        return None if self._data is None else Manifest.load(self._data)
 
     @cached_property
     def config(self) -> str | None:
@@ -89,7 +104,7 @@ class Export(Trained):
     @cached_property
     def model(self) -> IGAE:
         described, where, tensors = self.description, redact(join(self.where, SHARED)), self._shared()
-        check_planes(described.planes, tensors, where, INDEX)
+        check_planes(described.planes, described.render.field, tensors, where, INDEX)
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             for name in described.autoencoder_files:
                 (Path(folder) / name).write_bytes(self._read(name))
@@ -98,7 +113,7 @@ class Export(Trained):
                 autoencoder = load_autoencoder(AutoencoderConfig(path=path))
                 model = IGAE(autoencoder, self.planes, self.render, described.image_size, self.background)
             except ValueError as error:
-                raise ValueError(f"the autoencoder of {self.title} can't be loaded: {error}") from error
+                raise ValueError(f"the model of {self.title} can't be loaded: {error}") from error
         shapes = {name: tensor.shape for name, tensor in shared_tensors(model).items()}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise ValueError(f"{where} is damaged: it does not hold this model's tensors")
@@ -182,9 +197,10 @@ def shared_tensors(model: IGAE) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("autoencoder.net.")}
 
 
-def check_planes(planes: PlanesConfig, tensors: Mapping[str, Tensor], where: str, settings: str) -> None:
+def check_planes(planes: PlanesConfig, field: str, tensors: Mapping[str, Tensor], where: str, settings: str) -> None:
     """Refuse shared tensors of other planes than some settings claim, before anything of their size is allocated."""
     shape = (planes.base_planes, 3, planes.resolution, planes.resolution, planes.macro_features)
-    for name, size in {"mlp.w1": (HIDDEN, planes.features), **({"base.planes": shape} if shape[0] else {})}.items():
+    sizes = {"mlp.w1": (HIDDEN, planes.features)} if field == "mlp" else {}
+    for name, size in {**sizes, **({"base.planes": shape} if shape[0] else {})}.items():
         if name not in tensors or tensors[name].shape != size:
             raise ValueError(f"{where} is damaged: its {name} is not that of the planes in {settings}")

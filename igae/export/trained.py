@@ -44,7 +44,7 @@ def load_trained(where: str, overrides: Sequence[str] = ()) -> Trained:
         where: path or URL of a run's folder (its newest checkpoint that loads is taken), of a checkpoint or of an
             export; `hf://user/name` of a hub repository.
         overrides: ``key=value`` of SECTIONS, of what is elsewhere now than a run's configuration says (``data.root``,
-            ``autoencoder.path``).
+            ``autoencoder.path``). Of an export ``data.root``, if its data are wanted.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -52,9 +52,10 @@ def load_trained(where: str, overrides: Sequence[str] = ()) -> Trained:
     where = where.rstrip("/") or where
     if not is_export(where):
         return TrainedRun(_newest(find_checkpoints(where)), overrides)
-    if overrides:
-        raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out")
-    return Export(where, renderer="auto")
+    roots = [override.partition("=")[2] for override in overrides if override.startswith("data.root=")]
+    if len(roots) < len(overrides):
+        raise ValueError(f"{overrides[0]}: an export needs nothing else, leave it out (data.root alone can be given)")
+    return Export(where, renderer="auto", data=roots[-1] if roots else None)
 
 
 def find_model(where: str, whole: bool = True) -> str:
@@ -191,9 +192,14 @@ class TrainedRun(Trained):
     def autoencoder(self) -> AutoencoderConfig:
         return self.settings.autoencoder
 
+    @property
+    def data(self) -> DataConfig:
+        root = data_root(self.settings.data, self.settings.origins)
+        return self.settings.data.model_copy(update={"root": root})
+
     @cached_property
     def manifest(self) -> Manifest:
-        root = data_root(self.settings.data, self.settings.origins)
+        root = self.data.root
         manifest = Manifest.load(root)
         categories = self.settings.data.categories
         same = manifest.digest == self.loaded.progress.data
@@ -203,11 +209,6 @@ class TrainedRun(Trained):
                 "data.root=..."
             )
         return manifest
-
-    @property
-    def camera(self) -> tuple[float, float]:
-        cameras = self.manifest.cameras
-        return (cameras.mean_distance, cameras.mean_focal) if cameras else super().camera
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -237,7 +238,7 @@ class TrainedRun(Trained):
 
     @cached_property
     def model(self) -> IGAE:
-        check_planes(self.planes, self.state(), redact(self.where), CONFIG)
+        check_planes(self.planes, self.render.field, self.state(), redact(self.where), CONFIG)
         autoencoder = load_autoencoder(self.autoencoder)
         model = IGAE(autoencoder, self.planes, self.render, self.manifest.image_size, self.background)
         try:

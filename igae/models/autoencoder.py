@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from igae.config import plug_in
 from igae.models.config import AutoencoderConfig
 from igae.models.layers import keep_dtypes, skip_products, to_channels_last
 from igae.storage import is_url, reason, staged_files
@@ -147,9 +148,19 @@ def _class_of(name: Any) -> Any:
     """The class that `_class_name` stands for. Names may be others' words: nothing else of diffusers is called."""
     import diffusers
 
-    cls = getattr(diffusers, name, None) if name in CLASSES else None
-    if cls is None:
-        raise ValueError(f"{str(name)[:80]} is none of the image autoencoders of diffusers: {', '.join(CLASSES)}")
+    if name in CLASSES and hasattr(diffusers, name):
+        return getattr(diffusers, name)
+    try:
+        cls = plug_in("autoencoders", str(name))
+    except ValueError as error:
+        known = ", ".join(CLASSES)
+        raise ValueError(
+            f"{str(name)[:80]} is none of the image autoencoders of diffusers ({known}), and {error}"
+        ) from error
+    if cls.__name__ != name:
+        raise ValueError(
+            f"the entry point {name} is the class {cls.__name__}: give it that name, which config.json has"
+        )
     return cls
 
 

@@ -2,11 +2,12 @@
 """Settings of the autoencoder and of the losses."""
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from igae.config import Section
+from igae.config import Section, plug_in
 
 
 class AutoencoderConfig(Section):
@@ -17,7 +18,7 @@ class AutoencoderConfig(Section):
     """Folder of the autoencoder inside `path` (`vae` for whole pipelines)."""
     create: dict[str, Any] | None = None
     """Instead of `path`: the configuration of a diffusers autoencoder to train from scratch (`_class_name` names its
-    class, AutoencoderKL by default)."""
+    class, AutoencoderKL by default, or one that an installed package has as an entry point of `igae.autoencoders`)."""
     latents: Literal["sample", "mean"] = "sample"
     """What training uses of the posterior; evaluation always uses its mean."""
     scale: float | Literal["auto"] = 0.02
@@ -81,8 +82,40 @@ class LossWeights(Section):
 
     distortion: float = Field(default=0.0, ge=0)
     """How far apart along a ray its opacity is (Barron et al., Mip-NeRF 360, equation 15), in units of the box."""
+    plugins: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Losses of views that installed packages have as entry points of `igae.losses`: their names and weights."""
+
+    @field_validator("plugins")
+    @classmethod
+    def _are_installed(cls, plugins: dict[str, float]) -> dict[str, float]:
+        for name, weight in plugins.items():
+            if name in (*cls.model_fields, "total"):
+                raise ValueError(f"{name} is the name of a loss of igae: give the package's another one")
+            if weight > 0:
+                plug_in("losses", name)
+        return plugins
+
+    def __getitem__(self, name: str) -> float:
+        """The weight of a term."""
+        weight: float = self.plugins[name] if name in self.plugins else getattr(self, name)
+        return weight
+
+    @property
+    def of_plugins(self) -> float:
+        """The weights of the losses of installed packages together."""
+        return sum(self.plugins.values())
+
+    @property
+    def added(self) -> dict[str, Callable[..., Any]]:
+        """The losses of installed packages that have a weight: functions of `LossInputs`."""
+        return {name: plug_in("losses", name) for name, weight in self.plugins.items() if weight > 0}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether renders are decoded."""
+        return self.rgb > 0 or any(getattr(loss, "needs_images", False) for loss in self.added.values())
 
     @property
     def needs_images(self) -> bool:
         """Whether scene views are needed as images: latents alone don't do."""
-        return self.rgb > 0 or self.ae > 0
+        return self.decodes or self.ae > 0

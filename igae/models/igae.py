@@ -11,11 +11,18 @@ from igae.models.autoencoder import Autoencoder, load_autoencoder
 from igae.models.config import AutoencoderConfig, LossWeights
 from igae.models.fused import fits, planes_variation, runs_on
 from igae.models.head import PatchHead
-from igae.models.losses import coverage_bounds, kl_divergence, opacity_loss, orthogonality, total_variation
+from igae.models.losses import (
+    LossInputs,
+    coverage_bounds,
+    kl_divergence,
+    opacity_loss,
+    orthogonality,
+    total_variation,
+)
 from igae.models.lpips import LPIPS
 from igae.models.views import Views, to_signed
 from igae.ranks import derive_seed
-from igae.rendering import Cameras, DecodingMLP, Rendered, RenderOptions, render
+from igae.rendering import Cameras, Rendered, RenderOptions, make_field, render
 from igae.scenes import BasePlanes, PlanesConfig
 from igae.storage import reason
 
@@ -97,7 +104,7 @@ class IGAE(nn.Module):
         def generator(name: str) -> torch.Generator:
             return torch.Generator().manual_seed(derive_seed(seed, name))
 
-        self.mlp = DecodingMLP(planes.features, channels, generator=generator("mlp"))
+        self.mlp = make_field(options.field, planes.features, channels, generator("mlp"))
         self.head = PatchHead(channels, options.patch) if options.patch > 1 else None
         self.base = BasePlanes(planes, generator("base planes")) if planes.base_planes else None
         self.register_buffer("background", torch.zeros(height, width, channels))
@@ -207,28 +214,32 @@ class IGAE(nn.Module):
         """
         if refresh:
             self.refresh_background()
+        seen = None
         images = to_signed(views.images) if views is not None and views.images is not None else None
         natural = to_signed(natural_images) if natural_images is not None else None
         with torch.autocast(self.background.device.type, torch.bfloat16, enabled=self.bf16):
-            encoded = images if weights.latent + weights.ae > 0 else None
+            encoded = images if weights.latent + weights.ae + weights.of_plugins > 0 else None
             latents, natural_latents, losses = self._encode(encoded, natural, weights, sample)
             decoded: dict[str, tuple[Tensor, Tensor]] = {}  # latents to decode, and the images that they should give
             if views is not None:
                 assert rows is not None
                 latents = views.latents if latents is None else latents
-                rendered, of_scenes = self._render_losses(rows, views, latents, weights, seed)
+                seen, of_scenes = self._render_losses(rows, views, latents, weights, seed)
+                seen.images = images
                 losses |= of_scenes
-                if images is not None and weights.rgb > 0:
-                    decoded["rgb"] = (self.autoencoder.denormalize(rendered), images)
+                if images is not None and weights.decodes:
+                    decoded["rgb"] = (self.autoencoder.denormalize(seen.rendered), images)
                 if images is not None and latents is not None and weights.ae > 0:
                     decoded["ae"] = (latents, images)
             if natural is not None and natural_latents is not None and weights.natural_ae + weights.natural_lpips > 0:
                 decoded["natural"] = (natural_latents, natural)
             if decoded:
-                losses |= self._decode_losses(decoded, weights)
+                losses |= self._decode_losses(decoded, weights, seen)
+            if seen is not None:
+                losses |= {name: loss(seen) for name, loss in weights.added.items()}
         total = torch.zeros((), device=self.background.device)
         for name, loss in losses.items():
-            total = total + getattr(weights, name) * loss
+            total = total + weights[name] * loss
         return {**losses, "total": total}
 
     def _encode(
@@ -254,8 +265,8 @@ class IGAE(nn.Module):
 
     def _render_losses(
         self, rows: Tensor, views: Views, latents: Tensor | None, weights: LossWeights, seed: int | None
-    ) -> tuple[Tensor, Losses]:
-        """Rendered normalized latents, and losses of them and of the planes."""
+    ) -> tuple[LossInputs, Losses]:
+        """What is rendered, and losses of it and of the planes."""
         losses = {}
         planes, base_loss = self.planes_of(rows, weights.base_orthogonality > 0)
         if base_loss is not None:
@@ -284,16 +295,21 @@ class IGAE(nn.Module):
             losses["opacity"] = opacity_loss(opacity, coverage)
         if distortion is not None:
             losses["distortion"] = distortion.mean()
-        return rendered, losses
+        return LossInputs(views, planes, rendered, depth, opacity, latents), losses
 
-    def _decode_losses(self, given: dict[str, tuple[Tensor, Tensor]], weights: LossWeights) -> Losses:
+    def _decode_losses(
+        self, given: dict[str, tuple[Tensor, Tensor]], weights: LossWeights, seen: LossInputs | None
+    ) -> Losses:
         """Losses of decoded latents against the images that they should give, both by name."""
         losses = {}
         decoded = self.autoencoder.decode(torch.cat([latents for latents, _ in given.values()]))
         pictures = torch.split(decoded, [len(latents) for latents, _ in given.values()])
         for (name, (_, target)), picture in zip(given.items(), pictures, strict=True):
+            if name == "rgb" and seen is not None:
+                seen.decoded = picture
             if name != "natural":
-                losses[name] = F.mse_loss(picture, target)
+                if weights[name] > 0:
+                    losses[name] = F.mse_loss(picture, target)
                 continue
             if weights.natural_ae > 0:
                 losses["natural_ae"] = F.mse_loss(picture, target)

@@ -2,10 +2,36 @@
 """Loss terms, as pure functions of tensors."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from igae.models.views import Views
+
+
+@dataclass
+class LossInputs:
+    """What a loss of an installed package gets: B views of S scenes, rendered at h x w latent pixels of g x g rays.
+
+    Attributes:
+        planes: [S, 3, R, R, C]; `views.index` says which of them a view shows.
+        rendered: normalized latents [B, c, h, w] in [-1, 1].
+        depth, opacity: [B, h g, w g].
+        latents: [B, c, h, w] of the encoder, before they are normalized.
+        images: the views [B, 3, H, W] in [-1, 1]; None where latents were encoded before.
+        decoded: decoded renders [B, 3, H, W]; None where no loss needs images.
+    """
+
+    views: Views
+    planes: Tensor
+    rendered: Tensor
+    depth: Tensor
+    opacity: Tensor
+    latents: Tensor | None
+    images: Tensor | None = None
+    decoded: Tensor | None = None
 
 
 def total_variation(x: Tensor, dims: tuple[int, int], weights: Tensor | None = None) -> Tensor:

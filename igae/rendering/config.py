@@ -30,6 +30,9 @@ class RenderOptions:
     """S, from 1 to 8: a pixel is the mean of S x S rays through its area; of 1 the ray goes through its middle."""
     spacing: Literal["depth", "disparity"] = "depth"
     """Coarse samples are uniform in distance, or in its inverse."""
+    field: str = "mlp"
+    """Network that makes density and color of features: the decoding MLP, or one that an installed package has as an
+    entry point of `igae.fields`."""
     patch: int = 1
     """Pixels along a side of the patch that becomes one latent pixel (`igae.models.PatchHead`); it divides the
     autoencoder's downscale factor."""

@@ -5,6 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igae.config import plug_in
+
+
+def make_field(name: str, in_channels: int, out_channels: int, generator: torch.Generator) -> "DecodingMLP":
+    """The network that `RenderOptions.field` names: a DecodingMLP, or another module that is called as one.
+
+    Raises:
+        ValueError: no installed package has it.
+    """
+    field = DecodingMLP if name == "mlp" else plug_in("fields", name)
+    network: DecodingMLP = field(in_channels, out_channels, generator=generator)
+    return network
+
 
 class DecodingMLP(nn.Module):
     """in_channels -> hidden (softplus) -> 1 raw density + out_channels colors.

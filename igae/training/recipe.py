@@ -80,7 +80,7 @@ class StageConfig(Section):
         if self.epochs > 0 and self.group and not self.uses_cached_latents:
             raise ValueError("group is of cached latents, and this stage reads images: leave it out")
         views = weights.latent + weights.rgb + weights.ae + weights.planes_tv + weights.depth_tv + weights.opacity
-        views += weights.distortion
+        views += weights.distortion + weights.of_plugins
         if self.epochs > 0 and not self.batch_size and views + weights.base_orthogonality > 0:
             raise ValueError(
                 "batch_size is 0, so only losses of natural images (natural_*) can have a weight, not even latent"
@@ -93,9 +93,10 @@ class StageConfig(Section):
         if self.epochs > 0 and not any(rates.model_dump().values()):
             raise ValueError("all learning_rates are 0: nothing would be trained")
         rendered = weights.latent + weights.rgb + weights.depth_tv + weights.opacity + weights.distortion
+        rendered += weights.of_plugins
         reached = {
-            "encoder": weights.latent + weights.ae + natural_losses,
-            "decoder": weights.rgb + weights.ae + weights.natural_ae + weights.natural_lpips,
+            "encoder": weights.latent + weights.ae + weights.of_plugins + natural_losses,
+            "decoder": weights.decodes + weights.ae + weights.natural_ae + weights.natural_lpips,
             "mlp": rendered,
             "base_planes": rendered + weights.planes_tv,
             "planes": rendered + weights.planes_tv,
@@ -111,7 +112,8 @@ class StageConfig(Section):
         if not off:
             return
         weights, rates = self.weights.model_copy(update=off), self.learning_rates
-        of_views = {"encoder": weights.latent + weights.ae, "decoder": weights.rgb + weights.ae}
+        encoder, decoder = weights.latent + weights.ae + weights.of_plugins, weights.decodes + weights.ae
+        of_views = {"encoder": encoder, "decoder": decoder}
         frozen = {part: 0.0 for part, loss in of_views.items() if loss == 0 and getattr(rates, part) > 0}
         if self.epochs > 0:
             log_once("no natural images are used, so these are 0: %s", ", ".join([*off, *frozen]))

@@ -10,11 +10,15 @@ from .cameras import pose_of as pose_of
 from .cameras import quaternion_of as quaternion_of
 from .cameras import rotation_of as rotation_of
 from .drawing import ALL as ALL
+from .drawing import CHANNEL as CHANNEL
 from .drawing import CHANNELS as CHANNELS
+from .drawing import DATA as DATA
 from .drawing import DEPTH as DEPTH
 from .drawing import LATENTS as LATENTS
+from .drawing import OPACITY as OPACITY
 from .drawing import RGB as RGB
 from .drawing import VIEWS as VIEWS
+from .drawing import Panel as Panel
 from .drawing import Sheet as Sheet
 from .drawing import arrange as arrange
 from .drawing import draw as draw
@@ -31,3 +35,5 @@ from .session import scale_for as scale_for
 from .subject import Followed as Followed
 from .subject import Subject as Subject
 from .subject import open_subject as open_subject
+from .truth import DataView as DataView
+from .truth import nearest as nearest

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,12 +13,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, to_uint8
+from igae.evaluation import Picture, depth_to_rgb, latent_to_rgb, psnr, to_uint8
 from igae.models import IGAE, Views
 
-RGB, LATENTS, CHANNELS, DEPTH, ALL = "decoded RGB", "latents", "latent channels", "depth", "side by side"
-VIEWS = {**{view: (view,) for view in (RGB, LATENTS, CHANNELS, DEPTH)}, ALL: (RGB, LATENTS, DEPTH)}
+RGB, LATENTS, CHANNEL, CHANNELS = "decoded RGB", "latents", "latent channel", "all latent channels"
+DEPTH, OPACITY, ALL, DATA = "depth", "opacity", "side by side", "compare with the data"
+TRUTH, ERROR = "ground truth", "difference"
+VIEWS: dict[str, tuple[str, ...]] = {view: (view,) for view in (RGB, LATENTS, CHANNEL, CHANNELS, DEPTH, OPACITY)}
+VIEWS |= {ALL: (RGB, LATENTS, DEPTH), DATA: (TRUTH, RGB, ERROR)}
 """What can be looked at -> the panels that show it."""
+AMPLIFIED = 4
+"""Factor of the differences that are shown."""
 LABEL, GAP, FONT = 20, 8, 13  # pixels of the screen: height of labels, between panels, size of letters
 LEAST = 4  # rows and columns of latents at least
 
@@ -42,9 +48,19 @@ class Drawn:
     image: Picture | None
 
 
-def views_of(model: IGAE) -> list[str]:
+class Panel(NamedTuple):
+    """A picture (None: an empty place) with its label, and whether its pixels stay squares when it is enlarged: images
+    get smooth, as a browser would show them."""
+
+    label: str
+    picture: Picture | None
+    square: bool = False
+
+
+def views_of(model: IGAE, has_data: bool) -> list[str]:
     """Those of VIEWS that a model has: latents of RGB scenes are their colors."""
-    return [RGB, DEPTH] if model.autoencoder.is_identity else list(VIEWS)
+    views = [RGB, DEPTH, OPACITY] if model.autoencoder.is_identity else [view for view in VIEWS if view != DATA]
+    return [*views, DATA] if has_data else views
 
 
 def is_decoded(view: str) -> bool:
@@ -94,33 +110,70 @@ def choose_threads(model: IGAE, scene: ShownScene, cam2world: Tensor, intrinsics
     return threads
 
 
-def panels(view: str, drawn: Drawn, scene: ShownScene, size: tuple[int, int]) -> list[Picture]:
-    """The panels of a view: latents, channels (a grid of them) and depth enlarged to the images' ``size`` (height,
-    width), and the decoded image as it is."""
-    shown: list[Picture] = []
+def panels(
+    view: str, drawn: Drawn, scene: ShownScene, size: tuple[int, int], channel: int = 0, truth: Picture | None = None
+) -> list[Panel]:
+    """The panels of a view: latents, depth and opacity enlarged to the images' ``size`` (height, width), and the
+    decoded image as it is.
+
+    Args:
+        channel: of the latents, where one is shown.
+        truth: the image of the data that is seen from this camera.
+    """
+    shown: list[Panel] = []
     for kind in VIEWS[view]:
         if kind == RGB:
-            assert drawn.image is not None
-            shown.append(drawn.image)
+            error = "" if truth is None else f", {psnr_of(drawn, truth):.1f} dB"
+            shown.append(Panel(RGB + error, drawn.image))
+        elif kind == TRUTH:
+            shown.append(Panel(TRUTH, truth))
+        elif kind == ERROR:
+            error = f"{ERROR}, {AMPLIFIED} times"
+            shown.append(Panel(error, None if truth is None else difference(_image_like(drawn, truth), truth)))
         elif kind == DEPTH:
-            shown.append(depth_to_rgb(drawn.depth[None], drawn.opacity[None], size)[0])
+            shown.append(Panel(kind, depth_to_rgb(drawn.depth[None], drawn.opacity[None], size)[0], True))
+        elif kind == OPACITY:
+            signed = 2 * drawn.opacity[None, None] - 1
+            gray = latent_to_rgb(signed, size, (torch.zeros(3), torch.full((3,), 0.5)))
+            shown.append(Panel(kind, gray[0], True))
         elif kind == LATENTS:
             channels = [i % len(scene.mean) for i in range(3)]
-            shown.append(latent_to_rgb(drawn.latents[None], size, (scene.mean[channels], scene.std[channels]))[0])
+            colors = latent_to_rgb(drawn.latents[None], size, (scene.mean[channels], scene.std[channels]))
+            shown.append(Panel(kind, colors[0], True))
         else:
             mean, std = (value[:, None, None, None] for value in (scene.mean, scene.std.clamp_min(1e-12)))
-            cells = latent_to_rgb((drawn.latents[:, None] - mean) / std, size, (torch.zeros(3), torch.ones(3)))
-            columns = math.ceil(math.sqrt(len(cells)))
-            cells = np.concatenate([cells, np.full((-len(cells) % columns, *size, 3), 255, np.uint8)])
-            grid = cells.reshape(-1, columns, *size, 3).transpose(0, 2, 1, 3, 4)
-            shown.append(grid.reshape(-1, columns * size[1], 3))
+            gray = latent_to_rgb((drawn.latents[:, None] - mean) / std, size, (torch.zeros(3), torch.ones(3)))
+            chosen = range(len(gray)) if kind == CHANNELS else [min(max(channel, 0), len(gray) - 1)]
+            shown += [Panel(f"{i + 1}", gray[i], True) for i in chosen]
     return shown
 
 
-def side_by_side(pictures: Sequence[Picture]) -> Picture:
-    """Panels of a view as one picture without labels, to be saved."""
-    height = max(picture.shape[0] for picture in pictures)
-    return np.concatenate([_resize(p, (height, round(p.shape[1] * height / p.shape[0])), True) for p in pictures], 1)
+def psnr_of(drawn: Drawn, truth: Picture) -> float:
+    """PSNR in dB of a decoded image against the data's."""
+    images = torch.from_numpy(np.stack([_image_like(drawn, truth), truth])).float()
+    return float(psnr(images[:1], images[1:], 255.0))
+
+
+def difference(image: Picture, truth: Picture) -> Picture:
+    """Absolute differences, AMPLIFIED: black where there is none."""
+    found: Picture = np.abs(image.astype(np.int16) - truth) * AMPLIFIED
+    return found.clip(0, 255).astype(np.uint8)
+
+
+def _image_like(drawn: Drawn, truth: Picture) -> Picture:
+    assert drawn.image is not None
+    return _resize(drawn.image, truth.shape[:2], False)
+
+
+def side_by_side(shown: Sequence[Panel]) -> Picture:
+    """Panels of a view as one picture without labels, to be saved: up to three in a row, more in a square."""
+    height, width = (max(panel.picture.shape[i] for panel in shown if panel.picture is not None) for i in (0, 1))
+    blank = np.full((height, width, 3), 255, np.uint8)
+    cells = [blank if panel.picture is None else _resize(panel.picture, blank.shape[:2], True) for panel in shown]
+    columns = len(cells) if len(cells) <= 3 else math.ceil(math.sqrt(len(cells)))
+    cells += [blank] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows)
 
 
 @dataclass
@@ -138,19 +191,18 @@ class Sheet:
         return next(inside, None)
 
 
-def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: tuple[int, int], most: int) -> Sheet:
-    """Lay out pictures of one shape on white, as large as they fit into a window, with labels if there are several.
+def arrange(shown: Sequence[Panel], window: tuple[int, int], most: int) -> Sheet:
+    """Lay out panels of one shape on white, as large as they fit into a window, with labels if there are several.
 
     Args:
-        pictures: None is an empty cell.
-        labels: cut off where they are too long.
+        shown: labels are cut off where they are too long.
         window: (height, width) in pixels of the screen; the sheet has its aspect ratio.
         most: pixels of the sheet's longer side; the page enlarges what it gets.
     """
     reduced = min(1.0, most / max(window))
     height, width = (max(1, round(side * reduced)) for side in window)
-    shape = next((picture.shape[:2] for picture in pictures if picture is not None), (1, 1))
-    count, several = len(pictures), len(pictures) > 1
+    shape = next((panel.picture.shape[:2] for panel in shown if panel.picture is not None), (1, 1))
+    count, several = len(shown), len(shown) > 1
     label, gap = (round(size * reduced) if several else 0 for size in (LABEL, GAP))
 
     def side(columns: int) -> float:
@@ -165,18 +217,16 @@ def arrange(pictures: Sequence[Picture | None], labels: Sequence[str], window: t
     canvas = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(1, FONT * reduced))
     cells = []
-    for i, picture in enumerate(pictures):
+    for i, (text, picture, square) in enumerate(shown):
         spare = columns * rows - count if i // columns == rows - 1 else 0  # the last row is in the middle
         x = left + i % columns * (w + gap) + spare * (w + gap) // 2
         y = top + i // columns * (h + gap + label) + label
         if picture is None:
             pen.rectangle((x, y, x + w - 1, y + h - 1), fill="#eeeeee")
         else:
-            # Latents stay squares; images get smooth, as a browser would show them.
-            canvas.paste(Image.fromarray(_resize(picture, (h, w), labels[i] in (LATENTS, CHANNELS, DEPTH))), (x, y))
+            canvas.paste(Image.fromarray(_resize(picture, (h, w), square)), (x, y))
         if label:
-            text = _fit(labels[i], font, w)
-            pen.text((x + w / 2, y - label / 4), text, fill="#333333", font=font, anchor="ms")
+            pen.text((x + w / 2, y - label / 4), _fit(text, font, w), fill="#333333", font=font, anchor="ms")
         cells.append((x / width, (y - label) / height, (x + w) / width, (y + h) / height))
     return Sheet(np.asarray(canvas), cells)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import viser
 
 MAX_PAGES = 32
+WARM_UP = 30.0
+"""Seconds at most in which the first scene is read and drawn before a page can be opened: its picture comes at once."""
 log = logging.getLogger("igae")
 
 
@@ -45,7 +47,7 @@ class Viewer:
         _check_address(host, port)
         self.subject = followed.subject
         self.sessions: dict[int, Session] = {}
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._wake, self._stop, self._ready = threading.Event(), threading.Event(), threading.Event()
         self._server = _start(host, port)
         camera = self._server.initial_camera
         camera.position = self.subject.front[:3, 3].numpy()
@@ -58,6 +60,7 @@ class Viewer:
             self._threads.append(threading.Thread(target=self._follow, args=(followed, poll), daemon=True))
         for thread in self._threads:
             thread.start()
+        self._ready.wait(WARM_UP)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.get_port()}"
 
@@ -68,6 +71,8 @@ class Viewer:
             self._server.stop()
         for thread in self._threads:
             thread.join(10)
+        if self.subject.truth is not None:
+            self.subject.truth.close()
 
     def _connect(self, client: "viser.ClientHandle") -> None:
         if len(self.sessions) >= MAX_PAGES:
@@ -86,13 +91,14 @@ class Viewer:
     def _draw(self) -> None:
         more, threads, measured = False, torch.get_num_threads(), None
         while not self._stop.is_set():
+            if measured is not self.subject:
+                measured = self.subject
+                with contextlib.suppress(ValueError, OSError, RuntimeError):  # drawing tells it
+                    measured.choose_threads(threads)
+                self._ready.set()
             self._wake.wait(0.05 if more else 1.0)
             self._wake.clear()
             more = False
-            if self.sessions and measured is not self.subject:
-                measured = self.subject
-                with contextlib.suppress(ValueError, OSError):  # drawing tells it
-                    measured.choose_threads(threads)
             for session in list(self.sessions.values()):
                 try:
                     if session.subject is not self.subject:

@@ -2,6 +2,7 @@
 """The model that is shown, with its scenes: of a checkpoint, an export, or the newest checkpoint of a run."""
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from igae.evaluation import Picture
 from igae.export import find_model, load_trained
 from igae.models import IGAE
 from igae.viewer.cameras import angle_of, lens_of
-from igae.viewer.drawing import ShownScene, choose_threads, draw
+from igae.viewer.drawing import ShownScene, choose_threads, draw, psnr_of
+from igae.viewer.truth import Truth
 
 ELEVATION = 0.4
+MEASURED = 4
+"""Held-out views of a scene, spread evenly, that its PSNR is the mean of."""
 log = logging.getLogger("igae")
 
 
@@ -26,7 +30,9 @@ class Subject:
     """A model on its device, and its scenes, which are read when they are first asked for.
 
     ``title`` names the model; ``distance`` (from the origin) and ``angle`` (vertical angle of view in degrees) are
-    those of a camera like the data's. ``scenes`` are those in memory, ``thumbnails`` those that were drawn, by name.
+    those of a camera like the data's. ``truth`` has the views of the data, where it is known where they are. By name:
+    ``scenes`` are those in memory, ``thumbnails`` those that were drawn, ``psnr`` in dB those that were measured (NaN:
+    a scene without held-out views).
     """
 
     title: str
@@ -35,12 +41,14 @@ class Subject:
     distance: float
     angle: float
     _rows: Callable[[str], Tensor]
+    truth: Truth | None = None
     kept: int = 32
     """Scenes whose planes stay in memory."""
     kept_thumbnails: int = 1000
 
     def __post_init__(self) -> None:
         self.thumbnails: dict[str, Picture] = {}
+        self.psnr: dict[str, float] = {}
         self.scenes: OrderedDict[str, ShownScene] = OrderedDict()
         self._lock = Lock()
 
@@ -62,6 +70,25 @@ class Subject:
         if len(self.thumbnails) >= self.kept_thumbnails:
             del self.thumbnails[next(iter(self.thumbnails))]
         self.thumbnails[name] = image
+
+    def measure(self, name: str, then: Callable[[], None]) -> bool:
+        """Measure a scene's PSNR: decoded renders against held-out views. False: these are still to be read, and
+        ``then`` is called when they are there. Raises as :meth:`scene`."""
+        views = self.truth.views(name, "heldout", then) if self.truth else []
+        if views is None:
+            return False
+        scene, count = self.scene(name), min(MEASURED, len(views))
+        errors = []
+        for view in (views[i * len(views) // count] for i in range(count)):
+            drawn = draw(self.model, scene, view.camera.cam2world, view.camera.intrinsics)
+            errors.append(psnr_of(drawn, view.image))
+        self.psnr[name] = sum(errors) / len(errors) if errors else math.nan
+        return True
+
+    def label(self, name: str) -> str:
+        """A scene's name, with its PSNR where that was measured."""
+        error = self.psnr.get(name, math.nan)
+        return name if math.isnan(error) else f"{name} · {error:.1f} dB"
 
     def choose_threads(self, most: int) -> int:
         """See :func:`igae.viewer.drawing.choose_threads`."""
@@ -85,11 +112,12 @@ class Subject:
             return self.scenes[name]
 
 
-def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> Subject:
+def open_subject(where: str, overrides: Sequence[str], device: torch.device, truth: Truth | None = None) -> Subject:
     """Read the model of a checkpoint or an export.
 
     Args:
         overrides: ``key=value``, of what is elsewhere now than the checkpoint's configuration says (``data.root``).
+        truth: views that were read before, for a model of the same data.
 
     Raises:
         ValueError: it is missing or damaged, or its data or autoencoder can't be found.
@@ -98,7 +126,9 @@ def open_subject(where: str, overrides: Sequence[str], device: torch.device) -> 
     model, (distance, focal) = trained.model.to(device), trained.camera
     size = (model.plain.shape[2], model.plain.shape[3])
     rows = lambda name: trained.rows([name])[0]  # noqa: E731
-    return Subject(trained.title, model, trained.names, distance, angle_of(focal, size), rows)
+    if trained.data and trained.manifest and not (truth and truth.is_of(trained.manifest)):
+        truth = Truth(trained.data, trained.manifest)
+    return Subject(trained.title, model, trained.names, distance, angle_of(focal, size), rows, truth)
 
 
 class Followed:
@@ -126,7 +156,7 @@ class Followed:
                 self._broken = ""
             if found in (self._shown, self._broken):
                 return None
-            self.subject = open_subject(found, self._overrides, self._device)
+            self.subject = open_subject(found, self._overrides, self._device, self.subject.truth)
             self._shown, self._broken, self._said = found, "", ""
             return self.subject
         except (ValueError, OSError, RuntimeError) as error:

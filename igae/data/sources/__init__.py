@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input formats: raw data as users have it.
 
-A new format is a module of this folder with `UNIT_BOX`, `is_scene` and `read` (see `scene.SourceFormat`) and a line in
-`FORMATS`.
+A format has `UNIT_BOX`, `is_scene` and `read` (see `scene.SourceFormat`): a module of this folder with a line in
+`FORMATS`, or what an installed package has as an entry point of `igae.formats`.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
 
+from igae.config import plug_in
 from igae.data.columns import name_problem
 from igae.data.config import Convention
 from igae.data.manifest import unknown_category
@@ -29,9 +32,16 @@ FORMATS: dict[str, SourceFormat] = {
     "co3d": co3d,
     "eg3d": eg3d,
 }
-"""The first to which a folder is a scene reads it."""
 DEPTH = 4
 """Folders below the given one that are looked at."""
+
+
+@functools.cache
+def formats() -> dict[str, SourceFormat]:
+    """All formats, those of installed packages last; the first to which a folder is a scene reads it. ValueError: one
+    can't be imported."""
+    names = sorted(entry_points(group="igae.formats").names - FORMATS.keys())
+    return FORMATS | {name: plug_in("formats", name) for name in names}
 
 
 def find_scenes(
@@ -47,7 +57,7 @@ def find_scenes(
         root: folder, zip file or URL of the data set.
         subset: folder below `root` that has the scenes' folders.
         categories: category -> [start, stop) in its list; None: all scenes.
-        format: key of `FORMATS`; None: by content.
+        format: key of `formats()`; None: by content.
         convention: of the scenes' matrices; None: as the format has it.
 
     Returns:
@@ -60,8 +70,8 @@ def find_scenes(
     folder = join(root, subset) if subset else root
     lists, places = igae_data.read_lists(root), dict[str, tuple[str, str]]()
     if lists is None:
-        formats = FORMATS if format is None else {format: FORMATS[format]}
-        dataset, known, places = _search(root, folder, formats)
+        chosen = formats() if format is None else {format: formats()[format]}
+        dataset, known, places = _search(root, folder, chosen)
     else:
         dataset, known = lists.dataset, lists.categories
     # The most specific category of a scene is the shortest list that has it.
@@ -146,6 +156,6 @@ def read_scene(ref: SceneRef) -> Sequence[View]:
         BadInput: what is wrong with it, with its name.
     """
     try:
-        return move(FORMATS[ref.format].read(ref.folder), ref.convention, ref.normalization)
+        return move(formats()[ref.format].read(ref.folder), ref.convention, ref.normalization)
     except BadInput as error:
         raise BadInput(f"scene {ref.name!r}: {error}") from error

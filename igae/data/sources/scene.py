@@ -34,7 +34,7 @@ class SceneRef:
 
     Attributes:
         folder: path or URL.
-        format: key of `igae.data.sources.FORMATS`.
+        format: key of `igae.data.formats()`.
         convention: of the matrices in its files; None: as its format has it.
         normalization: of its cameras; None: they stay as they are.
     """
@@ -93,7 +93,7 @@ def _intrinsics(lens: tuple[tuple[str, float | str], ...], size: tuple[int, int]
 
 
 class SourceFormat(Protocol):
-    """An input format: a module of this folder with these names."""
+    """An input format: a module, or an object, with these names."""
 
     UNIT_BOX: bool
     """Its scenes are in the box of side 1 around the origin, so that their cameras stay as they are by default."""

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The views of the data that the viewer compares with: against the source's files, and by the export's renders."""
+
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scene_files import over_white
+from view_models import CPU, NAMES, Made
+
+from igae.export import Export
+from igae.viewer import DATA, Camera, draw, lens_of, nearest, open_subject, panels
+
+LENS = lens_of(50, (16, 16))
+
+
+def decibels(image: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
+    """PSNR by its definition."""
+    return 10 * math.log10(255**2 / np.square(image.astype(float) - truth).mean())
+
+
+def test_the_data_beside_the_model(viewed: Made) -> None:
+    """Views of the data as they were packed, and what the evaluation says of them."""
+    for subject in (
+        open_subject(str(viewed.newer), viewed.overrides, CPU),
+        open_subject(str(viewed.export), viewed.overrides, CPU),
+    ):
+        truth, waiting = subject.truth, threading.Event()
+        assert truth is not None
+        counts = {}
+        for name in NAMES:
+            for split in ("heldout", "train"):
+                while (views := truth.views(name, split, waiting.set)) is None:
+                    assert waiting.wait(30)
+                    waiting.clear()
+                counts[name, split] = len(views)
+                assert [view.place for view in views] == list(range(len(views)))
+        assert [counts[name, "train"] for name in NAMES] == [11, 4, 1, 18]
+        assert [counts[name, "heldout"] for name in NAMES] == [1, 1, 0, 2]
+        views = truth.views("scene_0", "train", waiting.set) or truth._read("scene_0", "train")
+        # The source's images, over white, in its order; its first tenth is held out.
+        transforms = json.loads((viewed.source / "scene_0/transforms_opencv.json").read_text())
+        for view, frame in zip(views, transforms["frames"][1:], strict=True):
+            assert np.abs(view.image - over_white(viewed.source / "scene_0" / frame["file_path"])).max() <= 1
+            torch.testing.assert_close(
+                view.camera.cam2world, torch.tensor(frame["transform_matrix"]).double(), atol=1e-6, rtol=0
+            )
+        for view in views:
+            other = Camera(view.camera.cam2world.clone(), LENS)
+            other.cam2world[:3, 3] *= 3  # from further away in the same direction
+            assert nearest(views, other) is view
+        assert truth.views("nobody", "train", waiting.set) in ([], None)
+        for name in NAMES:
+            while not subject.measure(name, waiting.set):
+                assert waiting.wait(30)
+        assert math.isnan(subject.psnr["scene_2"]) and subject.label("scene_2") == "scene_2"
+        assert subject.label("scene_0") == f"scene_0 · {subject.psnr['scene_0']:.1f} dB"
+        (view,) = truth.views("scene_0", "heldout", waiting.set) or truth._read("scene_0", "heldout")
+        rendered = Export(str(viewed.export)).scene("scene_0").image(view.camera.cam2world, view.camera.intrinsics)
+        expected = decibels(rendered[0].numpy(), view.image)
+        assert subject.psnr["scene_0"] == pytest.approx(expected, abs=1e-3)
+        drawn = draw(subject.model, subject.scene("scene_0"), views[0].camera.cam2world, views[0].camera.intrinsics)
+        first, second, third = panels(DATA, drawn, subject.scene("scene_0"), (16, 16), truth=views[0].image)
+        assert first.picture is views[0].image and drawn.image is not None
+        error = np.abs(drawn.image.astype(int) - views[0].image)
+        assert np.array_equal(third.picture, np.minimum(4 * error, 255))
+        assert second.label == f"decoded RGB, {decibels(drawn.image, views[0].image):.1f} dB"
+        truth.close()
+    assert open_subject(str(viewed.export), [], CPU).truth is None
