@@ -28,6 +28,8 @@ quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 	@echo "  $(RUN)/metrics.json    metrics at the end"
 	@echo "  $(RUN)/metrics.jsonl   metrics during training"
 
+# Hundreds of processes begin in the tests: none has to compile igae, or tests, again.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from object_files import BadMesh, Neighbours
 from object_parts import CLAMP, MIRROR, REPEAT, Material, Part, Sampler, transformed
 from PIL import Image
-from trimesh.transformations import quaternion_matrix
-from trimesh.visual.gloss import specular_to_pbr
 
 TRIANGLES, STRIP, FAN = 4, 5, 6
 NEAREST = 9728
@@ -57,10 +55,14 @@ def _extension(element: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _placed(translation: Any = (0, 0, 0), rotation: Any = (0, 0, 0, 1), scale: Any = (1, 1, 1)) -> Matrices:
     """[4, 4] of a translation, a quaternion (x, y, z, w) and a scale."""
-    x, y, z, w = rotation
-    matrix = quaternion_matrix([w, x, y, z]) @ np.diag([*scale, 1.0])
+    *axis, w = np.asarray(rotation, dtype=np.float64)
+    cross, square = np.cross(axis, np.eye(3)).T, np.dot(rotation, rotation)
+    matrix = np.eye(4)
+    if square > 0:
+        matrix[:3, :3] += 2 / square * (w * cross + cross @ cross)
+    matrix[:3, :3] *= scale
     matrix[:3, 3] = translation
-    return np.asarray(matrix, dtype=np.float64)
+    return matrix
 
 
 def _worlds(file: GltfFile) -> list[Matrices]:
@@ -244,6 +246,8 @@ def _glossy(file: GltfFile, place: str, gloss: dict[str, Any]) -> tuple[Any, Ima
         raise BadMesh(
             f"{GLOSS} of its {place} has two textures that lie differently: convert it to metal and roughness"
         )
+    from trimesh.visual.gloss import specular_to_pbr  # takes a second, and few files need it
+
     images = {key: _image(file, value) if key.endswith("Texture") else value for key, value in gloss.items()}
     read = specular_to_pbr(**images)
     return read.get("baseColorFactor", (1.0,) * 4), read.get("baseColorTexture"), textures[0] if textures else None

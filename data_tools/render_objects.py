@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def start_worker(job: Job) -> Callable[[Mesh, ProgressCallback], int]:
     try:
         from object_meshes import load
         from object_renderer import Renderer
+
+        if find_spec("trimesh") is None:  # it is imported where a mesh needs it
+            raise ImportError("No module named 'trimesh'")
     except ImportError as error:
         raise ValueError(f"{error}: run pip install -e '.[objects]'") from None
     renderer = Renderer(job.size, job.supersample)

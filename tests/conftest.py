@@ -22,6 +22,26 @@ settings.register_profile("igae", deadline=None)  # the first example pays for i
 settings.load_profile("igae")
 
 
+SLOW = (
+    "cuda_build",
+    "cuda_emulated",
+    "docs",
+    "fit",
+    "hosts",
+    "kill",
+    "launch",
+    "power_cut",
+    "ranks_equal",
+    "resharding",
+)
+SLOW += ("run_faults", "slurm", "speed", "system_faults", "tiers_runs", "training")
+"""Files of about a minute: they begin first, so that none of them is alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+
+
 @pytest.fixture(scope="session")
 def viewed(tmp_path_factory: pytest.TempPathFactory) -> "Made":
     """Models to look at: a small run and its export."""

@@ -145,7 +145,7 @@ TABLE: dict[str, How] = {
     "scancel *": CoveredBy("test_slurm.py::test_two_machines_save_at_signals_and_go_on"),
     "docker build *": Left("needs Docker and a network; tests/test_cluster_files.py reads the Dockerfile"),
     "kubectl apply *": Left("needs a cluster; tests/test_hosts.py starts what the manifest says"),
-    "python train.py": CoveredBy("test_training.py::test_a_signal_saves_and_exits_with_0"),
+    "python train.py": CoveredBy("test_training.py::test_signals_save_and_it_exits_with_0"),
     # -- the environment
     "pip install *": INSTALLS,
     "python -m pip install *": INSTALLS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = (
     "igae python python3 pip make accelerate torchrun pytest ruff mypy sbatch squeue scancel srun docker kubectl ssh "
     "scp rsync hf git cd export curl wget sh bash source apt-get tensorboard wandb aws gsutil gcloud nvidia-smi "

@@ -110,8 +110,11 @@ def compiled(source: Path, defines: dict[str, int], folder: Path) -> Path:
     path = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.with_suffix(".cpp").write_text(text)
-        options = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC")
-        run("g++", *options, str(path.with_suffix(".cpp")), "-o", str(path))
+        # -O0 compiles in half the time and runs four times as long; <cmath> of C++17 takes twice as long as that of 14.
+        options = ("-std=c++14", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC")
+        # Conversions of float16 in hardware give the same bits; in software they are most of the time of a kernel.
+        half = ["-mf16c"] if " f16c " in Path("/proc/cpuinfo").read_text() else []
+        run("g++", *options, *half, str(path.with_suffix(".cpp")), "-o", str(path))
     return path
 
 

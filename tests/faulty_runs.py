@@ -52,7 +52,6 @@ def use_forks() -> None:
     """Fork processes from this one, which has the slow imports behind it and must not have started threads."""
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401
     import s3fs  # noqa: F401
-    import torchmetrics.image  # noqa: F401
 
     import igae.cli.train  # noqa: F401
     import igae.training.fit

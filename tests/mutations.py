@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-COUNT = int(os.environ.get("IGAE_FUZZ", "1000"))
+COUNT = int(os.environ.get("IGAE_FUZZ", "300"))
 """Mutations of each fuzzer."""
 SECONDS = 5.0
 """Of CPU for one mutation, at most."""

@@ -133,3 +133,14 @@ def test_old_keys_are_accepted_with_their_new_names(tmp_path: Path) -> None:
         assert "plane_optimizer" not in train
         assert done.stderr.count("the key plane_optimizer is always exact now: remove it") == 1
         assert "the key photos is called natural_images now" in done.stderr
+
+
+def test_what_is_slow_to_import_is_left_out() -> None:
+    code = (
+        "from igae.models import import_diffusers; import_diffusers()\n"
+        "from diffusers import AutoencoderKL; from igae.training import Fit, Trainer\n"
+        "import sys\n"
+        "assert AutoencoderKL.__name__ and not {'scipy', 'transformers', 'torchmetrics'} & set(sys.modules)\n"
+        "import transformers, scipy.stats"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -177,6 +177,11 @@ def camera(model: IGAE) -> Views:
     )
 
 
+def chosen(file: Path) -> bool:
+    """A fifth of the mutations: a model takes ten times as long as all else."""
+    return zlib.crc32(file.read_bytes()) % 5 == 0
+
+
 def check_render(model: IGAE, rows: torch.Tensor) -> None:
     """What is rendered is finite; not where that takes long."""
     options = model.options
@@ -210,7 +215,8 @@ def test_exports(tmp_path: Path) -> None:
         found = export.rows(export.names)
         assert found.shape == (len(export.names), *export.planes.row_shape)
         assert export.autoencoder.create and len(export.normalization(export.names[0])) == 4
-        check_render(export.model, found[:1])
+        if chosen(root / "igae.json"):
+            check_render(export.model, found[:1])
 
     assert fuzz("export", whole, tmp_path, read, finish, change=change_tensors) > 0.2 * COUNT
 
@@ -282,9 +288,8 @@ def test_recipes(tmp_path: Path) -> None:
         recipe = load(Recipe, root / "recipe.yaml", search=[root])
         assert load(Recipe, "saved", saved=dump(recipe)) == recipe
         planes = recipe.planes
-        chosen = zlib.crc32((root / "recipe.yaml").read_bytes()) % 5 == 0  # a model takes ten times as long
         small = max(planes.resolution, planes.features, planes.base_planes) <= 64
-        if chosen and small and recipe.autoencoder.create:
+        if small and recipe.autoencoder.create and chosen(root / "recipe.yaml"):
             model = IGAE.from_recipe(recipe, (16, 16), losses=False)
             check_render(model, torch.zeros(1, *planes.row_shape))
 

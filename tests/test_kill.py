@@ -13,9 +13,9 @@ import runs
 
 from igae import checkpoint
 
-KILLS = int(os.environ.get("IGAE_KILLS", "8"))
+KILLS = int(os.environ.get("IGAE_KILLS", "5"))
 TIMEOUT = 20
-SHORT = ["checkpoint.every=3", f"train.timeout={TIMEOUT}"]
+SHORT = ["checkpoint.every=2", f"train.timeout={TIMEOUT}"]
 STOP_WITHIN = TIMEOUT + 10.0
 """Seconds in which ranks that have lost another one end by themselves. Measured: 0.3, and all of `train.timeout` where
 it died before they were connected."""
@@ -24,7 +24,7 @@ it died before they were connected."""
 @pytest.mark.parametrize("world", [1, 2])
 def test_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     recipe = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
-    epochs = [f"train.{stage}.epochs={2 * world}" for stage in ("warmup", "joint")]  # 2 N epochs have as many steps
+    epochs = [f"train.{stage}.epochs={world}" for stage in ("warmup", "joint")]  # N epochs have as many steps
 
     def start(name: str) -> ranks.Ranks:
         arguments = [recipe, f"experiment={name}", *SHORT, *epochs]
@@ -73,4 +73,4 @@ def test_kills_change_no_bit(tmp_path: Path, world: int) -> None:
             assert good, (codes, (tmp_path / "killed.log").read_text())
             assert time.monotonic() - began < STOP_WITHIN
     # The kills were spread over the run, not all before its first checkpoint.
-    assert len(resumed_in) >= 3, resumed_in
+    assert len(resumed_in) >= 2, resumed_in

@@ -17,7 +17,7 @@ from igae import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "launch" / "accelerate"
-SHORT = ["train.warmup.epochs=1", "train.joint.epochs=1"]
+SHORT = ["train.warmup.epochs=0.25", "train.joint.epochs=0.5"]
 
 
 @pytest.fixture
@@ -33,11 +33,7 @@ def accelerate(file: str, world: int, *arguments: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("file", "strategy"),
-    [
-        ("ddp.yaml", "DDP"),
-        ("zero2.yaml", "DeepSpeed ZeRO-2"),
-        ("fsdp2.yaml", "FSDP2"),
-    ],
+    [("zero2.yaml", "DeepSpeed ZeRO-2"), ("fsdp2.yaml", "FSDP2")],  # ddp.yaml: tests/test_hosts.py
 )
 def test_each_file_starts_its_strategy(tmp_path: Path, recipe: str, file: str, strategy: str) -> None:
     command = accelerate(file, 2, "--config", recipe, *SHORT)
@@ -57,18 +53,6 @@ def test_the_other_files_differ_in_the_stage_alone() -> None:
     assert sorted(stages) == [1, 2, 3] and stages[1] == stages[2] == stages[3]
 
 
-def test_more_ranks_than_scenes_are_refused_by_the_launch(tmp_path: Path, recipe: str) -> None:
-    began = time.monotonic()
-    command = accelerate("ddp.yaml", 2, "--config", recipe, "data.categories={toys: [0, 1]}")
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    sentence = "1 scenes with training views can't be shared by 2 processes, each of which needs one: start fewer"
-    # torchrun ends the others when it has seen one end: not all of them get to say it.
-    assert 1 <= done.stderr.count(f"error: {sentence}") <= 2, done.stderr
-    assert time.monotonic() - began < 90  # nearly all of it imports of processes
-    assert not (tmp_path / "outputs" / "run" / "checkpoints").exists()
-
-
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -81,7 +65,7 @@ def test_torchrun_goes_on_with_fewer_ranks(tmp_path: Path, recipe: str) -> None:
     command += ["--local_addr", "127.0.0.1", "--max_restarts", "3"]
     command += ["--rdzv_conf", "last_call_timeout=8,keep_alive_interval=2,keep_alive_max_attempt=4"]
     command += [str(ROOT / "train.py"), "--config", recipe, "train.warmup.epochs=0", "checkpoint.every=5"]
-    command += ["train.joint.epochs=25", "train.timeout=30"]
+    command += ["train.joint.epochs=10", "train.timeout=30"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     nodes = []
     for name in ("first", "second"):

@@ -20,8 +20,8 @@ from igae.ranks import Channel, rank, world_size
 from igae.scenes import SceneStore
 from igae.training import Engine, RankData, Recipe, Stage, StageState
 
-STEPS = 20
-POISONED = 7
+STEPS = 8
+POISONED = 3
 
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:
@@ -117,7 +117,7 @@ def train(
         natural_batches = [
             torch.cat(natural_batches[i : i + accumulate]) for i in range(0, len(natural_batches), accumulate)
         ]
-    stage.refresh_every = 10
+    stage.refresh_every = 4
     stage.streams = {"views": Fixed(view_batches), "natural_images": Fixed(natural_batches)}
     channel, norms = Channel(), {}
     start = {name: value.clone() for name, value in model.named_parameters()}
@@ -193,7 +193,7 @@ def alone(folder: Path) -> dict[int, dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("strategy", "world"),
-    [("ddp", 2), ("ddp", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 3)],
+    [("ddp", 3), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("fsdp2", 3)],  # two under ddp and fsdp2: below
 )
 def test_ranks_compute_what_one_rank_computes(
     folder: Path, alone: dict[int, dict[str, Tensor]], strategy: str, world: int

@@ -237,7 +237,7 @@ def test_meshes_behind_links_and_home(meshes, tmp_path):
 def test_refusals_are_one_sentence(rendered, meshes, tmp_path):
     output, root = rendered[0], meshes[0]
     before, new = contents(output), ("--output", tmp_path / "x")
-    (tmp_path / "trimesh.py").write_text("raise ModuleNotFoundError('no trimesh')")
+    (tmp_path / "moderngl.py").write_text("raise ModuleNotFoundError('no moderngl')")
     (tmp_path / "000-001").mkdir()
     shutil.copy(root / "000-001" / "tower.glb", tmp_path / "000-001" / "tower.glb")
     for arguments, variables, sentence in [

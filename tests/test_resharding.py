@@ -16,7 +16,7 @@ from torch import Tensor
 from igae import config
 from igae.training import Recipe, Stage, StageName, Trainer
 
-EPOCHS = 40
+EPOCHS = 20
 
 
 class Watched(Trainer):
@@ -97,7 +97,7 @@ def test_resharding(tmp_path: Path, chain: list[tuple[int, str]]) -> None:
     before: list[dict[str, Any]] = []
     ends: list[int] = []
     for number, (world, strategy) in enumerate(chain):
-        results = ranks.run(train_on, world, recipe, strategy, 8.0 * (number + 1))
+        results = ranks.run(train_on, world, recipe, strategy, 8.0 + 3 * number)
         if before:
             old, new = together(before, "end"), together(results, "start")
             assert old.keys() == new.keys()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel does all that a checkout does: built, installed into an empty environment, run from an empty folder."""
+"""The wheel, built from the source distribution, does all that a checkout does: installed into an empty environment,
+run from an empty folder. An index takes both."""
 
 import os
 import shutil
@@ -27,9 +28,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"  # a copy: setuptools leaves files where it builds
     kept = ("igae", "configs", "data_tools", "launch", "setup.py", "setup.cfg", "README.md", "LICENSE")
     shutil.copytree(ROOT, source, ignore=lambda path, names: [n for n in names if path == str(ROOT) and n not in kept])
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    subprocess.run([*build, str(source)], check=True, cwd=folder)
-    [wheel] = folder.glob("igae-*.whl")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(build, check=True, cwd=folder)
+    made = [*folder.glob("igae-*.tar.gz"), *folder.glob("igae-*.whl")]
+    assert len(made) == 2
+    subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *made], check=True)
+    wheel = made[1]
     made = folder / "venv"
     venv.create(made, with_pip=False, symlinks=True)
     [packages] = made.glob("lib/python*/site-packages")

@@ -77,6 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
     # torch's own modules use names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
+    from igae.models import import_diffusers
+
+    import_diffusers()
     from igae.training import Fit, Trainer
     from igae.viewer import try_to_write
 

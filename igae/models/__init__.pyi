@@ -9,6 +9,7 @@ from .config import AutoencoderConfig as AutoencoderConfig
 from .config import LossWeights as LossWeights
 from .head import PatchHead as PatchHead
 from .igae import IGAE as IGAE
+from .importing import import_diffusers as import_diffusers
 from .losses import LossInputs as LossInputs
 from .losses import coverage_bounds as coverage_bounds
 from .lpips import LPIPS as LPIPS
