@@ -16,6 +16,7 @@ from .recipe import StageConfig as StageConfig
 from .recipe import StageName as StageName
 from .recipe import TrackingConfig as TrackingConfig
 from .run_folder import lock_run as lock_run
+from .run_folder import read_metrics as read_metrics
 from .speed import Speed as Speed
 from .speed import choose_speed as choose_speed
 from .stage import Stage as Stage
