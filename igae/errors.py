@@ -119,14 +119,14 @@ def progress(label: str, total: int | None, unit: str, items: Iterable[T] = (), 
         total: what there is to do, in units such as "views".
         more: further arguments of tqdm.
     """
-    terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt} of {total_fmt} {unit}, elapsed {elapsed}, ETA {remaining}{postfix}"
     looks: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2}
-    if not terminal:
+    if not (terminal := sys.stderr.isatty()):
         looks = {"file": _Lines(), "delay": QUIET, "mininterval": EVERY, "bar_format": line}
     more = {"leave": False, "miniters": 1, "smoothing": 0, "disable": rank() > 0, "unit": unit, **looks, **more}
     bar = tqdm(items, label, total, **more)
-    bar.last_print_t *= terminal  # without one the first line waits for QUIET alone
+    if not terminal:
+        bar.last_print_t = 0.0  # the first line waits for QUIET alone
     return bar
 
 

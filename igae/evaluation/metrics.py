@@ -17,7 +17,7 @@ VIEWS = {
     "latent": ("rendered latents", "encoded latents, both normalized"),
     "rgb": ("decoded renders", "views"),
     "ae": ("autoencoded images", "views"),
-    "rgb_ae": ("decoded renders", "autoencoded images"),
+    "rgb_ae": ("decoded renders against autoencoded images", "autoencoded images"),
 }
 COMPARISONS = {
     **{f"heldout/{name}": (f"{what}, held-out views", target) for name, (what, target) in VIEWS.items()},

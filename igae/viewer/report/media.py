@@ -49,7 +49,8 @@ class Example:
 def examples(folder: Path) -> list[Example]:
     """Views of the best, the median and the worst scene; those that can be read."""
     found: dict[str, Example] = {}
-    for path in _own(folder, [folder / EXAMPLES / f"{name}.png" for name in ORDER]):
+    paths = _own(folder, [folder / EXAMPLES / f"{name}.png" for name in ORDER])
+    for path in progress("converting examples", len(paths), "files", paths):
         with suppress(*BROKEN), Image.open(path, formats=["PNG"]) as image:
             labels = {str(name): str(text) for name, text in getattr(image, "text", {}).items()}
             columns = labels.get("columns", "").split(", ")[:MAX_COLUMNS]
@@ -133,7 +134,7 @@ def _picture(path: Path) -> bytes | None:
 
 
 def _webp(image: Image.Image) -> bytes:
-    for more in ({"lossless": True}, {"quality": 90}):
+    for more in ({"lossless": True, "method": 1}, {"quality": 90}):
         data = io.BytesIO()
         image.convert("RGB").save(data, "WEBP", **more)
         if data.tell() <= LOSSLESS:
