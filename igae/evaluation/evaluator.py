@@ -81,8 +81,8 @@ class Evaluator:
         in_order = data.model_copy(update={"shuffle": 0})
         loader = view_loader(in_order, manifest, own, batch_size=CHUNK, split=split, repeat=False)
         loader.timeout = self.channel.timeout
-        total = math.ceil(sum(_count(scene, split) for scene in own) / CHUNK)
-        for batch in progress(f"reading {NAMES[split]} views", total, f"batches of {CHUNK}", loader):
+        count = math.ceil(sum(_count(scene, split) for scene in own) / CHUNK)
+        for batch in progress(f"reading {NAMES[split]} views", count, f"batches of {CHUNK}", loader):
             for i, scene in enumerate(batch.scene.tolist()):
                 if split == "train":
                     total, seen = sums.get(scene, (torch.zeros(()), 0))

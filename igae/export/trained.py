@@ -97,10 +97,10 @@ def data_root(data: DataConfig, origins: Mapping[Key, str]) -> str:
             f"{origin} has its data at {redact(data.root)}, a URL that is not asked because a file names it: add "
             "data.root=URL"
         )
-    if not is_url(data.root) and not Path(data.root).is_absolute() and not Path(data.root).exists():
+    if origin != COMMAND_LINE and not is_url(data.root) and not Path(data.root).exists() and data.root[:1] != "/":
         raise ValueError(
-            f"{origin or 'the recipe'} has its data at {data.root}, relative to the folder that the run was started "
-            f"in, and there is none in {Path.cwd()}: start from that folder, or say where they are, data.root=SHARDS"
+            f"{origin} has its data at {data.root}, relative to the folder that the run was started in, and they are "
+            f"not in {Path.cwd()}: start from that folder, or say where they are, data.root=SHARDS"
         )
     return data.root
 
