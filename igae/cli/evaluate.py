@@ -92,14 +92,18 @@ def evaluate(
     examples = evaluator.examples(model, store, of_scenes)
     if rank() == 0:
         write_results(folder, scenes, means, of_scenes, examples)
-        width = max(map(len, means), default=0)
-        log.info("%s", "\n".join(f"{name:{width}} {value:9.4f}  {METRICS[name]}" for name, value in means.items()))
         log.info("%d scenes: %s, %s", len(scenes), folder / JSON, folder / CSV)
-        log.info("%s", verdict(means))
-        for problem in problems(means):
-            log.warning("%s", problem)
+        _tell(means)
     engine.close()
     return means, of_scenes
+
+
+def _tell(means: dict[str, float]) -> None:
+    width = max(map(len, means), default=0)
+    log.info("%s", "\n".join(f"{name:{width}} {value:9.4f}  {METRICS[name]}" for name, value in means.items()))
+    log.info("%s", verdict(means))
+    for problem in problems(means):
+        log.warning("%s", problem)
 
 
 def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:

@@ -29,14 +29,14 @@ def write_results(
     folder: Path, scenes: Scenes, means: Means, of_scenes: dict[str, Means], examples: list[Example]
 ) -> None:
     """Write ``evaluation.json``, ``evaluation.csv`` and ``examples/*.png``, in the place of former ones."""
-    for old in (folder / EXAMPLES).glob("*.png"):
-        old.unlink()
-    for example in examples:
-        save_png(folder / EXAMPLES / f"{example.name}.png", example.picture, example.labels)
+    write_text(folder / JSON, json.dumps({"means": means, "scenes": of_scenes}, indent=1) + "\n")
     columns = [name for name in METRICS if any(name in metrics for metrics in of_scenes.values())]
     text = io.StringIO()
     table = csv.DictWriter(text, ["scene", "category", *columns], lineterminator="\n")
     table.writeheader()
     table.writerows({"scene": scene.name, "category": scene.category, **of_scenes[scene.name]} for scene in scenes)
     write_text(folder / CSV, text.getvalue())
-    write_text(folder / JSON, json.dumps({"means": means, "scenes": of_scenes}, indent=1) + "\n")
+    for old in (folder / EXAMPLES).glob("*.png"):
+        old.unlink()
+    for example in examples:
+        save_png(folder / EXAMPLES / f"{example.name}.png", example.picture, example.labels)
