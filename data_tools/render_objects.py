@@ -25,7 +25,6 @@ from typing import Any
 import fsspec
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the script's neighbors, however it was loaded
 
@@ -33,7 +32,7 @@ from make_demo import FOCAL, at_least, sphere_cameras  # noqa: E402
 from object_files import SUFFIXES, BadMesh, Mesh, find_meshes  # noqa: E402
 
 from igae.data import ItemFailed, ProcessPool, ProgressCallback, name_problem  # noqa: E402
-from igae.errors import Parser, command, end, redact, say  # noqa: E402
+from igae.errors import Parser, command, end, progress, redact, say  # noqa: E402
 
 FORMAT = 1
 TRANSFORMS = "transforms_opencv.json"
@@ -239,7 +238,7 @@ def render(arguments: argparse.Namespace) -> int:
     begin = time.perf_counter()
     rendered = views = there = 0
     damaged: list[str] = []
-    with tqdm(desc="rendering", total=len(meshes), unit="object", disable=None) as bar:
+    with progress("rendering", len(meshes), "objects") as bar:
 
         def refuse(mesh: Mesh, reason: object) -> None:
             damaged.append(f"{mesh.source}: {reason}")

@@ -48,23 +48,15 @@ def entry_point(kind: str, name: str) -> EntryPoint:
 
 
 def plug_in(kind: str, name: str) -> Any:
-    """What an installed package offers under a name. Names may be anybody's: nothing is imported but what the user has
-    installed and what its package declares.
-
-    Args:
-        kind: autoencoders, losses, formats or fields.
-
-    Raises:
-        ValueError: no installed package has it, or it can't be imported; the sentence says what is missing.
+    """What an installed package offers under a name, of autoencoders, losses, formats or fields. Names may be anybody's:
+    nothing else is imported. ValueError: no package has it, or it can't be imported; the sentence says what is missing.
     """
     point = entry_point(kind, name)
     try:
         return point.load()
     except Exception as error:  # of others' code
-        raise ValueError(
-            f"{point.value}, the entry point {name} in the group igae.{kind}, can't be imported "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        what = f"{point.value}, the entry point {name} in the group igae.{kind},"
+        raise ValueError(f"{what} can't be imported ({type(error).__name__}: {error})") from error
 
 
 class Section(BaseModel):
@@ -88,6 +80,17 @@ class Section(BaseModel):
     def origins(self) -> Mapping[Key, str]:
         """Of a configuration that was loaded: where its keys come from, a file or the command line. Not a setting."""
         return {}
+
+    @cached_property
+    def changes(self) -> Mapping[str, tuple[Any, Any]]:
+        """Of a configuration that was loaded: dotted keys of its overrides -> values of the file ("(default)" where
+        it has none) and of the overrides, as they are written. Not a setting."""
+        return {}
+
+    @cached_property
+    def source(self) -> str:
+        """Of a configuration that was loaded: the file that was named. Not a setting."""
+        return ""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,8 +149,10 @@ def load(
         data = _read(cls, Path(path), search, origins)
     else:
         _merge(cls, data, _parse_keys(saved, path), (), origins, path)
+    changes = {}
     for override in overrides:
-        _override(cls, data, override, origins)
+        key, before, now = _override(cls, data, override, origins)
+        changes[".".join(key)] = (before, now)
     if saved is None:
         data = _interpolate(data, origins, path)
     else:
@@ -159,7 +164,7 @@ def load(
         section = cls.model_validate(data)
     except ValidationError as error:
         raise explain(error, cls, data, origins, path) from None
-    section.__dict__["origins"] = origins
+    section.__dict__.update(origins=origins, changes=changes, source=str(source))
     return section
 
 
@@ -175,6 +180,11 @@ def dump(section: Section) -> str:
     """YAML text of the whole section, defaults included; loading it gives an equal section."""
     tree = _map_strings(section.model_dump(mode="json"), lambda text, _: text.replace("${", "$${"))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on one line of YAML."""
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1 << 20).removesuffix("...\n").strip()
 
 
 # ---- YAML: the scalars of YAML 1.2 (PyYAML's are those of 1.1, where 1e-4 is a string and `no` a boolean)
@@ -321,7 +331,8 @@ def _merge(
             into[key[-1]] = value
 
 
-def _override(cls: type[Section], data: dict[str, Any], override: str, origins: dict[Key, str]) -> None:
+def _override(cls: type[Section], data: dict[str, Any], override: str, origins: dict[Key, str]) -> tuple[Key, Any, Any]:
+    """Returns the key with the values before and after."""
     dotted, equals, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key):
@@ -336,10 +347,11 @@ def _override(cls: type[Section], data: dict[str, Any], override: str, origins: 
             raise ConfigError(
                 f"command line: {dotted}: {'.'.join(key[:depth])} is {kind_of(data)}, not a section; set it as a whole"
             )
-    data[key[-1]] = parse(text, f"command line: {dotted}")
+    before, data[key[-1]] = data.get(key[-1], "(default)"), parse(text, f"command line: {dotted}")
     for known in [known for known in origins if known[: len(key)] == key]:
         del origins[known]
     origins[key] = COMMAND_LINE
+    return key, before, data[key[-1]]
 
 
 def _renamed(cls: type[Section], key: Key) -> Key:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user is told: errors that end a command, in one sentence, and text without credentials."""
+"""What a user is told: progress, errors that end a command, in one sentence, and text without credentials."""
 
 import argparse
 import difflib
@@ -15,13 +15,18 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 from igae.ranks import rank, world_size
 
+T = TypeVar("T")
+QUIET, EVERY = 5.0, 60.0
+"""Seconds after which something is told of in a log that takes its time, and between two lines of it."""
 MASK = "***"
 Key = tuple[str, ...]
 COMMAND_LINE = "command line"
@@ -81,9 +86,15 @@ class _Masked(logging.Formatter):
         return redact(super().format(record))
 
 
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):  # bars on a terminal make room
+            super().emit(record)
+
+
 def log_to_stderr() -> None:
     """Send what commands and libraries log to stderr, with credentials masked."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_Masked("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
@@ -91,6 +102,32 @@ def log_to_stderr() -> None:
 def say(text: str) -> None:
     """Print to stderr, without credentials."""
     print(redact(text), file=sys.stderr)
+
+
+class _Lines(io.StringIO):
+    def write(self, text: str) -> int:
+        if text.strip():
+            print(redact(text.strip()), file=sys.stderr, flush=True)
+        return len(text)
+
+
+def progress(label: str, total: int | None, unit: str, items: Iterable[T] = (), **more: Any) -> "tqdm[T]":
+    """How far something is that takes its time, with elapsed time and ETA: a bar on a terminal, elsewhere a line after
+    QUIET seconds and then one in EVERY. The first rank shows it. Iterate over it, or ``update`` it in a ``with`` block.
+
+    Args:
+        total: what there is to do, in units such as "views".
+        more: further arguments of tqdm.
+    """
+    line = "{desc}: {n_fmt} of {total_fmt} {unit}, elapsed {elapsed}, ETA {remaining}{postfix}"
+    looks: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2}
+    if not (terminal := sys.stderr.isatty()):
+        looks = {"file": _Lines(), "delay": QUIET, "mininterval": EVERY, "bar_format": line}
+    more = {"leave": False, "miniters": 1, "smoothing": 0, "disable": rank() > 0, "unit": unit, **looks, **more}
+    bar = tqdm(items, label, total, **more)
+    if not terminal:
+        bar.last_print_t = 0.0  # the first line waits for QUIET alone
+    return bar
 
 
 def _expand(match: re.Match[str]) -> str:

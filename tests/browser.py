@@ -33,7 +33,11 @@ class Page:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        window = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self.resize(*size)
+
+    def resize(self, width: int, height: int) -> None:
+        """The window, in pixels."""
+        window = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **window)
 
     def open(self, url: str) -> None:

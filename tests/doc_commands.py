@@ -88,6 +88,10 @@ TABLE: dict[str, How] = {
     "accelerate launch * -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"], ranks=2),
     "igae report outputs/NAME": Executed(),
     "igae report outputs/NAME [--output FILE]": Executed(),
+    "igae report outputs/A outputs/B outputs/C": CoveredBy("test_report.py::test_several_runs_side_by_side"),
+    "igae train --config igae.yaml data.root=data/shards train.joint.epochs=100 *": CoveredBy(
+        "test_extend.py::test_a_finished_run_is_extended_to_what_a_longer_one_is"
+    ),
     "igae export outputs/NAME exports/NAME": Executed(),
     "igae export outputs/NAME exports/NAME data.root=SHARDS autoencoder.path=FOLDER": CoveredBy(
         "test_export_runs.py::test_what_moved_is_found_where_it_is_said_to_be"

@@ -142,7 +142,8 @@ def test_two_ranks_take_the_same(trained: Path, copy: Path) -> None:
     damage(copy.parent / "metrics.json", "missing")
     (copy.parent / "metrics.json").write_bytes(b"")  # no reason to end a run
     log = copy.parent / "log"
-    arguments = [str(trained / "recipe.yaml"), *settings(trained, copy, "train.joint.epochs=2", "checkpoint.every=100")]
+    longer = settings(trained, copy, "train.joint.epochs=2", "checkpoint.every=100")
+    arguments = [str(trained / "recipe.yaml"), *longer, "--extend"]
     assert ranks.Ranks(runs.train, 2, *arguments, log=str(log)).exit_codes(120) == [0, 0], log.read_text()
     text = log.read_text()
     assert text.count("row 3 of planes differs") == 1 and f"renamed to {file.parent}-damaged" in text

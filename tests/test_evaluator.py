@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: which views it takes, its metrics against independent ones, and that it leaves no trace."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from igae.data import DataConfig, Manifest, PackOptions, pack
-from igae.evaluation import METRICS, EvaluationConfig, Evaluator, current_name
+from igae.evaluation import METRICS, EvaluationConfig, Evaluator, current_name, write_results
 from igae.evaluation.depth import DepthMaps, depth_errors
 from igae.models import IGAE, Autoencoder, AutoencoderConfig, Views, load_autoencoder
 from igae.ranks import Channel
@@ -262,6 +263,32 @@ def test_evaluation_is_deterministic_and_leaves_no_trace(data: Path, tmp_path: P
     assert all(np.array_equal(again[name], grid) and grid.dtype == np.uint8 for name, grid in grids.items())
 
 
+def test_examples_are_views_of_the_best_the_median_and_the_worst_scene(data: Path, tmp_path: Path) -> None:
+    model, bank = build()
+    found = evaluator(data)
+    means, of_scenes = found.table(model, bank)
+    examples = found.examples(model, bank, of_scenes)
+    psnrs = {name: values.get("heldout/rgb_psnr", 99.0) for name, values in of_scenes.items()}  # one has no such view
+    order = sorted(psnrs, key=lambda name: psnrs[name])
+    assert [example.labels["scene"] for example in examples] == order[:3]
+    assert [example.name for example in examples] == ["worst", "median", "best"]
+    for example in examples:
+        scene = example.labels["scene"]
+        truth, *_, latents, depth = np.split(example.picture, 6, axis=1)
+        assert np.abs(truth - 127.5 * (raw(data, int(scene[-1]), 0) + 1)).max() <= 1
+        assert example.labels["split"] == "held-out" and example.labels["value"] == f"{psnrs[scene]:.4g}"
+        assert 0 < float(example.labels["near"]) < float(example.labels["far"])
+        assert re.fullmatch("#[0-9a-f]{6}(, #[0-9a-f]{6}){8}", example.labels["scale"])
+        assert len(np.unique(depth.reshape(-1, 3), axis=0)) > 4
+        assert len(np.unique(latents.reshape(-1, 3), axis=0)) > 4
+    write_results(tmp_path, found.scenes, means, of_scenes, examples)
+    with Image.open(tmp_path / "examples/best.png") as image:
+        assert np.array_equal(np.asarray(image), examples[2].picture) and dict(image.text) == examples[2].labels
+    write_results(tmp_path, found.scenes, means, of_scenes, examples[:1])
+    assert [path.name for path in (tmp_path / "examples").iterdir()] == ["worst.png"]
+    assert found.caption == "held-out views of scene_0, scene_1, scene_3"
+
+
 def test_other_planes_give_other_metrics_of_renders_only(data: Path) -> None:
     model, bank = build()
     found = evaluator(data, views=1)
@@ -301,7 +328,9 @@ def test_scenes_without_held_out_views(data: Path, tmp_path: Path) -> None:
     model, bank = build()
     found = evaluator(tmp_path)
     assert set(found.splits) == {"train"}
-    metrics = found.measure(model, bank)
+    metrics, of_scenes = found.table(model, bank)
+    (only,) = found.examples(model, bank, of_scenes)
+    assert (only.name, only.labels["scene"], only.labels["split"]) == ("only", "scene_2", "training")
     assert {name.split("/")[0] for name in metrics} == {"train"}
     assert found.grids(model, bank).keys() == {"views", "latents"}
 
@@ -312,3 +341,4 @@ def test_natural_images_alone(data: Path, tmp_path: Path) -> None:
     found = evaluator(tmp_path, natural_images=4)
     assert found.measure(model, bank).keys() == {"natural/ae_psnr", "natural/ae_ssim"}
     assert found.grids(model, bank).keys() == {"views"} and found.orbits(model, bank, tmp_path) == {}
+    assert found.examples(model, bank, found.table(model, bank)[1]) == [] and found.caption == "natural images"

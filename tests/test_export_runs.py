@@ -17,8 +17,8 @@ from test_export_faults import sentence
 import train
 from igae.cli import evaluate, export
 from igae.config import ConfigError
-from igae.data import PackOptions, orbit, pack
-from igae.export import Export, find_model, load_trained, read_run, write
+from igae.data import DataConfig, PackOptions, orbit, pack
+from igae.export import Export, data_root, find_model, load_trained, read_run, write
 from igae.models import AutoencoderConfig, load_autoencoder
 
 
@@ -174,3 +174,18 @@ def test_metrics_of_version_0_1_have_their_names_of_today(run: Path) -> None:
     found = read_run(str(run)).metrics
     assert (found["heldout/baseline_psnr"], found["natural/ae_psnr"]) == (1.5, 2.5)
     assert not {"heldout/constant_psnr", "photos/ae_psnr"} & found.keys()
+
+
+def test_a_relative_root_is_that_of_the_folder_a_run_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, origins = DataConfig(root="data/shards"), {("data", "root"): "/runs/outputs/run/config.yaml"}
+    with pytest.raises(ValueError) as raised:
+        data_root(data, origins)
+    said = str(raised.value)
+    assert said.startswith("/runs/outputs/run/config.yaml has its data at data/shards, relative to the folder that the")
+    assert str(tmp_path) in said and "data.root=SHARDS" in said
+    assert data_root(data, {("data", "root"): "command line"}) == "data/shards"  # who says it knows
+    (tmp_path / "data/shards").mkdir(parents=True)
+    assert data_root(data, origins) == "data/shards"

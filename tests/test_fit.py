@@ -312,7 +312,7 @@ def test_a_rank_that_is_stopped_ends_the_others(folder: Path, tmp_path: Path) ->
     log, many = str(tmp_path / "log"), ["train.warmup.epochs=4000", "train.timeout=10"]
     run = ranks.Ranks(runs.train, 2, str(folder / "fit.yaml"), "experiment=hangs", "fit.wave=2", *many, log=log)
     deadline = time.monotonic() + 60
-    while "wave 1 of 2, warmup: step" not in (text := Path(log).read_text() if Path(log).exists() else ""):
+    while "steps, elapsed" not in (text := Path(log).read_text() if Path(log).exists() else ""):
         assert time.monotonic() < deadline and run.processes[0].is_alive(), text
         time.sleep(0.1)
     os.kill(run.processes[1].pid or 0, signal.SIGSTOP)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from igae.evaluation.metrics import latent_errors, opacity_on, problems
+from igae.evaluation.metrics import latent_errors, opacity_on, problems, ranked, verdict
 
 
 def test_latent_errors_are_in_standard_deviations_of_the_targets() -> None:
@@ -56,3 +56,29 @@ def test_problems() -> None:
     assert "1.09" in fog and "depth pictures" in fog
     assert problems({}) == problems({"train/rgb_psnr": 30.0, "natural/ae_psnr": 20.0}) == []
     assert of(float("nan"), 20.0, 20.0) == []
+
+
+def test_verdict() -> None:
+    metrics = {"heldout/rgb_psnr": 23.6, "heldout/baseline_psnr": 14.5, "heldout/ae_psnr": 25.4, "train/rgb_psnr": 24.5}
+    assert verdict(metrics) == (
+        "held-out views 23.6 dB: 9.1 dB above the mean training image, "
+        "1.8 dB below what the autoencoder alone reaches; training views are 0.9 dB better"
+    )
+    other = {"heldout/baseline_psnr": 24.0, "heldout/ae_psnr": 23.5, "train/rgb_psnr": 23.0}
+    assert verdict(metrics | other) == (
+        "held-out views 23.6 dB: 0.4 dB below the mean training image, "
+        "0.1 dB above what the autoencoder alone reaches; training views are 0.6 dB worse"
+    )
+    del metrics["heldout/ae_psnr"]  # RGB scenes
+    assert verdict(metrics).startswith("held-out views 23.6 dB: 9.1 dB above the mean training image; training views")
+    assert verdict({"train/rgb_psnr": 24.5}).startswith("training views 24.5 dB; there are no held-out views")
+    assert verdict({"natural/ae_psnr": 30.0}) == "autoencoded natural images 30.0 dB; there are no scenes"
+    assert verdict({}) == ""
+
+
+def test_scenes_are_ranked_by_the_psnr_of_held_out_renders_or_what_is_nearest() -> None:
+    scenes = {"a": {"train/rgb_psnr": 3.0, "heldout/rgb_psnr": 1.0}, "b": {"heldout/rgb_psnr": 0.5}, "c": {"x": 1.0}}
+    assert ranked(scenes) == ("heldout/rgb_psnr", ["b", "a"])
+    assert ranked({"a": {"train/rgb_psnr": 3.0}, "b": {"train/rgb_psnr": 4.0}}) == ("train/rgb_psnr", ["a", "b"])
+    assert ranked({"a": {"heldout/latent_error": 0.1}, "b": {"heldout/latent_error": 0.9}})[1] == ["b", "a"]
+    assert ranked({}) == ("", [])

@@ -77,8 +77,8 @@ def test_depth_is_ordered_by_brightness() -> None:
     assert found.shape == (1, 2, 64, 3) and np.array_equal(found[0, 0], found[0, 1])
     brightness = luma(found[0, 0, ::2])
     assert (np.diff(brightness) < 0).all()
-    # evenly: brightness is 0.9 - 0.8 x for the relative depth x; 3 of 255 where a channel is clipped (measured 1.7)
-    assert np.abs(brightness / 255 - np.linspace(0.9, 0.1, 32)).max() < 3 / 255
+    # evenly: brightness is 0.85 - 0.7 x for the relative depth x; 3 of 255 where a channel is clipped (measured 1.7)
+    assert np.abs(brightness / 255 - np.linspace(0.85, 0.15, 32)).max() < 3 / 255
 
 
 def test_depth_background_is_white_and_outside_of_the_range() -> None:

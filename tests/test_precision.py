@@ -88,7 +88,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, one_run_a_process: None) -> Any:
 
 
 def start(recipe_file: str, *overrides: str) -> Trainer:
-    return Trainer(config.load(Recipe, recipe_file, ["train.joint.epochs=0", *overrides]))
+    return Trainer(config.load(Recipe, recipe_file, ["train.joint.epochs=0", *overrides]), extend=True)
 
 
 def test_a_run_says_what_was_chosen_and_keeps_it(recipe_file: str, gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,7 +114,7 @@ def test_a_run_says_what_was_chosen_and_keeps_it(recipe_file: str, gpu: Any, cap
         start(recipe_file, "train.warmup.epochs=2")
     gpu(T4)
     assert start(recipe_file, "train.warmup.epochs=2", "train.precision=fp32").precision == "fp32"
-    assert "train.precision was bf16 before this restart and is fp32 now" in caplog.text
+    assert re.search("changed since the last start: .*train.precision was bf16 and is fp32", caplog.text)
 
 
 def test_a_run_that_began_in_fp32_stays_so(recipe_file: str, gpu: Any) -> None:

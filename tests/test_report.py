@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, page
-from hypothesis import given
-from hypothesis import strategies as st
+from markupsafe import escape
 from PIL import Image
 
 from igae.cli.report import main
 from igae.evaluation.pictures import save_png, write_video
 from igae.training import Tracker, TrackingConfig
 from igae.viewer.report import LoggedStep, media, read_run, scene_table, try_to_write, write_report
-from igae.viewer.report.curves import BOTTOM, BUCKETS, LEFT, RIGHT, TOP, charts, round_numbers, thin
 
 HOSTILE = "<script>document.title='taken'</script>\"'><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
 PSNR = {"chair": 21.5, "duck": 9.75, "mug": 30.25, HOSTILE: 25.0}
@@ -52,6 +50,19 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
+def add_examples(folder: Path) -> None:
+    """Views of three scenes as an evaluation leaves them."""
+    random = np.random.default_rng(1)
+    for which, scene in (("worst", "duck"), ("best", "mug"), ("median", HOSTILE)):
+        labels = {"columns": "truth, decoded render, depth", "scene": scene, "which": which, "split": "held-out"}
+        labels |= {"metric": "heldout/rgb_psnr", "value": f"{PSNR[scene]}", "scenes": "4", "near": "1.5", "far": "2.5"}
+        labels["scale"] = "#ffee00, #001122" + ", red; } body { display: none" * (scene == HOSTILE)
+        strip = random.integers(0, 256, (8, 24, 3), dtype=np.uint8)
+        save_png(folder / "examples" / f"{which}.png", strip, labels)
+    (folder / "examples" / "only.png").write_bytes(b"not a picture")
+    save_png(folder / "examples" / "other.png", strip, labels | {"which": "other"})
+
+
 def add_evaluation(folder: Path) -> None:
     scenes = {name: {"heldout/rgb_psnr": value, "heldout/rgb_ssim": value / 100} for name, value in PSNR.items()}
     del scenes["chair"]["heldout/rgb_ssim"]
@@ -63,6 +74,7 @@ def add_evaluation(folder: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("report") / "demo")
     add_evaluation(folder)
+    add_examples(folder)
     return folder
 
 
@@ -91,6 +103,7 @@ def test_names_and_settings_of_others_are_text(report: str) -> None:
     # as a scene (in the table and among the best), a metric's name, a device and in the settings
     assert sum(HOSTILE in text for text in reader.texts) >= 5
     assert not any(name.startswith("on") for _, attributes in reader.tags for name in attributes)
+    assert "display: none" not in report
     for tag, attributes in reader.tags:
         for name in ("src", "href", "poster", "srcset", "data"):
             value = attributes.get(name)
@@ -104,7 +117,8 @@ def test_credentials_are_masked(report: str) -> None:
 def test_pictures_and_the_last_stage_s_orbits_are_inside(report: str, run: Path) -> None:
     urls = [attributes["src"] or "" for tag, attributes in Reader(report).tags if tag in ("img", "video")]
     kinds = [re.split("[:;,]", url)[1] for url in urls]
-    assert kinds == ["image/webp", "image/webp", "video/mp4"]
+    assert kinds == ["image/webp"] * 11 + ["video/mp4"]
+    urls = urls[9:]  # after three examples of three pictures
     names = [medium.name for medium in media.pictures(run)[0]]
     assert names == ["warmup-00000600", "joint-00001000"]
     for name, url in zip(names, urls, strict=False):
@@ -112,6 +126,66 @@ def test_pictures_and_the_last_stage_s_orbits_are_inside(report: str, run: Path)
         truth = np.asarray(Image.open(run / f"pictures/{name}.png"), dtype=float)
         assert shown.shape == truth.shape
         assert abs(shown - truth).mean() < 6  # 2.6; of other colors: more than 70
+
+
+def test_examples_are_the_best_the_median_and_the_worst_scene_pixel_by_pixel(run: Path, report: str) -> None:
+    found = media.examples(run)
+    assert [example.labels["scene"] for example in found] == ["mug", HOSTILE, "duck"]
+    assert [[cell.name for cell in example.cells] for example in found] == [["truth", "decoded render", "depth"]] * 3
+    for example, name in zip(found, ("best", "median", "worst"), strict=True):
+        strip = np.asarray(Image.open(run / f"examples/{name}.png"))
+        for i, cell in enumerate(example.cells):
+            shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(cell.url.partition(",")[2]))))
+            assert np.array_equal(shown, strip[:, 8 * i : 8 * (i + 1)])
+    titles = re.findall(r"<h4>(.*?) <small>", report)
+    assert titles[0] == "Best of 4: mug, held-out view" and titles[2] == "Worst of 4: duck, held-out view"
+    bars = re.findall(r"linear-gradient\((.*?)\)", report)
+    assert bars == ["to right, #ffee00, #001122"] * 3 and report.count("depth 1.5") == 3
+
+
+def test_a_report_opens_with_its_verdict(run: Path, report: str) -> None:
+    box = re.search(r'<p class="verdict">(.*?)</p>', report)
+    assert box is not None and report.index(box[0]) < report.index("<nav>")
+    assert box[1] == "held-out views 21.6 dB"  # of evaluation.json, which is newer than what training has logged
+
+
+def test_settings_that_differ_from_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("experiment: x\n")
+    changes = {"train.joint.epochs": ["75", "4"], "seed": ["1", "1"], "data.root": ["(default)", HOSTILE]}
+    (tmp_path / "changes.json").write_text(json.dumps({"recipe": "igae.yaml", "changes": changes}))
+    text = write_report(tmp_path).read_text()
+    rows = re.findall(r"<tr><td>([\w.]+)</td><td>(.*?)</td><td>(.*?)</td></tr>", text)
+    assert rows[:2] == [("train.joint.epochs", "75", "4"), ("data.root", "(default)", str(escape(HOSTILE)))]
+    assert "What differs from igae.yaml" in text and ("seed", "1", "1") not in rows
+    (tmp_path / "changes.json").write_text('{"changes": {"seed": ["1"]}}')
+    with pytest.raises(ValueError, match=r"changes.json is damaged"):
+        write_report(tmp_path)
+
+
+def test_several_runs_side_by_side(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, psnr, rate in (("first", 21.0, 0.5), ("second", 23.0, 0.25)):
+        (tmp_path / name).mkdir()
+        means = {"heldout/rgb_psnr": psnr, "heldout/baseline_psnr": 20.0}
+        scenes = {"duck": means, name: {"heldout/rgb_psnr": psnr + 1}}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps({"means": means, "scenes": scenes}))
+        (tmp_path / name / "config.yaml").write_text(f"seed: 1\ntrain: {{joint: {{decay: {rate}, epochs: 2}}}}\n")
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert main([*folders, str(run)]) == 0
+    path = tmp_path / "comparison.html"
+    assert capsys.readouterr().out.startswith(f"{path}: ")
+    text = path.read_text()
+    verdicts = re.findall(r'<p class="verdict".*?><b>(.*?)</b>: (.*?)</p>', text)
+    assert verdicts[:2] == [
+        ("first", "held-out views 21.0 dB: 1.0 dB above the mean training image"),
+        ("second", "held-out views 23.0 dB: 3.0 dB above the mean training image"),
+    ]
+    rows = {row[0]: row[1:] for row in (re.findall(r"<td[^>]*>(.*?)</td>", line) for line in text.splitlines()) if row}
+    assert rows["train.joint.decay"] == ["0.5", "0.25", "–"] and "train.joint.epochs" in rows and "seed" in rows
+    assert rows["duck"] == ["21", "23", "9.75"] and rows["first"] == ["22", "–", "–"]
+    assert [values for name, values in rows.items() if ">heldout/rgb_psnr<" in name] == [["21", "23", "21.625"]]
+    write_report([tmp_path / "first", tmp_path / "first"], tmp_path / "twice.html")
+    twice = (tmp_path / "twice.html").read_text()
+    assert "first (1), first (2) - igae" in twice and "All settings are the same" in twice
 
 
 def test_size_is_bounded(tmp_path: Path) -> None:
@@ -172,66 +246,11 @@ def test_without_an_evaluation_the_page_says_how_to_make_one(tmp_path: Path) -> 
 def test_ranking() -> None:
     scenes = {f"s{i}": {"a_ssim": 1.0, "train/rgb_psnr": float(i)} for i in range(1500)} | {"none": {"a_ssim": 0.5}}
     table = scene_table(scenes, {"a_ssim": 1.0})
-    assert table["by"] == "train/rgb_psnr" and table["columns"] == ["a_ssim", "train/rgb_psnr"]
-    assert table["worst"] == [(f"s{i}", float(i)) for i in range(5)]
-    assert table["best"] == [(f"s{i}", float(i)) for i in range(1499, 1494, -1)]
+    assert table["by"] == "train/rgb_psnr" and table["columns"] == ["train/rgb_psnr", "a_ssim"]
     assert [name for name, _ in table["rows"]] == [f"s{i}" for i in range(1000)] and table["count"] == 1501
     lpips = scene_table({"good": {"x_lpips": 0.1}, "bad": {"x_lpips": 0.9}}, {})
-    assert lpips["worst"] == [("bad", 0.9)] and lpips["best"] == [("good", 0.1)]
+    assert [name for name, _ in lpips["rows"]] == ["bad", "good"]
     assert scene_table({}, {})["rows"] == []
-
-
-def test_curves_have_the_recorded_values() -> None:
-    records = [
-        LoggedStep(step, "joint", 0.0, {"views_per_second": value}) for step, value in ((0, 10), (50, 30), (100, 20))
-    ]
-    (chart,) = charts(records)
-    points = [tuple(map(float, place.split())) for place in re.findall(r"[\d.]+ [\d.]+", chart.lines[0].paths[0])]
-    middle, half = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
-    assert points == [(LEFT, BOTTOM), (middle, TOP), (RIGHT, half)]
-    assert [tick.label for tick in chart.y] == ["10", "20", "30"] and chart.lines[0].last == 20
-    # families share a chart, and speed comes after them
-    names = [
-        "views_per_second",
-        "data_wait_max",
-        "data_wait",
-        "gpu_memory/reserved",
-        "grad_norm/mlp",
-        "grad_norm/planes",
-    ]
-    names += ["lr/mlp", "loss/total", "eval/heldout/rgb_psnr", "loss/rgb"]
-    found = charts([LoggedStep(1, "joint", 0.0, dict.fromkeys(names, 1.0))])
-    assert {chart.title: [line.label for line in chart.lines] for chart in found} == {
-        "loss/total": ["loss/total"],
-        "PSNR (dB)": ["heldout/rgb"],
-        "loss/rgb": ["loss/rgb"],
-        "learning rates": ["mlp"],
-        "gradient norms": ["mlp", "planes"],
-        "GPU memory (GiB)": ["reserved"],
-        "data wait (share of the time)": ["worst rank", "mean"],
-        "views_per_second": ["views_per_second"],
-    }
-    assert [chart.title for chart in found][::7] == ["loss/total", "views_per_second"]
-    # a rate that falls by a decade in each step is a straight line; 0 has no place on a logarithmic axis
-    rates = [LoggedStep(step, "joint", 0.0, {"lr/planes": 10.0**-step, "lr/encoder": 0.0}) for step in range(5)]
-    planes, encoder = charts(rates)[0].lines
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", planes.paths[0])]
-    assert heights == pytest.approx([TOP + (BOTTOM - TOP) * i / 4 for i in range(5)], abs=0.06) and not encoder.paths
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
-def test_thin_keeps_what_sticks_out(values: list[float]) -> None:
-    points = [(float(step), value) for step, value in enumerate(values * (2 if len(values) > BUCKETS else 1))]
-    kept = thin(points)
-    assert len(kept) <= 2 * BUCKETS and kept == sorted(set(kept)) and set(kept) <= set(points)
-    assert min(v for _, v in kept) == min(values) and max(v for _, v in kept) == max(values)
-
-
-@given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
-def test_round_numbers(low: float, width: float) -> None:
-    marks = round_numbers(low, low + width)
-    assert 2 <= len(marks) <= 6
-    assert all(low - 1e-6 * width <= mark <= low + 1.000001 * width for mark in marks)
 
 
 def test_a_run_that_is_under_way_or_was_killed(tmp_path: Path) -> None:
@@ -275,7 +294,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.C
 def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         try_to_write(tmp_path / "missing")
-    assert "the report was not written" in caplog.text and "python -m igae.report" in caplog.text
+    assert "the report was not written" in caplog.text and f"igae report {tmp_path}" in caplog.text
 
 
 @browser
@@ -313,6 +332,16 @@ def test_in_a_browser(run: Path, report: str, tmp_path: Path) -> None:
         shown.click("table.sortable th:nth-child(1)")
         assert shown.run(names) == [HOSTILE, "chair", "duck", "mug"]
         shown.run("scrollTo(0, 0)")
+        assert shown.run("document.querySelectorAll('details').forEach(details => details.open = true)") is None
+        video = "document.querySelector('video').paused"
+        shown.run("document.querySelector('video').scrollIntoView()")
+        shown.wait_for(f"!{video}")  # a browser stops what is not seen
+        shown.click("video")
+        assert shown.run(video) is True
+        style = "getComputedStyle(i).imageRendering == 'pixelated' && i.width > 100 && i.naturalWidth == 8"
+        assert shown.run(f"[...document.querySelectorAll('.cells img')].every(i => {style})")
+        assert "PSNR of decoded renders" in shown.run("document.querySelector('abbr').title")
+        shown.run("scrollTo(0, 0)")
         picture = np.asarray(Image.open(io.BytesIO(shown.screenshot())).convert("RGB")).astype(int)
         assert picture.shape == (900, 1280, 3)
         dark = (picture.sum(2) < 300).mean()
@@ -320,4 +349,15 @@ def test_in_a_browser(run: Path, report: str, tmp_path: Path) -> None:
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
         asked = [url for url in shown.requests if not url.startswith("data:")]
         assert asked == [path.as_uri()]
+        assert shown.complaints == []
+        # nothing is wider than a phone, of one run nor of several
+        several = write_report([run, run], tmp_path / "several.html")
+        for file in (path, several):
+            for width in (400, 1300):
+                shown.resize(width, 900)
+                shown.open(file.as_uri())
+                shown.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+                assert shown.run("document.documentElement.scrollWidth") <= width
+                assert shown.run("document.querySelector('h2').getBoundingClientRect().bottom") < 900
+        assert {url for url in shown.requests if not url.startswith("data:")} == {path.as_uri(), several.as_uri()}
         assert shown.complaints == []

@@ -190,7 +190,7 @@ def test_training_learns_and_reports(recipe_file: str, caplog: pytest.LogCapture
     wrong = problems(json.loads((run / "metrics.json").read_text())["warmup"])
     assert wrong and all(text in caplog.text and text not in page for text in wrong)  # it shows the end
     assert f"{figures['heldout/rgb_psnr']:.5g}" in page and torch.__version__ in page
-    assert (page.count("<img "), page.count("<video ")) == (4, 1)
+    assert (page.count("<img "), page.count("<video ")) == (4 + 3 * 6, 1)
     # A report that can't be written, and a run that has ended well.
     (run / "report.html").unlink()
     (run / "report.html").mkdir()

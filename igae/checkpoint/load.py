@@ -24,7 +24,7 @@ from igae.checkpoint.format import (
     parse_state,
     scenes_name,
 )
-from igae.errors import redact
+from igae.errors import progress, redact
 from igae.storage import Damaged, Missing, StoreError, TensorFile, join, named_errors, own_file, read_whole
 
 RowType = tuple[torch.dtype, tuple[int, ...]]
@@ -148,7 +148,8 @@ def _read_files(folder: str, files: dict[str, FileEntry], names: list[str]) -> F
         return file, file.tensors()
 
     with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each file
-        return dict(zip(names, pool.map(read, names), strict=True))
+        found = progress(f"reading {redact(folder)}", len(names), "files", pool.map(read, names))
+        return dict(zip(names, found, strict=True))
 
 
 def read_head(folder: str) -> tuple[Progress, dict[str, FileEntry], str]:

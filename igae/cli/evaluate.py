@@ -6,9 +6,6 @@ the natural images (``evaluation`` of the configuration says how many); the firs
 the metrics of each scene, and ``evaluation.csv``, a scene a row.
 """
 
-import csv
-import io
-import json
 import logging
 import math
 import tempfile
@@ -22,15 +19,13 @@ from igae import config
 from igae.checkpoint import is_complete
 from igae.data import Manifest, Scenes
 from igae.errors import Parser, command, did_you_mean, log_to_stderr, redact
-from igae.evaluation import METRICS, Evaluator, problems, spread
+from igae.evaluation import CSV, JSON, METRICS, Evaluator, problems, spread, verdict, write_results
 from igae.export import SECTIONS, Trained, data_root, find_model, is_export, load_trained
 from igae.models import LPIPS
 from igae.ranks import Channel, check_rank_variables, join, rank, use_share, world_size
 from igae.scenes import SceneStore
-from igae.storage import write_text
 from igae.training import Engine, Recipe, agree, check_memory, waves
 
-JSON, CSV = "evaluation.json", "evaluation.csv"
 # What a configuration must say beyond data and model, for exports that have none.
 NO_RUN = """
 experiment: evaluation
@@ -39,7 +34,6 @@ train: {}
 """
 NO_STAGES = dict.fromkeys(("warmup", "joint"), {"epochs": 0, "batch_size": 0, "learning_rates": {}, "weights": {}})
 """Instead of those of the run: their losses need not be installed."""
-Means = dict[str, float]
 log = logging.getLogger("igae")
 
 
@@ -49,7 +43,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     output: str | None = None,
     lpips: type[LPIPS] = LPIPS,
-) -> tuple[Means, dict[str, Means]]:
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Measure a model and write the files. All ranks call it.
 
     Args:
@@ -95,14 +89,21 @@ def evaluate(
     perceptual = _perceptual(lpips, recipe.train.lpips_weights, manifest.image_size, channel)
     perceptual = perceptual.to(engine.device) if perceptual else None
     means, of_scenes = evaluator.table(model.to(engine.device), store, perceptual, orbits=True)
+    examples = evaluator.examples(model, store, of_scenes)
     if rank() == 0:
-        _write(folder, scenes, means, of_scenes)
-        log.info("%s", "\n".join(f"{name:24} {value:9.4f}" for name, value in means.items()))
+        write_results(folder, scenes, means, of_scenes, examples)
         log.info("%d scenes: %s, %s", len(scenes), folder / JSON, folder / CSV)
-        for problem in problems(means):
-            log.warning("%s", problem)
+        _tell(means)
     engine.close()
     return means, of_scenes
+
+
+def _tell(means: dict[str, float]) -> None:
+    width = max(map(len, means), default=0)
+    log.info("%s", "\n".join(f"{name:{width}} {value:9.4f}  {METRICS[name]}" for name, value in means.items()))
+    log.info("%s", verdict(means))
+    for problem in problems(means):
+        log.warning("%s", problem)
 
 
 def _load(where: str, overrides: Sequence[str]) -> tuple[Trained, Recipe]:
@@ -188,16 +189,6 @@ def _output(where: str, model: str, output: str | None) -> Path:
             if (folder / "config.yaml").is_file() and not is_complete(str(folder)):
                 return folder
     raise ValueError(f"{redact(where)} is in no run's folder: say where the results go, --output FOLDER")
-
-
-def _write(folder: Path, scenes: Scenes, means: Means, of_scenes: dict[str, Means]) -> None:
-    write_text(folder / JSON, json.dumps({"means": means, "scenes": of_scenes}, indent=1) + "\n")
-    columns = [name for name in METRICS if any(name in metrics for metrics in of_scenes.values())]
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["scene", "category", *columns], lineterminator="\n")
-    table.writeheader()
-    table.writerows({"scene": scene.name, "category": scene.category, **of_scenes[scene.name]} for scene in scenes)
-    write_text(folder / CSV, text.getvalue())
 
 
 @command

@@ -5,6 +5,7 @@ import argparse
 import ctypes
 import logging
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from igae import config
-from igae.errors import Parser, command, log_to_stderr, redact
+from igae.errors import Parser, command, log_to_stderr, redact, say
 from igae.ranks import check_rank_variables, rank, wait_asleep, world_size
 from igae.training import Recipe
 
@@ -38,6 +39,9 @@ def parser(default: str | None = None, prog: str | None = None) -> argparse.Argu
     made.add_argument("--config", required=default is None, default=default, help="a YAML file, or a recipe's name")
     made.add_argument("--stage", choices=["warmup", "joint"], help="run this stage only (default: what is still to do)")
     made.add_argument("--resume", default="auto", help="auto (default), strict, never, or the folder of a checkpoint")
+    made.add_argument(
+        "--extend", action="store_true", help="continue a finished run to the number of epochs that is given now"
+    )
     made.add_argument("--print-config", action="store_true", help="print the resolved recipe and do nothing else")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.joint.batch_size=8")
     return made
@@ -81,12 +85,36 @@ def run(arguments: argparse.Namespace) -> None:
 
     import_diffusers()
     from igae.training import Fit, Trainer
-    from igae.viewer import try_to_write
 
-    started = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume)
+    started = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume, arguments.extend)
     started.run(arguments.stage)
     if rank() == 0:
-        try_to_write(started.folder)
+        _tell_results(recipe, stopped=started.signals.received is not None)
+
+
+def _tell_results(recipe: Recipe, stopped: bool) -> None:
+    """Write the report; say how good the run is, and what can be done with it."""
+    from igae.evaluation import verdict
+    from igae.storage import is_url
+    from igae.training import read_metrics
+    from igae.viewer import try_to_write
+
+    folder, root, data = str(recipe.folder), recipe.checkpoint_root, recipe.data.root
+    report = try_to_write(recipe.folder)
+    stages = read_metrics(recipe.folder)
+    said = [] if stopped or not stages else [verdict(list(stages.values())[-1])]
+    said += [] if report is None else [f"report:    {report}"]
+    if stages and not stopped:
+        # What only a file names is not asked for.
+        where, more = (root, ["--output", folder]) if is_url(root) else (folder, [])
+        moved = [f"data.root={data}"] if is_url(data) else []
+        commands = {
+            "view": ["view", where, *moved],
+            "evaluate": ["evaluate", "--checkpoint", where, *more, *moved],
+            "export": ["export", where, f"exports/{recipe.experiment}", *moved],
+        }
+        said += [f"{name + ':':10} {shlex.join(['igae', *words])}" for name, words in commands.items()]
+    say("\n".join(filter(None, said)))
 
 
 def _take_settings(data: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
 
 from igae.data.columns import SHARD_NAME, Scene
 from igae.data.config import PackOptions
@@ -34,7 +33,7 @@ from igae.data.sources.pixels import check_extras
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.data.tables import Scenes, Shards
-from igae.errors import redact
+from igae.errors import progress, redact
 from igae.storage import FileInfo, file_system, join, look_up, make_folder, remove_leftovers, sync_folder
 
 log = logging.getLogger("igae")
@@ -95,7 +94,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     problems += unreadable
     processes = options.workers if options.workers > 1 else 0
     with ProcessPool(processes, _start, (processes,)) as pool:
-        found = _run(pool, "scanning scenes", _scan, [(ref, options) for ref in refs])
+        found = _run(pool, "scanning", "scenes", _scan, [(ref, options) for ref in refs])
         problems += [entry for entry in found if isinstance(entry, str)]
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
         if problems and not options.skip_bad:
@@ -113,7 +112,7 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
             # An object store has no renaming: the manifest is the marker, so it is removed before its shards are.
             fs.rm_file(join(root, NAME))
         total = sum(entry.views for entry in scanned) + len(natural_images)
-        results = _run(pool, "packing", do_job, jobs, total)
+        results = _run(pool, "packing", "images", do_job, jobs, total)
     problems += [sentence for result in results for sentence in result.bad.values()]
     manifest = _manifest(dataset, size, options.seed, [entry.ref for entry in scanned], results)
     names = {name for job in jobs for name in job.names.values()}
@@ -143,13 +142,14 @@ def _start(processes: int) -> ItemFunction:
 def _run(
     pool: ProcessPool,
     what: str,
+    unit: str,
     function: Callable[[T, ProgressCallback], Any],
     items: Sequence[T],
     total: int | None = None,
 ) -> list[Any]:
     """Calls a function for all items, with a progress bar; the first failure is raised. Results are in their order."""
     results: list[Any] = [None] * len(items)
-    with tqdm(desc=what, total=total or len(items), disable=None) as bar:
+    with progress(what, total or len(items), unit) as bar:
         for index, result in pool.run([(function, item) for item in items], bar.update):
             if isinstance(result, ItemFailed):
                 raise result.error or result
@@ -302,4 +302,4 @@ def verify_packed(root: str, workers: int = 1) -> list[str]:
     # Threads are enough: reading and hashing release the GIL.
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(ShardReader(root).check, shards)
-        return [problem for problem in tqdm(found, "verifying", len(shards), disable=None) if problem]
+        return [problem for problem in progress("verifying", len(shards), "shards", found) if problem]

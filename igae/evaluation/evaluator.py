@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures and draws a model: deterministic, on views that are chosen once, whatever the number of ranks."""
 
+import math
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from igae.data import DataConfig, Manifest, Scene, Scenes, ViewBatch, image_loader, orbit_like, view_loader
+from igae.errors import progress
 from igae.evaluation import pictures
 from igae.evaluation.config import EvaluationConfig
 from igae.evaluation.depth import DepthMaps, depth_errors
-from igae.evaluation.metrics import METRICS, latent_errors, opacity_on, psnr, ssim
+from igae.evaluation.metrics import latent_errors, opacity_on, ranked
 from igae.evaluation.pictures import Picture
+from igae.evaluation.results import Example, Means
+from igae.evaluation.totals import Totals
 from igae.models import IGAE, LPIPS, Views, coverage_bounds, to_signed
 from igae.ranks import Channel, few_threads, rank, world_size
 from igae.rendering import Cameras
@@ -24,8 +29,10 @@ from igae.scenes import SceneStore, part
 CHUNK = 32
 Split = Literal["heldout", "train"]
 SPLITS: tuple[Split, ...] = ("heldout", "train")
+NAMES: dict[Split, str] = {"heldout": "held-out", "train": "training"}
 COLUMNS = ["truth", "autoencoder", "decoded render", "latents: encoded", "latents: rendered", "depth"]
-Means = dict[str, float]
+_Cell = tuple[list[Picture], Tensor, Tensor]
+"""Of a view: truth, autoencoder and decoded render; latents encoded and rendered; depth and opacity."""
 T = TypeVar("T")
 
 
@@ -74,7 +81,8 @@ class Evaluator:
         in_order = data.model_copy(update={"shuffle": 0})
         loader = view_loader(in_order, manifest, own, batch_size=CHUNK, split=split, repeat=False)
         loader.timeout = self.channel.timeout
-        for batch in loader:
+        count = math.ceil(sum(_count(scene, split) for scene in own) / CHUNK)
+        for batch in progress(f"reading {NAMES[split]} views", count, f"batches of {CHUNK}", loader):
             for i, scene in enumerate(batch.scene.tolist()):
                 if split == "train":
                     total, seen = sums.get(scene, (torch.zeros(()), 0))
@@ -111,24 +119,27 @@ class Evaluator:
             perceptual: the network of LPIPS, on all ranks or on none.
             orbits: measure ``orbit/latent_psnr`` too.
         """
-        totals, at = _Totals(self.scenes, perceptual), _Renderer(model, store, self.device)
-        has_autoencoder = not model.autoencoder.is_identity
-        for scene in sorted(self.owned):
-            heldout, train = (self._measure_views(totals, at, scene, split) for split in SPLITS)
-            if heldout and train:
-                totals.add(scene, "heldout/depth_error", depth_errors(heldout, train, model.options.box))
-        if orbits and has_autoencoder:
+        totals, has_autoencoder = Totals(self.scenes, perceptual), not model.autoencoder.is_identity
+        orbits, natural = orbits and has_autoencoder, self.natural_images if has_autoencoder else None
+        total = sum(len(views.scene) for views in self.splits.values()) + (0 if natural is None else len(natural))
+        total += len(self.owned) * self.config.orbit_frames if orbits else 0
+        with progress("measuring", total, "images") as bar:
+            at = _Renderer(model, store, self.device, bar)
             for scene in sorted(self.owned):
+                heldout, train = (self._measure_views(totals, at, scene, split) for split in SPLITS)
+                if heldout and train:
+                    totals.add(scene, "heldout/depth_error", depth_errors(heldout, train, model.options.box))
+            for scene in sorted(self.owned) if orbits else ():
                 for rendered in torch.split(at.render(self._orbit(scene))[0], CHUNK):
                     again = model.autoencoder.normalize(at.encode(at.decode_normalized(rendered)))
                     totals.compare(scene, "orbit/latent", again, rendered)
-        if has_autoencoder and self.natural_images is not None:
-            for images in torch.split(self.natural_images, 1):  # one at a time: see _measure_views
+            for images in () if natural is None else torch.split(natural, 1):  # one at a time: see _measure_views
                 truth = to_signed(images.to(self.device))
                 totals.compare(None, "natural/ae", at.decode(at.encode(truth)), truth)
+                bar.update()
         return totals.means(self.channel)
 
-    def _measure_views(self, totals: "_Totals", at: "_Renderer", scene: int, split: Split) -> DepthMaps | None:
+    def _measure_views(self, totals: Totals, at: "_Renderer", scene: int, split: Split) -> DepthMaps | None:
         """Add what is measured of an owned scene's views; returns their depth, if there are any.
 
         One scene at a time, because the last bits of a result can depend on what else is in its batch, and which scenes
@@ -168,6 +179,19 @@ class Evaluator:
             for start in range(0, len(which), CHUNK):
                 yield _take(views, which[start : start + CHUNK])
 
+    @property
+    def _shown(self) -> tuple[Split, Scenes]:
+        """Which views the grids have, and of which scenes."""
+        split = SPLITS[0] if self.scenes.heldout.any() else SPLITS[1]
+        counts = self.scenes.heldout if split == SPLITS[0] else self.scenes.views
+        return split, spread(self.scenes.take(np.flatnonzero(counts)), self.config.pictures)
+
+    @property
+    def caption(self) -> str:
+        """What the grids show."""
+        split, shown = self._shown
+        return f"{NAMES[split]} views of {', '.join(shown.names)}" if shown else "natural images"
+
     @few_threads()
     @torch.no_grad()
     def grids(self, model: IGAE, store: SceneStore) -> dict[str, Picture]:
@@ -181,26 +205,14 @@ class Evaluator:
         Returns:
             The pictures on the first rank, nothing on the others and where there is nothing to show.
         """
-        split = SPLITS[0] if self.scenes.heldout.any() else SPLITS[1]
-        counts = self.scenes.heldout if split == SPLITS[0] else self.scenes.views
-        shown = spread(self.scenes.take(np.flatnonzero(counts)), self.config.pictures)
-        at = _Renderer(model, store, self.device)
+        split, shown = self._shown
         if not shown:
-            return self._natural_grid(at)
+            return self._natural_grid(_Renderer(model, store, self.device, None))
         # Each rank has its scenes. They are drawn together, because they share the ranges of their colors. One at a
         # time, because the last bits of a result can depend on what else is in its batch.
-        found, each = {}, self.config.pictures // len(shown)
-        rows_of = [(scene, k) for scene in shown for k in range(min(each, self.config.views, _count(scene, split)))]
-        for i, (scene, number) in enumerate(rows_of):
-            if scene.id in self.owned:
-                views = self.splits[split]
-                view = _take(views, (views.scene == scene.id).nonzero()[number])
-                truth = to_signed(view.images.to(self.device))
-                latents, (rendered, depth, opacity) = at.encode(truth), at.render(view)
-                images = [truth, at.decode(latents), at.decode_normalized(rendered)]
-                both = torch.cat([model.autoencoder.normalize(latents), rendered]).cpu()
-                found[i] = [pictures.to_uint8(image[0]) for image in images], both, torch.cat([depth, opacity]).cpu()
-        cells = self._gather(found)
+        each = self.config.pictures // len(shown)
+        rows_of = [(scene.id, k) for scene in shown for k in range(min(each, self.config.views, _count(scene, split)))]
+        cells = self._draw_views(model, store, rows_of, split)
         if rank() != 0:
             return {}
         both = torch.cat([cell[1] for cell in cells])  # encoded and rendered in turns
@@ -217,6 +229,53 @@ class Evaluator:
             pairs = [[gray[2 * i + k, c] for c in channels for k in (0, 1)] for i in range(len(cells))]
             grids["latents"] = self.draw(pairs, [f"{c + 1} {way}" for c in channels for way in ("encoded", "rendered")])
         return grids
+
+    @few_threads()
+    @torch.no_grad()
+    def examples(self, model: IGAE, store: SceneStore, of_scenes: dict[str, Means]) -> list[Example]:
+        """A view of the worst, the median and the best scene, held-out where there are such.
+
+        Args:
+            of_scenes: the metrics of each scene, from :meth:`table`.
+
+        Returns:
+            Those, or fewer of few scenes, on the first rank; nothing on the others.
+        """
+        by, names = ranked(of_scenes)
+        if not names:
+            return []
+        split: Split = SPLITS[0] if by.startswith(SPLITS[0]) else SPLITS[1]
+        ends = {len(names) // 2: "median", len(names) - 1: "best", 0: "worst" if len(names) > 1 else "only"}
+        ids = {scene.name: scene.id for scene in self.scenes}
+        places = sorted(ends)
+        cells = self._draw_views(model, store, [(ids[names[place]], 0) for place in places], split)
+        found = []
+        for place, (images, both, (depth, opacity)) in zip(places, cells, strict=True) if rank() == 0 else ():
+            row = [*images, *pictures.latent_to_rgb(both, self.image_size)]
+            row.append(pictures.depth_to_rgb(depth[None], opacity[None], self.image_size)[0])
+            near, far = pictures.depth_range(depth, opacity)
+            labels = {"columns": ", ".join(COLUMNS), "scene": names[place], "which": ends[place], "split": NAMES[split]}
+            labels |= {"metric": by, "value": f"{of_scenes[names[place]][by]:.4g}", "scenes": str(len(names))}
+            labels |= {"near": f"{near:.3f}", "far": f"{far:.3f}", "scale": pictures.depth_scale()}
+            found.append(Example(ends[place], np.concatenate(row, 1), labels))
+        return found
+
+    def _draw_views(self, model: IGAE, store: SceneStore, rows: list[tuple[int, int]], split: Split) -> list[_Cell]:
+        """Views, each by its scene and its number, of all ranks, on every rank."""
+        found = {}
+        with progress("drawing views", sum(scene in self.owned for scene, _ in rows), "views") as bar:
+            at = _Renderer(model, store, self.device, bar)
+            for i, (scene, number) in enumerate(rows):
+                if scene in self.owned:
+                    views = self.splits[split]
+                    view = _take(views, (views.scene == scene).nonzero()[number])
+                    truth = to_signed(view.images.to(self.device))
+                    latents, (rendered, depth, opacity) = at.encode(truth), at.render(view)
+                    images = [truth, at.decode(latents), at.decode_normalized(rendered)]
+                    both = torch.cat([model.autoencoder.normalize(latents), rendered]).cpu()
+                    drawn = [pictures.to_uint8(image[0]) for image in images]
+                    found[i] = drawn, both, torch.cat([depth, opacity]).cpu()
+        return self._gather(found)
 
     def _natural_grid(self, at: "_Renderer") -> dict[str, Picture]:
         found = {}
@@ -236,10 +295,11 @@ class Evaluator:
         Returns:
             Scene's name -> file, of all ranks, on the first rank; nothing on the others.
         """
-        chosen, at = spread(self.scenes, self.config.orbits), _Renderer(model, store, self.device)
-        written = {}
-        for i, scene in enumerate(chosen):
-            if scene.id in self.owned:
+        chosen, written = spread(self.scenes, self.config.orbits), {}
+        own = [(i, scene) for i, scene in enumerate(chosen) if scene.id in self.owned]
+        with progress("rendering orbits", len(own) * self.config.orbit_frames, "frames") as bar:
+            at = _Renderer(model, store, self.device, bar)
+            for i, scene in own:
                 rendered, depth, opacity = at.render(self._orbit(scene.id))
                 chunks = torch.split(rendered, CHUNK)
                 images = [pictures.to_uint8(image) for chunk in chunks for image in at.decode_normalized(chunk)]
@@ -271,6 +331,8 @@ class _Renderer:
     model: IGAE
     store: SceneStore
     device: torch.device
+    bar: "tqdm[Any] | None"
+    """Of the views that are rendered."""
 
     def encode(self, images: Tensor) -> Tensor:
         return self.model.autoencoder.posterior(images).mean
@@ -290,46 +352,10 @@ class _Renderer:
             cameras = (index, batch.cam2world[chunk], batch.intrinsics[chunk])
             views = Views(*(part.to(self.device) for part in cameras))
             parts.append(self.model.render(self.store.read(scenes.tolist(), catch_up=False), views, None))
+            if self.bar is not None:
+                self.bar.update(len(index))
         latents, depth, opacity = zip(*parts, strict=True)
         return torch.cat(latents), torch.cat(depth), torch.cat(opacity)
-
-
-class _Totals:
-    """Sums and numbers of a rank's measurements: by scene, and in the last row those of natural images."""
-
-    def __init__(self, scenes: Scenes, perceptual: LPIPS | None) -> None:
-        self._scenes, self._perceptual, self._names = scenes, perceptual, list(METRICS)
-        self._rows: dict[int | None, int] = {scene.id: row for row, scene in enumerate(scenes)}
-        self._rows[None] = len(scenes)
-        self._totals = torch.zeros(2, len(self._rows), len(METRICS), dtype=torch.float64)
-
-    def compare(self, scene: int | None, comparison: str, images: Tensor, targets: Tensor) -> None:
-        """Add a comparison of images (or latents) of one scene, by all of its measures."""
-        measures = {"psnr": psnr, "ssim": ssim}
-        if self._perceptual is not None:
-            measures["lpips"] = self._perceptual.distances
-        for measure, function in measures.items():
-            if (name := f"{comparison}_{measure}") in METRICS:
-                self.add(scene, name, function(images, targets))
-
-    def add(self, scene: int | None, name: str, values: Tensor) -> None:
-        """Add values [n] of a metric."""
-        place = self._rows[scene], self._names.index(name)
-        self._totals[0][place] += values.double().cpu().sum()
-        self._totals[1][place] += len(values)
-
-    def means(self, channel: Channel) -> tuple[Means, dict[str, Means]]:
-        """Over the images of all ranks, and over those of each scene by its name. Collective."""
-        sums, counts = channel.sum(self._totals)
-
-        def means(total: Tensor, count: Tensor) -> Means:
-            found = {name: float(total[i] / count[i]) for i, name in enumerate(self._names) if count[i]}
-            if {"train/rgb_psnr", "heldout/rgb_psnr"} <= found.keys():
-                found["gap/rgb_psnr"] = found["train/rgb_psnr"] - found["heldout/rgb_psnr"]
-            return found
-
-        of_scenes = {scene.name: means(sums[row], counts[row]) for row, scene in enumerate(self._scenes)}
-        return means(sums.sum(0), counts.sum(0)), of_scenes
 
 
 def _take(batch: ViewBatch, which: slice | Tensor) -> ViewBatch:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # reports of runs need the names alone
     from torch import Tensor
 
+JSON, CSV, EXAMPLES = "evaluation.json", "evaluation.csv", "examples"
+"""Where they are in the folder of a run, and a folder of views of the best, the median and the worst scene."""
 MEASURES = {"psnr": "PSNR of {} (dB)", "ssim": "SSIM of {}", "lpips": "LPIPS of {}"}
 VIEWS = {
     "latent": ("rendered latents", "encoded latents, both normalized"),
     "rgb": ("decoded renders", "views"),
     "ae": ("autoencoded images", "views"),
-    "rgb_ae": ("decoded renders", "autoencoded images"),
+    "rgb_ae": ("decoded renders against autoencoded images", "autoencoded images"),
 }
 COMPARISONS = {
     **{f"heldout/{name}": (f"{what}, held-out views", target) for name, (what, target) in VIEWS.items()},
@@ -40,6 +42,9 @@ METRICS = {
     "gap/rgb_psnr": "PSNR of decoded renders, training views minus held-out views (dB)",
 }
 """All metrics that there can be -> what each is, in the order in which ranks add them up."""
+RANKED_BY = ("heldout/rgb_psnr", "train/rgb_psnr", "heldout/latent_psnr", "train/latent_psnr")
+SMALL_IS_GOOD = ("lpips", "mse", "error", "background")
+"""Scenes are ranked by the first of these that was measured. The last part of names whose small values are good."""
 LARGE_GAP = 3.0
 LARGE_ERROR = 0.9  # of latents, where a constant has 1
 """dB by which training views may be better than held-out ones before :func:`problems` says so."""
@@ -55,6 +60,38 @@ RENAMED = {
 def current_name(name: str) -> str:
     """What a metric that a run of version 0.1 has written is called now: `natural/ae_psnr` for `photos/ae_psnr`."""
     return "/".join(RENAMED.get(part, part) for part in name.split("/"))
+
+
+def ranked(scenes: Mapping[str, Mapping[str, float]]) -> tuple[str, list[str]]:
+    """What scenes are ranked by, the PSNR of decoded renders or the nearest thing that was measured, and the names of
+    those that have it, the worst first."""
+    names = list(dict.fromkeys(name for values in scenes.values() for name in values))
+    psnrs = [name for name in names if name.endswith("psnr")]
+    by = next((name for name in (*RANKED_BY, *psnrs, *names) if name in names), "")
+    sign = -1 if by.rpartition("_")[2] in SMALL_IS_GOOD else 1
+    return by, sorted((name for name in scenes if by in scenes[name]), key=lambda name: sign * scenes[name][by])
+
+
+def verdict(metrics: Mapping[str, float]) -> str:
+    """How good the scenes are, in a sentence: held-out views against the mean training image, against the autoencoder
+    alone and against training views. Empty where nothing of that was measured."""
+    names = ("heldout/rgb_psnr", "heldout/baseline_psnr", "heldout/ae_psnr", "train/rgb_psnr")
+    heldout, baseline, autoencoder, train = map(metrics.get, names)
+    if heldout is None:
+        if train is not None:
+            return f"training views {train:.1f} dB; there are no held-out views to compare with"
+        natural = metrics.get("natural/ae_psnr")
+        return "" if natural is None else f"autoencoded natural images {natural:.1f} dB; there are no scenes"
+    found = []
+    for what, above, below in (
+        (baseline, "above the mean training image", "below the mean training image"),
+        (autoencoder, "above what the autoencoder alone reaches", "below what the autoencoder alone reaches"),
+    ):
+        if what is not None:
+            found.append(f"{abs(heldout - what):.1f} dB {above if heldout >= what else below}")
+    better = "" if train is None else f"{abs(train - heldout):.1f} dB {'better' if train >= heldout else 'worse'}"
+    text = f"held-out views {heldout:.1f} dB" + (": " if found else "") + ", ".join(found)
+    return text + (f"; training views are {better}" if better else "")
 
 
 def problems(metrics: Mapping[str, float]) -> list[str]:

@@ -4,7 +4,7 @@
 import errno
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from igae.storage import staged
@@ -21,6 +22,7 @@ Picture = NDArray[np.uint8]
 
 CELL = 128  # narrower cells of a grid are enlarged, so that their labels can be read
 GAP = 4  # pixels around the cells of a grid
+NEAR, FAR = 0.85, 0.15  # lightness of depths
 VIDEO = 256  # smaller videos are enlarged: players show them blurred otherwise
 
 
@@ -69,20 +71,31 @@ def depth_to_rgb(depth: Tensor, opacity: Tensor, size: tuple[int, int]) -> Pictu
         size: (height, width).
     """
     depth, opacity = depth.detach().float(), opacity.detach().float().clamp(0, 1)
-    solid = depth[opacity > 0.5]
-    near, far = (solid.min(), solid.max()) if solid.numel() else (depth.min(), depth.max())
-    lightness = 0.9 - 0.8 * ((depth - near) / (far - near).clamp_min(1e-12)).clamp(0, 1)
+    near, far = depth_range(depth, opacity)
+    lightness = NEAR - (NEAR - FAR) * ((depth - near) / max(far - near, 1e-12)).clamp(0, 1)
     return _enlarge(1 + opacity[:, None] * (_cubehelix(lightness) - 1), size)
+
+
+def depth_range(depth: Tensor, opacity: Tensor) -> tuple[float, float]:
+    """The least and the greatest depth where the opacity exceeds 1/2; of all where it does nowhere."""
+    solid = depth[opacity > 0.5] if (opacity > 0.5).any() else depth
+    return float(solid.min()), float(solid.max())
+
+
+def depth_scale(count: int = 9) -> str:
+    """The colors of depths from the nearest to the farthest, as CSS has them, with commas."""
+    colors = _quantize(_cubehelix(torch.linspace(NEAR, FAR, count).reshape(1, 1, count)))[0, :, 0].T
+    return ", ".join("#" + bytes(color.tolist()).hex() for color in colors)
 
 
 def _cubehelix(lightness: Tensor) -> Tensor:
     """Colors [N, 3, h, w] of lightness [N, h, w] in [0, 1]; their perceived brightness grows evenly with it.
 
-    D. A. Green, "A color scheme for the display of astronomical intensity images", 2011, equation 2 with its default
-    start 0.5, rotations -1.5 and hue 1.
+    D. A. Green, "A color scheme for the display of astronomical intensity images", 2011, equation 2 with start 0.3,
+    rotations -0.8 and hue 1.6: from sand over green to dark blue, no color twice.
     """
-    angle = 2 * math.pi * (0.5 / 3 + 1 - 1.5 * lightness)
-    amplitude = lightness * (1 - lightness) / 2
+    angle = 2 * math.pi * (0.3 / 3 + 1 - 0.8 * lightness)
+    amplitude = 1.6 * lightness * (1 - lightness) / 2
     weights = lightness.new_tensor([[-0.14861, 1.78277], [-0.29227, -0.90649], [1.97294, 0.0]])
     wave = torch.stack([angle.cos(), angle.sin()], dim=1)
     return lightness[:, None] + amplitude[:, None] * torch.einsum("kj,njhw->nkhw", weights, wave)
@@ -123,11 +136,14 @@ def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFo
     return font
 
 
-def save_png(path: Path, picture: Picture) -> None:
-    """Write a picture; the file is there whole or not at all."""
+def save_png(path: Path, picture: Picture, labels: Mapping[str, str] | None = None) -> None:
+    """Write a picture, with labels in the file; the file is there whole or not at all."""
+    texts = PngInfo()
+    for name, text in (labels or {}).items():
+        texts.add_itxt(name, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged(path) as staging:
-        Image.fromarray(picture).save(staging, format="PNG")
+        Image.fromarray(picture).save(staging, format="PNG", pnginfo=texts)
 
 
 def write_video(path: Path, frames: Picture, fps: float = 24) -> None:

@@ -4,6 +4,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,12 +90,18 @@ def _newest(folders: list[str]) -> Checkpoint:
 
 
 def data_root(data: DataConfig, origins: Mapping[Key, str]) -> str:
-    """Where the data of saved settings are. A ValueError says what to give where only a file names a URL."""
+    """Where the data of saved settings are. A ValueError says what to give where only a file names a URL, or a path
+    that was meant from another folder."""
     origin = origin_of(("data", "root"), origins, "")
     if is_url(data.root) and origin != COMMAND_LINE:
         raise ValueError(
             f"{origin} has its data at {redact(data.root)}, a URL that is not asked because a file names it: add "
             "data.root=URL"
+        )
+    if origin != COMMAND_LINE and not is_url(data.root) and not Path(data.root).exists() and data.root[:1] != "/":
+        raise ValueError(
+            f"{origin} has its data at {data.root}, relative to the folder that the run was started in, and they are "
+            f"not in {Path.cwd()}: start from that folder, or say where they are, data.root=SHARDS"
         )
     return data.root
 

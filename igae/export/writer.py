@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from igae.errors import redact
+from igae.errors import progress, redact
 from igae.export.card import model_card
 from igae.export.format import (
     CARD,
@@ -151,7 +151,8 @@ def _write_files(content: Content, files: _Files, name: str, file_bytes: int) ->
     sums[SHARED] = files.put_tensors(SHARED, shared_tensors(model), {})
     scenes: list[SceneFile] = []
     step = max(1, file_bytes // (4 * math.prod(content.planes.row_shape)))
-    for start in range(0, len(content.scenes), step):
+    starts = range(0, len(content.scenes), step)
+    for start in progress("writing scenes", len(starts), "files", starts):
         names = list(content.scenes[start : start + step])
         rows = content.rows(start, start + len(names))
         assert rows.dtype == torch.float32 and rows.shape == (len(names), *content.planes.row_shape)

@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from torch import Tensor
 
+from igae.errors import progress, redact
 from igae.storage.paths import LIMITS, Damaged, file_system, named_errors
 from igae.storage.reading import MAX_SMALL, File, parse_json
 from igae.storage.writing import writes_to
@@ -84,12 +85,14 @@ def write_tensors(url: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Te
     header, size = _header(layout)
     crc = zlib.crc32(header)
     fs, path = file_system(url)
-    with writes_to(url), fs.open(path, "wb") as file:
+    bar = progress(f"writing {redact(url)}", size, "B", unit_scale=True)
+    with bar, writes_to(url), fs.open(path, "wb") as file:
         file.write(header)
         for name, tensor in layout.items():
             first = 0
             for piece in _pieces(tensor):
                 file.write(piece.reshape(-1).data)
+                bar.update(piece.nbytes)
                 if name in rows:
                     _as_sums(sums[name + SUMS])[first : first + len(piece)] = [zlib.crc32(row) for row in piece]
                     first += len(piece)

@@ -17,6 +17,7 @@ from .recipe import StageConfig as StageConfig
 from .recipe import StageName as StageName
 from .recipe import TrackingConfig as TrackingConfig
 from .run_folder import lock_run as lock_run
+from .run_folder import read_metrics as read_metrics
 from .stage import Stage as Stage
 from .stage import StageState as StageState
 from .step import CapturedStep as CapturedStep

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igae.data import LatentCache, ViewBatch
+from igae.errors import progress
 from igae.models import IGAE, NUMBERS, Views, augment, coverage_bounds, to_signed
 from igae.ranks import derive_seed
 from igae.training.preflight import check_latents
@@ -129,8 +130,10 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
     needed = encode.bytes_of_a_view * int(data.owned.views.sum())
     check_latents(needed, background.device, name, encode.variants)
     log_once(f"{name}: encoding {needed // encode.bytes_of_a_view} views")
+    total = math.ceil(int(data.owned.views.sum()) / BATCH)
     with closing(data.open_views(BATCH, repeat=False)) as views:
-        cache = LatentCache(views, encode, encode.variants)
+        batches = progress(f"{name}: encoding views", total, f"batches of {BATCH}", views)
+        cache = LatentCache(batches, encode, encode.variants)
     log_once(f"{name}: {len(cache)} views, {cache.variants} cached latents of each, {needed / 2**30:.2f} GiB")
     if tell_background(torch.cat(encode.plain), encode.seen, background):
         return cache

@@ -81,12 +81,12 @@ class Fit(Job):
         ValueError: configuration, data and model don't fit together.
     """
 
-    def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
+    def __init__(self, recipe: Recipe, resume: str = "auto", extend: bool = False) -> None:
         assert recipe.fits_in_waves
         join(recipe.train.timeout)
         channel = Channel(recipe.train.timeout)
-        manifest, scenes = select(recipe, agree(recipe, channel, resume=resume))
-        _check(recipe, resume)
+        manifest, scenes = select(recipe, agree(recipe, channel, resume=resume, extend=extend))
+        _check(recipe, resume, extend)
         self.resume = resume
         if not scenes:
             raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
@@ -191,13 +191,15 @@ class Fit(Job):
         ids = spread(scenes, self.evaluation.scenes).ids[rank() :: world_size()].tolist()
         store = SceneStore(self.recipe.planes, ids, None, self.engine.device)
         store.load_state_dict(load_checkpoint(self.parts.folder, moments=False).rows(ids))
-        metrics = self.evaluate(store, "fit", len(self.waves), orbits=True)
+        metrics = self.evaluate(store, "fit", len(self.waves), last=True)
         if rank() == 0:
             write_metrics(self.folder, "fit", {"scenes": len(scenes), **metrics})
         return metrics
 
 
-def _check(recipe: Recipe, resume: str) -> None:
+def _check(recipe: Recipe, resume: str, extend: bool) -> None:
+    if extend:
+        raise ValueError("--extend: scenes are fitted from their start, use a new experiment=NAME with more epochs")
     if resume not in ("auto", "strict", "never"):
         raise ValueError(f"--resume {resume}: scenes are fitted from their start, leave --resume out")
     if not recipe.train.stages:

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 
 import yaml
 
-from igae.evaluation import EvaluationConfig, Evaluator, problems, save_png
+from igae.evaluation import EvaluationConfig, Evaluator, problems, save_png, write_results
 from igae.models import IGAE
 from igae.ranks import Channel, rank
 from igae.scenes import SceneStore
@@ -79,13 +79,13 @@ class Job:
             )
             yield
 
-    def evaluate(self, store: SceneStore, stage: str, step: int, orbits: bool) -> dict[str, float]:
+    def evaluate(self, store: SceneStore, stage: str, step: int, last: bool) -> dict[str, float]:
         """Measure and draw the model and the scenes of a store, whose views are read the first time.
 
         Args:
             store: the same at each call.
             stage, step: what of the job this is; names of files begin with it.
-            orbits: make videos too.
+            last: of its stage: write the metrics of each scene, examples and videos too.
         """
         model, data, tracker, config = self.model, self.data, self.tracker, self.evaluation
         if self._evaluator is None:
@@ -96,16 +96,20 @@ class Job:
         log.info("%s, step %d: evaluating", stage, step)
         with self.engine.weights():
             model.eval()
-            metrics = self._evaluator.measure(model, store)
+            metrics, of_scenes = self._evaluator.table(model, store)
             tracker.scalars(step, stage, {f"eval/{name}": value for name, value in metrics.items()})
             tracker.sync()  # before metrics.json says that this is done
             if config.pictures and (data.scenes or data.manifest.images):
-                grids = self._evaluator.grids(model, store)
+                grids, labels = self._evaluator.grids(model, store), {"caption": self._evaluator.caption}
                 for name, grid in grids.items():
                     number = "" if stage == "fit" else f"-{step:08d}"
-                    save_png(self.folder / "pictures" / f"{stage}-{name}{number}.png", grid)
+                    save_png(self.folder / "pictures" / f"{stage}-{name}{number}.png", grid, labels)
                 tracker.images(step, grids)
-            if orbits and config.orbits:
+            if last:
+                examples = self._evaluator.examples(model, store, of_scenes)
+                if rank() == 0:
+                    write_results(self.folder, self._evaluator.scenes, metrics, of_scenes, examples)
+            if last and config.orbits:
                 videos = self._evaluator.orbits(model, store, self.folder / "orbits" / stage)
                 tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
             model.train()

@@ -3,15 +3,12 @@
 
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Iterator
 from types import FrameType
 
-from tqdm import tqdm
-
 from igae.checkpoint import Progress
-from igae.errors import TrainingError
+from igae.errors import TrainingError, progress
 from igae.ranks import rank, use_share
 from igae.training.meter import Outcome
 from igae.training.stage import Stage
@@ -62,35 +59,36 @@ class Loop:
         self._open: deque[tuple[int, Outcome]] = deque()
 
     def __iter__(self) -> Iterator[int]:
-        stage, progress = self._stage, self._progress
+        stage, now = self._stage, self._progress
         stage.model.train()
         stage.meter.restart(stage.taken)
         use_share(steps=True)
-        with self._progress_bar() as self._bar:
-            for step in range(progress.step, stage.steps):
+        bar = progress(self._label, stage.steps, "steps", initial=now.step, leave=True)
+        with bar as self._bar:
+            for step in range(now.step, stage.steps):
                 outcome = stage.step(step, self._signals.received is not None)
-                progress.step, progress.total = step + 1, progress.total + 1
-                progress.consumed = dict(stage.consumed)
-                self._open.append((progress.total, outcome))
-                self.settle(self._async_steps if progress.step < stage.steps else 0)
+                now.step, now.total = step + 1, now.total + 1
+                now.consumed = dict(stage.consumed)
+                self._open.append((now.total, outcome))
+                self.settle(self._async_steps if now.step < stage.steps else 0)
                 self._bar.update()
-                yield progress.step
+                yield now.step
                 if self.stopped:
                     return
 
     def settle(self, left: int = 0) -> None:
         """Wait until it is known how steps went, all but the newest ``left``."""
-        progress, train = self._progress, self._stage.recipe.train
+        now, train = self._progress, self._stage.recipe.train
         timeout = train.timeout if self._stage.data.world > 1 else None
         while len(self._open) > (0 if self.stopped else left):
             total, outcome = self._open.popleft()
             applied, stop = outcome.read(timeout)
             self.stopped |= stop
-            progress.skipped += not applied
-            progress.skipped_in_a_row = 0 if applied else progress.skipped_in_a_row + 1
-            if progress.skipped_in_a_row >= train.max_skipped:
+            now.skipped += not applied
+            now.skipped_in_a_row = 0 if applied else now.skipped_in_a_row + 1
+            if now.skipped_in_a_row >= train.max_skipped:
                 raise TrainingError(
-                    f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
+                    f"the loss or a gradient was not finite in {now.skipped_in_a_row} steps in a row, up to step "
                     f"{total}: lower train.{self._stage.name}.learning_rates or use train.precision=fp32; what was "
                     "saved has nothing of these steps"
                 )
@@ -98,20 +96,3 @@ class Loop:
     def note(self, text: str) -> None:
         """Show a text beside the progress."""
         self._bar.set_postfix_str(text, refresh=False)
-
-    def _progress_bar(self) -> "tqdm[None]":
-        """A bar on a terminal, a line now and then in a log file. The ETA is of the mean speed so far, evaluations and
-        checkpoints included."""
-        line = "{desc}: step {n_fmt} of {total_fmt}, elapsed {elapsed}, ETA {remaining}{postfix}\n"
-        terminal = sys.stderr.isatty()
-        return tqdm(
-            desc=self._label,
-            initial=self._progress.step,
-            total=self._stage.steps,
-            unit="step",
-            disable=rank() > 0,
-            smoothing=0,
-            dynamic_ncols=terminal,
-            mininterval=0.5 if terminal else 10.0,
-            bar_format=None if terminal else line,
-        )

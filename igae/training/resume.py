@@ -22,10 +22,11 @@ from igae.checkpoint import (
 )
 from igae.config import parse
 from igae.data import ViewBatch
+from igae.errors import progress as progress_of
 from igae.errors import redact
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
-from igae.ranks import Channel, derive_seed, world_size
+from igae.ranks import Channel, derive_seed, rank, world_size
 from igae.scenes import STORAGE, SceneStore
 from igae.storage import join
 from igae.training.preflight import scene_bytes
@@ -41,11 +42,19 @@ FIXED = [
     *("autoencoder.create", "autoencoder.latents", "autoencoder.scale"),
 ]
 """Settings that can't change within a run."""
+TOLD = ("data", "train", "autoencoder", "evaluation")
+"""Sections whose changes are told; the rest changes nothing that a run computes."""
 ROWS_BYTES = 1 << 30
 """Rows and moments that are in memory between a checkpoint and the scenes' store."""
 SCALE_BATCH, SCALE_BATCHES = 64, 4
 """Views that the scale of normalized latents is fitted to, on each rank."""
 log = logging.getLogger("igae")
+
+
+def warn_once(text: str, *values: Any) -> None:
+    """A warning that concerns all ranks alike."""
+    if rank() == 0:
+        log.warning(text, *values)
 
 
 def find(root: str, resume: str, channel: Channel) -> list[str]:
@@ -74,23 +83,33 @@ def find(root: str, resume: str, channel: Channel) -> list[str]:
 
 
 def restore(
-    folders: list[str], recipe: Recipe, data: RankData, model: IGAE, store: SceneStore, channel: Channel
+    folders: list[str],
+    recipe: Recipe,
+    data: RankData,
+    model: IGAE,
+    store: SceneStore,
+    channel: Channel,
+    extend: bool = False,
 ) -> tuple[Progress, StageState, list[str], Precision]:
     """Put the weights and the rows of this rank's scenes of a checkpoint into place: of the first that all ranks find
     whole. Those before it are set aside. In the middle of a stage, the rows' optimizer is started. Collective.
+
+    Args:
+        extend: a finished stage is one in the middle where the recipe has more epochs for it now.
 
     Returns:
         Where the run stands, for this number of ranks, what its stage needs to resume, the checkpoints set aside, and
         the precision of the steps so far.
 
     Raises:
-        ValueError: the checkpoint is of other data or settings, or none is whole; no folder has changed.
+        ValueError: the checkpoint is of other data or settings, also of other epochs of a stage that is finished and
+            not to be extended, or none is whole; no folder has changed.
     """
     damaged = dict[str, str]()
     for folder in folders:
         found, problem = None, ""
         try:
-            found = _read(folder, recipe, data, store)
+            found = _read(folder, recipe, data, store, extend)
         except DamagedCheckpoint as error:
             problem = error.why
         problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
@@ -109,7 +128,7 @@ def _set_aside(damaged: dict[str, str], newest: str) -> None:
         log.warning("%s (%s): this run resumes from %s, and steps after it are lost", why, set_aside(folder), newest)
 
 
-def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> Checkpoint:
+def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore, extend: bool) -> Checkpoint:
     """A checkpoint, whose rows are put into a store."""
     loaded = load_checkpoint(folder)
     progress = loaded.progress
@@ -117,6 +136,8 @@ def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> Che
         raise ValueError(
             f"{folder} was trained on other shards than those at {recipe.data.root}: use a new experiment=NAME"
         )
+    if progress.finished and _is_longer_now(loaded, recipe, data, extend):
+        progress.finished = False
     fixed = FIXED if progress.finished else [*FIXED, "train.plane_optimizer", f"train.{progress.stage}.alternate"]
     compare_settings(folder, loaded.config, recipe, fixed)
     if not np.array_equal(loaded.ids, data.scenes.ids):
@@ -131,10 +152,31 @@ def _read(folder: str, recipe: Recipe, data: RankData, store: SceneStore) -> Che
         store.start_optimizer(recipe.train.kernels)
         store.load_state_dict({"learning_rates": rates})
     some = max(1, ROWS_BYTES // scene_bytes(recipe.planes))
-    for start in range(0, len(store), some):  # not at once: host memory may have room for them once only
+    starts = range(0, len(store), some)
+    for start in progress_of("reading planes", len(starts), "parts", starts):  # host memory may have room for them once
         rows = loaded.rows(store.ids[start : start + some].tolist())
         store.load_state_dict({"planes": rows["planes"]} if progress.finished else rows, start)
     return loaded
+
+
+def _is_longer_now(loaded: Checkpoint, recipe: Recipe, data: RankData, extend: bool) -> bool:
+    """Whether the recipe has more epochs of a finished stage than were made. Raises ValueError where they are not to be
+    made."""
+    name, made = loaded.progress.stage, loaded.progress.step
+    before = flat(parse(loaded.config, loaded.folder))
+    stage = getattr(recipe.train, name)
+    keys = {f"train.{name}.{key}": getattr(stage, key) for key in ("epochs", "min_steps")}
+    changed = [f"{key} was {before[key]} and is {now}" for key, now in keys.items() if before.get(key, now) != now]
+    steps = data.steps(stage)
+    if not changed or steps * world_size() <= made * loaded.progress.world:
+        return False
+    if not extend:
+        raise ValueError(
+            f"{name} is finished in {redact(loaded.folder)}, {' and '.join(changed)} now: add --extend to continue it "
+            "to that, or train anew with experiment=NAME"
+        )
+    log.info("%s is continued to step %d", name, steps)
+    return True
 
 
 def _put(loaded: Checkpoint, recipe: Recipe, data: RankData, model: IGAE) -> tuple[Progress, StageState]:
@@ -151,7 +193,7 @@ def _put(loaded: Checkpoint, recipe: Recipe, data: RankData, model: IGAE) -> tup
     if not progress.finished:
         _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
     progress.world = world_size()
-    log.info("resumes from step %d, %s", progress.total, folder)
+    log.info("%s step %d, %s", "is finished at" if progress.finished else "resumes from", progress.total, folder)
     return progress, StageState(progress.consumed, loaded.optimizer, rows_resumed=not progress.finished)
 
 
@@ -174,7 +216,7 @@ def fit_scale(model: IGAE, seed: int, data: RankData, channel: Channel) -> None:
     loader: Any = data.open_views(SCALE_BATCH, seed) if data.owned else data.open_natural_images(SCALE_BATCH, seed)
     squares = torch.zeros(2, dtype=torch.float64)  # their sum, and how many
     with closing(loader):
-        for _ in range(SCALE_BATCHES):
+        for _ in progress_of("fitting the scale of latents", SCALE_BATCHES, "batches", range(SCALE_BATCHES)):
             batch = next(loader)
             images = batch.images if isinstance(batch, ViewBatch) else batch
             latents = model.autoencoder.posterior(to_signed(images.to(model.background.device))).mean.double().cpu()
@@ -188,10 +230,10 @@ def _move_to_this_world(progress: Progress, steps_per_epoch: int) -> None:
     samples taken by all ranks together."""
     if steps_per_epoch != progress.steps_per_epoch:
         step = round(progress.step * steps_per_epoch / progress.steps_per_epoch)
-        log.warning("step %d of %s is step %d with this batch", progress.step, progress.stage, step)
+        warn_once("step %d of %s is step %d with this batch", progress.step, progress.stage, step)
         progress.step, progress.steps_per_epoch = step, steps_per_epoch
     if progress.world != world_size():
-        log.warning("%d ranks trained before this restart, and %d do now", progress.world, world_size())
+        warn_once("%d ranks trained before this restart, and %d do now", progress.world, world_size())
         progress.consumed = {name: n * progress.world // world_size() for name, n in progress.consumed.items()}
 
 
@@ -205,7 +247,7 @@ def precision_of(settings: str, folder: str) -> Precision:
 
 
 def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str]) -> None:
-    """Refuse other values of the ``fixed`` keys than in the settings that a folder was made with; log other changes."""
+    """Refuse other values of the ``fixed`` keys than in the settings of a folder; tell other changes."""
     before, now = flat(parse(settings, folder)), flat(parse(public_settings(recipe), folder))
     root, name = recipe.checkpoint.root, before.get("experiment")
     if root and folder.startswith(join(root, "")) and name != recipe.experiment:
@@ -215,11 +257,12 @@ def compare_settings(folder: str, settings: str, recipe: Recipe, fixed: list[str
         )
     now |= {key: before.get(key) for key in AUTO if now[key] == "auto"}
     now["train.plane_optimizer"] = "exact"  # 0.1.0 had another, whose moments have another meaning
-    for key in [key for key in now if key in before and before[key] != now[key] and key not in STORAGE]:
+    changed = [key for key in now if key in before and before[key] != now[key] and key not in STORAGE]
+    for key in changed:
         if any(f"{key}.".startswith(f"{name}.") for name in fixed):
             raise ValueError(
                 f"{key} was {before[key]} in {folder} and is {now[key]} now, which can't change within a run: "
                 "use a new experiment=NAME"
             )
-        if key.split(".")[0] in ("data", "train", "autoencoder"):
-            log.warning("%s was %s before this restart and is %s now", key, before[key], now[key])
+    if told := [f"{key} was {before[key]} and is {now[key]}" for key in changed if key.split(".")[0] in TOLD]:
+        warn_once("changed since the last start: %s", "; ".join(told))

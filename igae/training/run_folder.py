@@ -36,7 +36,7 @@ from igae.storage import (
 )
 from igae.training.recipe import Recipe
 
-METRICS, ENVIRONMENT, SEEN = "metrics.json", "environment.json", ".seen-"
+METRICS, ENVIRONMENT, CHANGES, SEEN = "metrics.json", "environment.json", "changes.json", ".seen-"
 CLAIM = "experiment.txt"
 """In a ``checkpoint.root``: the name of the experiment that has it."""
 _METRICS = TypeAdapter(dict[str, dict[str, int | float]])
@@ -104,6 +104,8 @@ def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
         for seen in folder.glob(f"{SEEN}*"):
             seen.unlink(missing_ok=True)
         write_text(folder / "config.yaml", public_settings(recipe))
+        changes = {key: [redact(config.shown(value)) for value in both] for key, both in recipe.changes.items()}
+        write_text(folder / CHANGES, json.dumps({"recipe": redact(recipe.source), "changes": changes}, indent=1) + "\n")
 
     with held:
         channel.on_first_rank(begin)

@@ -31,16 +31,17 @@ class Trainer(Job):
         resume: ``auto`` resumes from the newest checkpoint of the run that is whole, if there is one; ``strict``
             refuses a newest one that is damaged; ``never`` refuses a folder that has one; anything else is the path or
             URL of a checkpoint to start from.
+        extend: continue a finished stage to the number of epochs that the recipe has now.
 
     Raises:
         ValueError: the configuration, the data or the checkpoint don't fit together.
     """
 
-    def __init__(self, recipe: Recipe, resume: str = "auto") -> None:
+    def __init__(self, recipe: Recipe, resume: str = "auto", extend: bool = False) -> None:
         train, settings = recipe.train, recipe.checkpoint
         join(train.timeout)
         channel = Channel(train.timeout)
-        manifest = agree(recipe, channel, resume=resume)
+        manifest = agree(recipe, channel, resume=resume, extend=extend)
         # Here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
         saving = Channel(train.timeout)
         data = RankData.split(recipe, manifest)
@@ -57,7 +58,7 @@ class Trainer(Job):
         self.progress = Progress(STAGES[0], 0, 0, data=data.manifest.digest, world=world_size())
         self._state, damaged, began_in = StageState(), list[str](), None
         if found:
-            state = restore(found, recipe, data, self.model, self.store, channel)
+            state = restore(found, recipe, data, self.model, self.store, channel, extend)
             self.progress, self._state, damaged, began_in = state
         else:
             initialize(self.model, recipe, data, channel)
@@ -80,7 +81,8 @@ class Trainer(Job):
             try:
                 self.channel.on_first_rank(self.writer.clean)
                 there = self.channel.on_first_rank(lambda: read_metrics(self.folder))
-                if progress.finished and progress.stage not in there:
+                results = there.get(progress.stage)
+                if progress.finished and (results is None or results.get("step", progress.total) != progress.total):
                     metrics = self._conclude(progress.stage)  # a kill came between checkpoint and results
                 for name in self._stages_to_do(only):
                     metrics = self._run_stage(name)
@@ -106,7 +108,7 @@ class Trainer(Job):
                 )
             todo = [name for name in todo if name == only]
         if not todo:
-            log.info("nothing is left to do in %s", self.folder)
+            log.info("nothing is left to do in %s, all stages are finished", self.folder)
         if any(self.recipe.train.stages[name].batch_size for name in todo):
             self.channel.on_first_rank(lambda: check_box(self.recipe.render.box, self.data))
         return todo
@@ -160,7 +162,7 @@ class Trainer(Job):
                 continue
             if evaluates:  # before the checkpoint: deferred updates are applied here, and a resumed run must be equal
                 self.store.catch_up()
-                self.evaluate(self.store, stage.name, progress.total, orbits=False)
+                self.evaluate(self.store, stage.name, progress.total, last=False)
             # While steps are skipped, what makes them fail may be in the weights: keep the checkpoints from before.
             if saves and not progress.skipped_in_a_row:
                 self._save()
@@ -177,7 +179,7 @@ class Trainer(Job):
         """Results of a finished stage: autoencoder in diffusers' format, evaluation, and last of all metrics.json."""
         if stage == "joint" and rank() == 0:
             self.model.autoencoder.save(self.folder / "autoencoder")
-        metrics = self.evaluate(self.store, stage, self.progress.total, orbits=True)
+        metrics = self.evaluate(self.store, stage, self.progress.total, last=True)
         self.writer.wait()  # results are of a checkpoint that is there
         if rank() == 0:
             counts = {"step": self.progress.total, "skipped": self.progress.skipped}

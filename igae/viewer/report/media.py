@@ -15,19 +15,56 @@ from typing import TypeVar
 import imageio_ffmpeg
 from PIL import Image
 
+from igae.errors import progress
+from igae.evaluation import EXAMPLES
 from igae.storage import own_file
 
 T = TypeVar("T")
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises of files that are no pictures."""
+NEEDED, MAX_COLUMNS = ("scene", "which", "split", "metric", "value", "scenes", "near", "far", "scale"), 8
 COUNT = 12  # pictures, and videos
+LOSSLESS = 300_000  # larger pictures lose what is hardly seen
 BUDGET = 6_000_000  # bytes of all pictures, and of all videos
 WIDTH = 1600  # wider pictures are reduced
-LINES = 160  # videos of more lines are reduced
+LINES = 256  # videos of more lines are reduced
+ORDER = ("best", "median", "only", "worst")
 
 
 @dataclass
 class Medium:
     name: str
     url: str
+    caption: str = ""
+
+
+@dataclass
+class Example:
+    """A view of a scene: its pictures by what they show, and what is known of it."""
+
+    cells: list[Medium]
+    labels: dict[str, str]
+
+
+def examples(folder: Path) -> list[Example]:
+    """Views of the best, the median and the worst scene; those that can be read."""
+    found: dict[str, Example] = {}
+    paths = _own(folder, [folder / EXAMPLES / f"{name}.png" for name in ORDER])
+    for path in progress("converting examples", len(paths), "files", paths):
+        with suppress(*BROKEN), Image.open(path, formats=["PNG"]) as image:
+            labels = {str(name): str(text) for name, text in getattr(image, "text", {}).items()}
+            columns = labels.get("columns", "").split(", ")[:MAX_COLUMNS]
+            width = image.width // len(columns)
+            if max(width, image.height) > WIDTH or not set(NEEDED) <= labels.keys():
+                continue
+            colors = labels["scale"].split(", ")
+            labels["scale"] = ", ".join(color for color in colors if re.fullmatch("#[0-9a-f]{6}", color))
+            cells = [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(len(columns))]
+            found[path.stem] = Example(
+                [Medium(name, _url(_webp(cell), "image/webp")) for name, cell in zip(columns, cells, strict=True)],
+                labels,
+            )
+    return [found[name] for name in ORDER if name in found]
 
 
 def pictures(folder: Path, budget: int = BUDGET) -> tuple[list[Medium], int]:
@@ -38,7 +75,10 @@ def pictures(folder: Path, budget: int = BUDGET) -> tuple[list[Medium], int]:
         steps.setdefault(int(number[1]) if number else 0, []).append(path)
     groups = [steps[step] for step in sorted(steps, reverse=True)]
     chosen = _spread(groups, max(1, COUNT // max(map(len, groups), default=1)))
-    found = _within(budget, {path.stem: path for group in chosen for path in group}, _picture, "image/webp")
+    files = {path.stem: path for group in chosen for path in group}
+    found = _within(budget, files, _picture, "image/webp")
+    for picture in found:
+        picture.caption = caption(files[picture.name])
     return found[::-1], sum(map(len, groups)) - len(found)
 
 
@@ -71,23 +111,42 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 def _within(budget: int, files: dict[str, Path], make: Callable[[Path], bytes | None], kind: str) -> list[Medium]:
     media, total = [], 0
-    for name, path in _spread(list(files.items()), COUNT):
+    some = _spread(list(files.items()), COUNT)
+    for name, path in progress(f"converting to {kind.partition('/')[2]}", len(some), "files", some):
         data = make(path)
         if data is not None and total + len(data) <= budget:
             total += len(data)
-            media.append(Medium(name, f"data:{kind};base64,{base64.b64encode(data).decode()}"))
+            media.append(Medium(name, _url(data, kind)))
     return media
+
+
+def _url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _picture(path: Path) -> bytes | None:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((WIDTH, 4 * WIDTH))
-            data = io.BytesIO()
-            image.convert("RGB").save(data, "WEBP", quality=90)
-            return data.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return _webp(image)
+    except BROKEN:
         return None
+
+
+def _webp(image: Image.Image) -> bytes:
+    for more in ({"lossless": True, "method": 1}, {"quality": 90}):
+        data = io.BytesIO()
+        image.convert("RGB").save(data, "WEBP", **more)
+        if data.tell() <= LOSSLESS:
+            break
+    return data.getvalue()
+
+
+def caption(path: Path) -> str:
+    """What a picture shows, if its file says it."""
+    with suppress(*BROKEN), Image.open(path, formats=["PNG"]) as image:
+        return str(getattr(image, "text", {}).get("caption", ""))
+    return ""
 
 
 def _video(path: Path) -> bytes | None:
@@ -96,7 +155,7 @@ def _video(path: Path) -> bytes | None:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error"]
         # Not what ffmpeg takes it for: a playlist would name other files.
         command += ["-f", "mov", "-protocol_whitelist", "file", "-i", f"file:{path}"]
-        command += ["-an", "-vf", f"scale=-2:min(ih\\,{LINES})", "-c:v", "libx264", "-crf", "27"]
+        command += ["-an", "-vf", f"scale=-2:min(ih\\,{LINES}):flags=area", "-c:v", "libx264", "-crf", "27"]
         command += ["-pix_fmt", "yuv420p", "-movflags", "+faststart", f"file:{small}"]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=60)

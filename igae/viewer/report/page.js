@@ -19,3 +19,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
     body.append(...Array.from(body.rows).sort(compare));
   });
 }
+for (const video of document.querySelectorAll("video")) {
+  video.addEventListener("click", () => (video.paused ? video.play() : video.pause()));
+}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from igae.errors import redact
 from igae.evaluation import current_name as renamed
@@ -49,6 +49,11 @@ class SceneMetrics(BaseModel):
     scenes: dict[str, Metrics]
 
 
+class Changes(BaseModel):
+    recipe: str = ""
+    changes: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]] = {}
+
+
 @dataclass
 class LoggedRun:
     folder: Path
@@ -58,6 +63,26 @@ class LoggedRun:
     evaluation: SceneMetrics | None = None
     config: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    recipe: str = ""
+    changes: dict[str, list[str]] = field(default_factory=dict)
+    """Of changes.json: the recipe, and settings that differ from it, with both values."""
+    evaluated: float = 0.0
+    """When evaluation.json was written, in seconds since 1970."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Means of training's last evaluation and of ``evaluation.json``, the newest last, by where they are from."""
+        found = list[tuple[float, str, dict[str, float]]]()
+        for logged in self.steps:
+            if metrics := {k.removeprefix("eval/"): v for k, v in logged.values.items() if k.startswith("eval/")}:
+                found = [(logged.time, f"{logged.stage}, step {logged.step:.0f}", metrics)]
+        if self.evaluation:
+            found.append((self.evaluated, "evaluation.json", self.evaluation.means))
+        return {where: metrics for _, where, metrics in sorted(found, key=lambda item: item[0])}
 
     @property
     def stages(self) -> list[str]:
@@ -78,6 +103,10 @@ def read_run(folder: Path) -> LoggedRun:
     run = LoggedRun(folder, _read_steps(folder))
     run.stage_metrics = _read(folder, "metrics.json", dict[str, Metrics]) or {}
     run.evaluation = _read(folder, "evaluation.json", SceneMetrics, MAX_EVALUATION)
+    if run.evaluation:
+        run.evaluated = (folder / "evaluation.json").stat().st_mtime
+    changes = _read(folder, "changes.json", Changes) or Changes()
+    run.recipe, run.changes = changes.recipe, changes.changes
     run.config = redact((config or b"").decode(errors="replace"))
     environment = _read(folder, "environment.json", dict[str, Any]) or {}
     run.environment = {name: str(value) for name, value in environment.items()}
