@@ -48,8 +48,9 @@ def entry_point(kind: str, name: str) -> EntryPoint:
 
 
 def plug_in(kind: str, name: str) -> Any:
-    """What an installed package offers under a name, of autoencoders, losses, formats or fields. Names may be anybody's:
-    nothing else is imported. ValueError: no package has it, or it can't be imported; the sentence says what is missing.
+    """What an installed package offers under a name, of autoencoders, losses, formats or fields.
+
+    Names may be anybody's: nothing else is imported. ValueError: no package has it, or it can't be imported.
     """
     point = entry_point(kind, name)
     try:
