@@ -86,7 +86,6 @@ TABLE: dict[str, How] = {
     "igae evaluate --checkpoint outputs/NAME evaluation.scenes=null": Executed(["data.workers=0"]),
     "igae evaluate --checkpoint outputs/NAME/checkpoints/*": Executed(["data.workers=0"]),
     "accelerate launch * -m igae.evaluate --checkpoint outputs/NAME": Executed(["data.workers=0"], ranks=2),
-    "igae report outputs/NAME": Executed(),
     "igae report outputs/NAME [--output FILE]": Executed(),
     "igae report outputs/A outputs/B outputs/C": CoveredBy("test_report.py::test_several_runs_side_by_side"),
     "igae train --config igae.yaml data.root=data/shards train.joint.epochs=100 *": CoveredBy(
