@@ -134,7 +134,7 @@ def test_runs(manifest, proxy, tmp_path):
     expected = {f"{method} {shard.name}": 1 for shard in manifest.shards for method in ("HEAD", "GET")}
     assert {name: count for name, count in both.items() if "manifest" not in name} == expected
 
-    ranks.run(train_from, 2, proxy.port, recipe, cache, *SETTINGS[:-1], "train.joint.epochs=3")
+    ranks.run(train_from, 2, proxy.port, recipe, cache, *SETTINGS[:-1], "train.joint.epochs=3", "--extend")
     found = asked(proxy)
     assert found == {rank: {"HEAD manifest.json": 1, "GET manifest.json": 1} for rank in (0, 1)}
 

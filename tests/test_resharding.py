@@ -52,7 +52,7 @@ class Watched(Trainer):
         state["rates"] = rows.pop("learning_rates")
         for row, scene in enumerate(rows.pop("ids").tolist()):
             state |= {f"scene {scene}/{name}": values[row] for name, values in rows.items()}
-        metrics = self.evaluate(self.store, "joint", self.progress.total, orbits=False)
+        metrics = self.evaluate(self.store, "joint", self.progress.total, last=False)
         return {when: state, f"metrics at {when}": metrics}
 
 

@@ -332,7 +332,8 @@ def shows(page: browser.Page, image: NDArray[np.uint8]) -> None:
         slice(round(top * height) + 30, round(bottom * height) - 6),
         slice(round(left * width) + 6, round(right * width) - 6),
     )
-    assert np.abs(sheet.picture[cell] - pixels(page)[cell]).mean() < 12
+    # Measured: 8 to 13, as JPEG; while it moves, it is coarser.
+    wait(lambda: np.abs(sheet.picture[cell] - pixels(page)[cell]).mean() < 16)
 
 
 def test_ten_thousand_scenes(shown: browser.Page, tmp_path: Path) -> None:
