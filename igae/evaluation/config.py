@@ -20,5 +20,5 @@ class EvaluationConfig(Section):
     pictures: int = Field(default=4, ge=0)
     """Scenes in the picture grids: views, and channels of their latents."""
     orbits: int = Field(default=4, ge=0)
-    """Scenes with an orbit video at the end of a stage."""
+    """Scenes with an orbit video at the end of the last stage."""
     orbit_frames: int = Field(default=48, ge=2, le=3600)

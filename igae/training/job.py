@@ -85,7 +85,7 @@ class Job:
         Args:
             store: the same at each call.
             stage, step: what of the job this is; names of files begin with it.
-            last: of its stage: write the metrics of each scene, examples and videos too.
+            last: of its stage: write the metrics of each scene, examples and, of the last stage, videos too.
         """
         model, data, tracker, config = self.model, self.data, self.tracker, self.evaluation
         if self._evaluator is None:
@@ -109,7 +109,7 @@ class Job:
                 examples = self._evaluator.examples(model, store, of_scenes)
                 if rank() == 0:
                     write_results(self.folder, self._evaluator.scenes, metrics, of_scenes, examples)
-            if last and config.orbits:
+            if last and config.orbits and stage in ("fit", [*self.recipe.train.stages][-1]):
                 videos = self._evaluator.orbits(model, store, self.folder / "orbits" / stage)
                 tracker.video(step, {f"orbit/{name}": path for name, path in videos.items()})
             model.train()
