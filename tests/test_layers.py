@@ -2,16 +2,19 @@
 """Layers that are computed in other ways give what diffusers' and torch's give."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
 from runs import KL
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from igae.models import layers
 from igae.models.layers import GroupNorm, keep_dtypes, skip_products
 
 
@@ -47,6 +50,17 @@ def test_a_network_without_products_that_come_twice_is_the_same_network() -> Non
     print("W", worst)
     assert worst < 1e-4  # measured 6e-6
     assert flop[1] < flop[0]
+
+
+def test_attention_of_many_pixels_has_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    attention, used = Attention(32, heads=1, dim_head=32), list[Any]()
+    monkeypatch.setattr(layers, "sdpa_kernel", lambda backend: used.append(backend) or nullcontext())
+    few, many = torch.randn(1, 32, 32, 32), torch.randn(1, 32, 32, 33)
+    expected = [attention(x) for x in (few, many)]
+    attention.set_processor(layers.Matrices())
+    for x, y, count in ((few, expected[0], 1), (many, expected[1], 1)):
+        assert torch.equal(attention(x), y) and len(used) == count
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -20,17 +20,8 @@ SOURCE = Path(__file__).parent / "kernels" / "layers.cu"
 THREADS, MOST_CHANNELS, COEFFICIENTS = 256, 2048, 5
 BLOCKS = 1056
 """About as many as an H200 runs at once."""
-NAMES: tuple[str, ...] = ("norm_sums", "norm_coefficients", "norm_apply", "norm_gradient_sums", "norm_gradient_means")
-NAMES += (
-    "norm_gradient",
-    "bias_sum",
-    "fold_weights",
-    "unfold_weights",
-    "weave",
-    "unweave",
-    "variation",
-    "variation_gradient",
-)
+NAMES = "norm_sums norm_coefficients norm_apply norm_gradient_sums norm_gradient_means norm_gradient".split()
+NAMES += "bias_sum fold_weights unfold_weights weave unweave variation variation_gradient".split()
 
 
 class Params(ctypes.Structure):
@@ -70,8 +61,8 @@ def fits(x: Tensor, channels: int) -> bool:
 class _Call:
     """Launches of kernels over images [B, ..., C], whose other dimensions are pixels."""
 
-    def __init__(self, x: Tensor, channels: int | None = None, images: int | None = None, **fields: Any) -> None:
-        self.channels, self.images = channels or x.shape[-1], images or len(x)
+    def __init__(self, x: Tensor, images: int | None = None, **fields: Any) -> None:
+        self.channels, self.images = x.shape[-1], images or len(x)
         self.pixels = x.numel() // self.images // self.channels
         rows = THREADS // (self.channels // 8)
         self.chunks = max(1, min(-(-BLOCKS // self.images), -(-self.pixels // (4 * rows))))
@@ -96,13 +87,14 @@ class _Norm(torch.autograd.Function):
         call = _Call(x, groups=groups, eps=eps, silu=silu)
         count, channels, floats = call.images, call.channels, weight.new_empty
         coefficients, y = floats(count, COEFFICIENTS, channels), torch.empty_like(x)
-        call.launch("norm_sums", x=x, sums=(sums := floats(count, call.chunks, 2, channels)))
+        sums = floats(count, call.chunks, 2, channels)
+        call.launch("norm_sums", x=x, sums=sums)
         call.launch(
             "norm_coefficients", count * groups, 32, coefficients=coefficients, bias=bias, weight=weight, shift=shift
         )
         call.launch("norm_apply", out=y)
         ctx.save_for_backward(x, weight, coefficients)
-        ctx.settings, ctx.shape, ctx.biased = {"groups": groups, "eps": eps, "silu": silu}, sums.shape, bias is not None
+        ctx.settings = {"groups": groups, "eps": eps, "silu": silu}
         ctx.set_materialize_grads(False)
         return y, x.view_as(x)
 
@@ -112,12 +104,12 @@ class _Norm(torch.autograd.Function):
         call, count = _Call(x, **ctx.settings), len(x)
         g, skip, dx = g.contiguous(), None if skip is None else skip.contiguous(), torch.empty_like(x)
         means, parts = weight.new_empty(count, 2, call.params.groups), weight.new_empty(count, 3, call.channels)
-        sums = weight.new_empty(ctx.shape)
+        sums = weight.new_empty(count, call.chunks, 2, call.channels)
         call.launch("norm_gradient_sums", x=x, y=g, coefficients=coefficients, sums=sums)
         call.launch("norm_gradient_means", count * call.params.groups, 32, weight=weight, means=means, gradients=parts)
         call.launch("norm_gradient", skip=skip, out=dx, totals=(totals := weight.new_empty(3, call.channels)))
         of_weight, of_shift, of_bias = totals
-        return dx, of_bias if ctx.biased else None, of_weight, of_shift, None, None, None
+        return dx, of_bias if ctx.needs_input_grad[1] else None, of_weight, of_shift, None, None, None
 
 
 class _BiasSum(torch.autograd.Function):

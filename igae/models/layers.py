@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of diffusers' networks, computed in ways that suit autocast, channels last in memory and GPUs."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from igae.models import fused
 
 FLASH_HEAD = 256
 """Channels of a head that flash attention takes at most."""
+MOST_PIXELS = 1024
+"""Whose attention is a matrix of 4 MB an image and a head."""
 
 
 class GroupNorm(nn.GroupNorm):
@@ -69,8 +72,8 @@ class ResnetBlock(ResnetBlock2D):
 
 
 class Matrices(AttnProcessor2_0):
-    """Attention in products of matrices. torch's fused kernels for heads of more than FLASH_HEAD channels are slower,
-    the more so backward, and as many pixels as latents have make no large matrix."""
+    """Attention of up to MOST_PIXELS in products of matrices: torch's fused kernels for heads of more than FLASH_HEAD
+    channels are slower, the more so backward. Of more pixels the matrix would be large."""
 
     def __call__(
         self,
@@ -82,7 +85,8 @@ class Matrices(AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        with sdpa_kernel(SDPBackend.MATH):
+        few = hidden_states.ndim == 4 and hidden_states[0, 0].numel() <= MOST_PIXELS
+        with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
 
