@@ -91,7 +91,13 @@ def measure(
     cameras = Cameras(*orbit(views, 1.3, device), (size, size))
     background = torch.full((args.colors,), 0.5, device=device)
     scene = torch.arange(views, device=device) % scenes
-    options = RenderOptions(coarse_samples=coarse, fine_samples=fine, axes=args.axes, precision=precision)
+    options = RenderOptions(
+        coarse_samples=coarse,
+        fine_samples=fine,
+        axes=args.axes,
+        precision=precision,
+        rays_per_pixel=args.rays_per_pixel,
+    )
     seed = torch.zeros((), dtype=torch.int64, device=device)
     cotangent = torch.randn(views, size, size, args.colors, generator=generator).to(device)
 
@@ -123,13 +129,14 @@ def measure(
     with torch.no_grad():
         row["forward_ms"] = median(forward)
     row["both_ms"] = median(both)
+    rays = views * size * size * args.rays_per_pixel**2
     row["forward_share"] = round(row["forward_ms"] / row["both_ms"], 3)
-    row["rays_per_s"] = round(views * size * size / row["both_ms"] * 1e3)
+    row["rays_per_s"] = round(rays / row["both_ms"] * 1e3)
     if device == "cuda" and backend == "cuda":
         with torch.no_grad():
             row["graph_forward_ms"] = median(replayed(forward))
         row["graph_both_ms"] = median(replayed(both))
-        samples = views * size * size * (coarse + fine)
+        samples = rays * (coarse + fine)
         taps, flops = samples * 12 * args.features * 4, samples * 2 * mlp.hidden * (args.features + 1 + args.colors)
         row["tap_TBps"] = round(3 * taps / row["graph_both_ms"] / 1e9, 2)
         row["mlp_TFLOPs"] = round(4 * flops / row["graph_both_ms"] / 1e9, 1)
@@ -144,6 +151,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=32, help="features of a point in the planes")
     parser.add_argument("--colors", type=int, default=16, help="channels of the image")
     parser.add_argument("--resolution", type=int, default=64, help="side of a plane")
+    parser.add_argument("--rays-per-pixel", type=int, default=1, help="along each side of a pixel")
     parser.add_argument("--scenes", type=int, help="distinct scenes among the views; default: one a view")
     parser.add_argument("--axes", choices=["orthogonal", "eg3d"], default="orthogonal")
     parser.add_argument("--backend", nargs="+", help="default: all that are there")

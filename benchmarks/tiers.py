@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--scratch", default=tempfile.gettempdir(), help="folder on the disk that is measured")
     parser.add_argument("--only", nargs="+", default=["device", "host", "disk"], metavar="TIER")
     parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/igae.yaml")
+    args = parser.parse_intermixed_args()
     if not torch.cuda.is_available():
         raise SystemExit("this measures a GPU, and there is none")
     torch.set_float32_matmul_precision("high")
@@ -115,7 +116,7 @@ def main() -> None:
         shards = write_data(Path(folder), args.scenes, 128)
         for tier in args.only:
             start = time.perf_counter()
-            recipe = recipe_of("warmup", shards, FAST)
+            recipe = recipe_of("warmup", shards, [*FAST, *args.overrides])
             before = torch.cuda.memory_allocated()
             store = filled(recipe, RankData.split(recipe), engine.device, Storage(tier, args.resident, args.scratch))
             gib, seconds = (torch.cuda.memory_allocated() - before) / 2**30, time.perf_counter() - start
@@ -124,7 +125,7 @@ def main() -> None:
                 if tier == "device" and stage == "warmup" and group is None:
                     continue
                 more = [] if group is None else [f"train.{stage}.group={group}"]
-                times = measure(stage, recipe_of(stage, shards, [*FAST, *more]), store, engine, args)
+                times = measure(stage, recipe_of(stage, shards, [*FAST, *args.overrides, *more]), store, engine, args)
                 name = f"{stage}, grouped" if stage == "warmup" and group is None else stage
                 found.append({"stage": name, "tier": tier, "ms": times, "GiB": gib})
                 middle, low, high = statistics.median(times), min(times), max(times)

@@ -32,6 +32,7 @@ ARCH = 90
 HEADER = Path(__file__).with_name("emulated_cuda.h")
 
 MMA = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+COPY = "{.reg .u64 at; cvta.to.shared.u64 at, %0; cp.async.ca.shared.global [at], [%1], "
 MMA_F16 = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 INSTRUCTIONS = {
     "": "",  # only a hint for the compiler
@@ -43,6 +44,9 @@ INSTRUCTIONS = {
     "mul.rn.f16x2 %0, %1, %2;": "%0 = emulated::times(%1, %2)",
     MMA: "emulated::mma(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
     MMA_F16: "emulated::mma_f16(%0, %1, %2, %3, %4, %5, %6, %7, %8, %9)",
+    f"{COPY}16;}}": "memcpy(%0, %1, 16)",
+    f"{COPY}8;}}": "memcpy(%0, %1, 8)",
+    "cp.async.wait_all;": "",
     "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};": "emulated::add4(%0, %1, %2, %3, %4)",
 }
 """PTX in asm statements, and C++ that does the same."""

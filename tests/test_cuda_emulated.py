@@ -117,6 +117,13 @@ def small(emulated: type[emulated_cuda.Library], monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(renderer, "setup", lambda **options: setup(**{"size": (3, 3), "views": 2, **options}))
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("name", "precision"), [("few", "fp32"), ("uneven", "fp16")])
+def test_features_that_are_not_kept_are_read_again(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(renderer.CASES, name, {**renderer.CASES[name], "size": (2, 2), "views": 2})
+    renderer.test_features_that_are_not_kept_are_read_again(name, precision, monkeypatch)
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_nan_in_planes_is_seen(precision: str) -> None:

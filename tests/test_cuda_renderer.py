@@ -128,6 +128,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["default", "uneven", "product", "coarse only", "areas at the border"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_features_that_are_not_kept_are_read_again(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of many rays keeps less: the gradients are the same."""
+    args = setup(**CASES[name], precision=precision, deterministic=True)
+    kept, images = gradients(args, backend="cuda", seed=5)
+    monkeypatch.setattr(cuda, "MOST_KEPT", 0)
+    again, other_images = gradients(args, backend="cuda", seed=5)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    pairs = zip(images, other_images, strict=True)
+    assert all(image is None or torch.equal(image, other) for image, other in pairs)
+
+
 # A sum over five rays, in which much cancels: 2.0e-3.
 HARD = {"few"}
 

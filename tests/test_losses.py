@@ -109,18 +109,21 @@ def test_kl_divergence_is_that_of_normal_distributions() -> None:
     assert kl_divergence(mean.repeat(2, 1, 1, 3), logvar.repeat(2, 1, 1, 3)).item() == pytest.approx(expected.item())
 
 
-@pytest.fixture(scope="module")
-def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VGG16 with random weights, as torchvision stores it."""
+def random_vgg(path: Path) -> Path:
+    """Write a VGG16 with random weights, as torchvision stores it."""
     generator = torch.Generator().manual_seed(5)
     state = {"classifier.0.weight": torch.zeros(4, 4)}
     for index, (inputs, outputs) in CONVOLUTIONS.items():
         weight = torch.randn(outputs, inputs, 3, 3, generator=generator)
         state[f"features.{index}.weight"] = weight * math.sqrt(2 / (9 * inputs))
         state[f"features.{index}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.save(state, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_vgg(tmp_path_factory.mktemp("vgg") / "vgg16.pth")
 
 
 @pytest.fixture(scope="module")

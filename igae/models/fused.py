@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies between an autoencoder's convolutions, and the total variation of planes, as CUDA kernels
+"""What lies between an autoencoder's convolutions, the total variation of planes and LPIPS's distance, as CUDA kernels
 (kernels/layers.cu): each number is read and written as rarely as can be.
 
 Images are [B, C, H, W] with channels last in memory (others are copied), bfloat16 or float32; weights and sums are
@@ -18,10 +18,15 @@ from igae.kernels import LIBRARIES, Library, pointer
 
 SOURCE = Path(__file__).parent / "kernels" / "layers.cu"
 THREADS, MOST_CHANNELS, COEFFICIENTS = 256, 2048, 5
+GEOMETRY = ((1, 1), (1, 1), (1, 1))
+"""Padding, stride and dilation of a convolution."""
+SHORTEST = 1e-10
+"""Features of no more length have no direction."""
 BLOCKS = 1056
 """About as many as an H200 runs at once."""
 NAMES = "norm_sums norm_coefficients norm_apply norm_gradient_sums norm_gradient_means norm_gradient".split()
 NAMES += "bias_sum fold_weights unfold_weights weave unweave variation variation_gradient".split()
+NAMES += ["feature_distance", "feature_distance_gradient"]
 
 
 class Params(ctypes.Structure):
@@ -175,6 +180,38 @@ class _Variation(torch.autograd.Function):
         return out, None
 
 
+class _FeatureDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        call = _Call(x, eps=SHORTEST)
+        sums = weight.new_empty(len(x), call.chunks)
+        call.launch("feature_distance", x=x, y=y, weight=weight, sums=sums)
+        ctx.save_for_backward(x, y, weight)
+        return sums.sum(1) / call.pixels
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
+        x, y, weight = ctx.saved_tensors
+        call, out = _Call(x, eps=SHORTEST), torch.empty_like(x)
+        call.launch("feature_distance_gradient", x=x, y=y, weight=weight, shift=g / call.pixels, out=out)
+        return out, None, None
+
+
+class _RectifiedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = torch.cudnn_convolution_relu(x, weight, bias, *GEOMETRY, 1)
+        ctx.save_for_backward(x, weight, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
+        x, weight, y = ctx.saved_tensors
+        g = torch.ops.aten.threshold_backward(g, y, 0)
+        settings = (None, *GEOMETRY, False, (0, 0), 1, (True, False, False))
+        return torch.ops.aten.convolution_backward(g, x, weight, *settings)[0], None, None
+
+
 def _over_pixels(g: Tensor) -> Tensor:
     """Sums [C], float32, over all else of g [..., C]."""
     g = g.reshape(-1, g.shape[-1])
@@ -224,3 +261,16 @@ def planes_variation(planes: Tensor, weights: Tensor) -> Tensor:
     shares = (weights / planes.shape[1]).repeat_interleave(planes.shape[1])
     variation: Tensor = _Variation.apply(planes.contiguous().flatten(0, 1), shares)  # type: ignore[no-untyped-call]
     return variation
+
+
+def feature_distance(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Of each image [B], float32, the mean over pixels of sum_c weight[c] (x_c / |x| - y_c / |y|)^2, for features x
+    and y [B, C, H, W]. Only x gets a gradient, of 0 where |x| is 0."""
+    distance: Tensor = _FeatureDistance.apply(_last(x), _last(y), weight)  # type: ignore[no-untyped-call]
+    return distance
+
+
+def rectified_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU of the convolution (padding 1) with constant weights [O, C, 3, 3] and bias [O] on a GPU, of their dtype."""
+    y: Tensor = _RectifiedConvolution.apply(x.to(weight.dtype), weight, bias)  # type: ignore[no-untyped-call]
+    return y

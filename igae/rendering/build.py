@@ -40,10 +40,13 @@ class Variant(NamedTuple):
     side: int = 1
     """A pixel has side x side rays."""
     distortion: bool | int = False
+    keep_features: bool | int = True
+    """The backward pass gets the samples' features from the forward pass, else reads the planes again."""
 
 
 MACROS = (
     "C", "OUT", "K", "KF", "EG3D", "PRODUCT", "DISPARITY", "FP32", "DETERMINISTIC", "SIDE", "DISTORTION",
+    "KEEP_FEATURES",
 )  # fmt: skip
 """Their names in the sources, in this order."""
 
@@ -73,6 +76,8 @@ def shape(kernel: Pass, variant: Variant, arch: int) -> Shape:
         per_warp = 4 * (samples + 2) + matrices + 72 * tiles + 72
         if variant.distortion:
             per_warp += -(-(samples + 2) // 4) * 4
+        if variant.keep_features:
+            per_warp += -(-samples // 16) * 4 + 64 * chunks * words
     limit = 1024 * {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(arch, 99)
     for warps in (4, 2, 1):
         shared = 4 * (weights + warps * per_warp)
@@ -90,8 +95,11 @@ def shape(kernel: Pass, variant: Variant, arch: int) -> Shape:
 
 def kept_size(variant: Variant) -> int:
     """Floats that the forward pass keeps of a ray for the backward pass."""
-    samples = variant.coarse + variant.fine
-    return samples + (-(-samples // 16) - 1) * variant.colors
+    samples, chunks, words = variant.coarse + variant.fine, -(-variant.features // 16), 4 if variant.fp32 else 2
+    floats = 2 * samples + (-(-samples // 16) - 1) * variant.colors
+    if not variant.keep_features:
+        return -(-floats // 4) * 4
+    return -(-(floats + -(-samples // 4)) // 4) * 4 + 4 * samples * chunks * words
 
 
 def partial_size(variant: Variant) -> int:

@@ -24,6 +24,9 @@ from igae.rendering.rays import Cameras
 PARTIALS = 32
 """Places to which a backward pass's blocks add gradients of the MLP: at one they would wait for each other."""
 
+MOST_KEPT = 2 * 2**30
+"""Bytes that a render keeps for its backward pass, at most, where it can do with less: see `Variant.keep_features`."""
+
 
 class Params(ctypes.Structure):
     """The kernels' argument: `struct Params` in kernels/common.cuh."""
@@ -110,17 +113,20 @@ def render_cuda(
     distortion: bool = False,
 ) -> Rendered:
     """See `igae.rendering.render`, which checks the arguments. Raises ValueError with the sentence of `unsupported`."""
-    why = unsupported(planes, mlp, options, len(cameras.cam2world) * math.prod(cameras.size))
+    pixels = len(cameras.cam2world) * math.prod(cameras.size)
+    why = unsupported(planes, mlp, options, pixels)
     if why is not None:
         raise ValueError(f"backend is cuda, but {why}")
     deterministic = options.deterministic or torch.are_deterministic_algorithms_enabled()
     product = options.reduce == "product"
     # Products of planes have a range that float16 has not.
-    variant = [
+    variant = build.Variant(
         planes.shape[4], mlp.out_channels, options.coarse_samples, options.fine_samples, options.axes == "eg3d",
         product, options.spacing == "disparity", options.precision == "fp32" or product, deterministic,
         options.rays_per_pixel, distortion,
-    ]  # fmt: skip
+    )  # fmt: skip
+    kept = 4 * build.kept_size(variant) * pixels * variant.side**2
+    variant = variant._replace(keep_features=kept <= MOST_KEPT)
     numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
     call = Call(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What lies between an autoencoder's convolutions, and the total variation of planes. What is computed is defined in
-// igae/models/layers.py and losses.py. Tensors have channels last; numbers are bfloat16 (HALF = 1) or float32, sums are
+// What lies between an autoencoder's convolutions, the total variation of planes and LPIPS's distance. What is computed is
+// defined in igae/models/layers.py, losses.py and lpips.py. Tensors have channels last; numbers are bfloat16 (HALF = 1) or float32, sums are
 // float32. The order of all sums is fixed: equal calls give equal bits.
 //
 // Most kernels walk over pixels with a thread for eight channels: a block has `chunks` to the image, its threads are
@@ -8,6 +8,7 @@
 // No CUDA header is included: NVRTC has none.
 
 #include "common.cuh"
+#include "perceptual.cuh"
 #include "phases.cuh"
 #include "variation.cuh"
 

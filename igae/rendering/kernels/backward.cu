@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward pass. A warp finds its ray's samples again from what the forward pass kept, then goes along them
+// Backward pass. A warp takes its ray's samples from what the forward pass kept and goes along them
 // from the last to the first, a tile at a time, through the MLP again and back. A block's warps go in step: after each tile
 // they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
 // whole kernel: of its own tile before it waits for the others, then of theirs.
@@ -9,7 +9,9 @@
 
 constexpr int BLOCK_FLOATS = WEIGHT_FLOATS + BACK_FLOATS, ARRAYS = 4 * ROW + (DISTORTION ? (ROW + 3) / 4 * 4 : 0);
 constexpr int KEPT_PLACE = ARRAYS + TILE_FLOATS + GRADIENT_FLOATS;
-constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOR_TILES + 40, WARP_FLOATS = BIASES_PLACE + BIAS_FLOATS;
+constexpr int BIASES_PLACE = KEPT_PLACE + 8 * COLOR_TILES + 40, ORDER_PLACE = BIASES_PLACE + BIAS_FLOATS;
+constexpr int OWN_FEATURES_PLACE = (ORDER_PLACE + ORDER_FLOATS + 3) / 4 * 4;
+constexpr int WARP_FLOATS = KEEP_FEATURES ? OWN_FEATURES_PLACE + 64 * LANE_WORDS : ORDER_PLACE;
 static_assert(4 * (BLOCK_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
 DEV float *tile_of(float *shared, int warp) { return shared + BLOCK_FLOATS + warp * WARP_FLOATS + ARRAYS; }
@@ -267,10 +269,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
   float *raw = t + ROW, *sorted_t = raw + ROW, *sorted_raw = sorted_t + ROW;
   float *weight = t + 1, *direct = raw, *hidden = sorted_raw, *bent = sorted_raw + ROW;  // what is in these places later
   // Other uses of a tile's place, while it has no activations.
-  float *draws = tile, *colors = tile + ROW, *gradients = tile + TILE_FLOATS;
+  float *colors = tile, *gradients = tile + TILE_FLOATS;
+  unsigned char *order = (unsigned char *)(t + ORDER_PLACE);
+  Features *own_features = (Features *)(t + OWN_FEATURES_PLACE);
   Runs &runs = *(Runs *)tile;
   Cells *cells = (Cells *)(tile + (PRODUCT ? RUN_FLOATS : 0));
-  static_assert(ROW + KEPT - N <= DENSE_AT && RUN_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
+  static_assert(ORDER_AT - COLORS_AT <= DENSE_AT && RUN_FLOATS + (PRODUCT ? CELL_FLOATS : 0) <= DENSE_AT, "they fit");
   Kept &kept = *(Kept *)(t + KEPT_PLACE);
   const Ray &ray = kept.ray;
   const RayGradient &grad = kept.grad;
@@ -289,26 +293,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     __syncwarp();
     bool hit = all_lanes(ray.hit && index < p.rays);
     if (hit) {
-      const float *own = p.kept + (long long)index * KEPT;
+      float *own = p.kept + (long long)index * KEPT;
       asm("" : "+l"(own));  // else a pair of registers is taken up by the place of the lane's numbers among all
 #pragma unroll
-      for (int k = lane; k < KEPT; k += 32) *(k < N ? raw + k : colors + k - N) = own[k];
+      for (int k = lane; k < COLORS_AT; k += 32) *(k < N ? sorted_raw + k : sorted_t + k - N) = own[k];
+#pragma unroll
+      for (int k = lane; k < ORDER_AT - COLORS_AT; k += 32) colors[k] = own[COLORS_AT + k];
+      for (int k = lane; k < ORDER_FLOATS; k += 32) ((float *)order)[k] = own[ORDER_AT + k];
+      __syncwarp();
+      if (KEEP_FEATURES) fetch_features(own, order, 16 * (R16 - 1), own_features);
       find_gradient(p, ray, index, kept);
       find_last_worth(colors, kept);
-      coarse_depths(p, ray, index, t);
-      Places places = {};
-#if KF > 0
-      interval_weights<K, false>(t, raw, sorted_raw, nullptr, nullptr);
-      places = importance_depths(p, index, t, sorted_raw, sorted_t, draws, t + K);
-#endif
-#pragma unroll
-      for (int i = 0; i < ALL_ROUNDS; ++i) {
-        int k = sample_of(i), place = place_of(places, i);
-        if (k < 0) continue;
-        sorted_t[place] = t[k];
-        sorted_raw[place] = raw[k];
-      }
-      __syncwarp();
       interval_weights<N, true>(sorted_t, sorted_raw, weight, direct, hidden);
       Totals sum = totals<N>(sorted_t, weight);
       if (DISTORTION) distortion<N, true>(sorted_t, weight, sum.depth, grad.distortion, bent);
@@ -328,16 +323,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) render
     for (int first = 16 * (R16 - 1); first >= 0; first -= 16) {
       float g_f[2][CHUNKS][4];
       if (hit) {
-        float f[2][CHUNKS][4], out[COLOR_TILES][4], worth[2], w[2], d[2];
+        float out[COLOR_TILES][4], worth[2], w[2], d[2];
         Four packed[CHUNKS][2], slope[8];
+#if KEEP_FEATURES
+        await_features(own_features, packed);
+#else
+        float f[2][CHUNKS][4];
         find_cells(p, ray, sorted_t[min(first + (lane & 15), N - 1)], cells);
         gather(p, scene_planes(p, ray), cells, f);
         __syncwarp();
         pack(f, packed);
+#endif
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) store_columns(tile, FEATURES_AT, s, crossed(packed[s >> 1][s & 1]));
         asm volatile("" ::: "memory");  // fewer numbers are alive if features are stored first
         mlp_forward<true, true>(mlp, packed, tile, slope, out);
+        if (KEEP_FEATURES && first > 0) fetch_features(p.kept + (long long)index * KEPT, order, first - 16, own_features);
         find_worth(grad, out, worth);
         composite_backward(sorted_t, weight, direct, hidden, bent, kept, first, worth, w, d);
         tile_backward(mlp, slope, out, kept, w, d, tile, g_f, biases);

@@ -3,7 +3,8 @@
 //
 // The build defines: C features, OUT colors, K coarse and KF fine samples, WARPS a block, SIDE (a pixel is the mean of
 // SIDE x SIDE rays, which have successive indices), and the switches EG3D, PRODUCT, DISPARITY, FP32 (products
-// of float32 numbers, else of float16), DETERMINISTIC, DISTORTION (a fourth image). No CUDA header is included: NVRTC has none.
+// of float32 numbers, else of float16), DETERMINISTIC, DISTORTION (a fourth image), KEEP_FEATURES (for the backward pass, which
+// else reads the planes again). No CUDA header is included: NVRTC has none.
 //
 // One warp owns one ray. A tile is 16 samples of it, the rows of a matrix product. Lane = 4 g + q of the products' layouts:
 // it holds rows g and g + 8, and of each 16 features the four from 4 q on, which is a 16-byte read.
@@ -18,10 +19,13 @@ constexpr int HIDDEN = 64, N = K + KF, R16 = (N + 15) / 16;
 constexpr int CHUNKS = (C + 15) / 16, STEPS = 2 * CHUNKS;            // features in 16s, and in 8s
 constexpr int COLOR_TILES = (OUT + 7) / 8;                          // colors in 8s
 constexpr int ROW = N + 2;                                           // floats of one of a ray's arrays
-// Of a ray the backward pass gets raw densities, of coarse samples first, and colors of samples 15, 31 ... along the ray, which
-// are the last ones of all tiles but the last.
-constexpr int KEPT = N + (R16 - 1) * OUT;
 constexpr int WORDS = FP32 ? 4 : 2;                                  // 32-bit words of a Four
+// Of a ray the backward pass gets, sorted along it, raw densities and depths of samples; colors of samples 15, 31 ..., which
+// are the last ones of all tiles but the last; and, if KEEP_FEATURES, which sample of the forward pass each is, a byte, and,
+// in the order of that pass, the features of all of them as products take them: LANE_WORDS for each of four lanes.
+constexpr int LANE_WORDS = CHUNKS * WORDS, ORDER_FLOATS = KEEP_FEATURES ? (N + 3) / 4 : 0;
+constexpr int COLORS_AT = 2 * N, ORDER_AT = COLORS_AT + (R16 - 1) * OUT, KEPT_FEATURES_AT = (ORDER_AT + ORDER_FLOATS + 3) / 4 * 4;
+constexpr int KEPT = KEPT_FEATURES_AT + (KEEP_FEATURES ? 4 * N * LANE_WORDS : 0);
 constexpr int RAYS = SIDE * SIDE;                                    // of a pixel
 // Floats' places of all weights, and of those that only the backward pass has.
 constexpr int W1_WORDS = 256 * CHUNKS * WORDS, W2_WORDS = 128 * COLOR_TILES * WORDS, DENSE_FLOATS = HIDDEN + 4;
@@ -120,6 +124,7 @@ DEV Two two(float x, float y) { return {x, y}; }
 DEV Four four(float x, float y, float z, float w) { return {x, y, z, w}; }
 DEV Two left(Four a) { return {a.x, a.y}; }
 DEV Two right(Four a) { return {a.z, a.w}; }
+DEV Four joined(Two a, Two b) { return {a.x, a.y, b.x, b.y}; }
 DEV Four crossed(Four a) { return {a.x, a.z, a.y, a.w}; }
 DEV Four times(Four a, Four b) { return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w}; }
 
@@ -163,6 +168,7 @@ DEV Two two(float x, float y) {  // what is too large becomes the largest, 65504
 DEV Four four(float x, float y, float z, float w) { return {two(x, y), two(z, w)}; }
 DEV Two left(Four a) { return a.x; }
 DEV Two right(Four a) { return a.y; }
+DEV Four joined(Two a, Two b) { return {a, b}; }
 DEV Four crossed(Four a) { return {__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.x, a.y, 0x7632)}; }
 DEV u32 times(u32 a, u32 b) {
   u32 c;

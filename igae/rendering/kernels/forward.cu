@@ -10,22 +10,23 @@ constexpr int SCRATCH = 3 * ROW > CELL_FLOATS ? 3 * ROW : CELL_FLOATS, ARRAYS = 
 constexpr int WARP_FLOATS = ARRAYS + N * COLOR_ROW;
 static_assert(4 * (WEIGHT_FLOATS + WARPS * WARP_FLOATS) == SHARED_BYTES, "build.py counts alike");
 
-// Densities and colors of `count` samples at t.
-DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int count,
-                  Cells *cells, float *raw, float *color) {
+// Densities and colors of the samples from `start` on, below `end`, at t; kept: of the ray, or null.
+DEV void evaluate(const Params &p, const Mlp &mlp, const Ray &ray, const void *base, const float *t, int start, int end,
+                  Cells *cells, float *raw, float *color, float *kept) {
   int g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll 1
-  for (int first = 0; first < count; first += 16) {
+  for (int first = start; first < end; first += 16) {
     int k = first + g;
     float f[2][CHUNKS][4], out[COLOR_TILES][4], dense[2];
     Four packed[CHUNKS][2], none[8];
-    find_cells(p, ray, t[min(first + (lane_id() & 15), count - 1)], cells);
+    find_cells(p, ray, t[min(first + (lane_id() & 15), end - 1)], cells);
     gather(p, base, cells, f);
     pack(f, packed);
+    if (KEEP_FEATURES && kept) keep_features(packed, kept, first, end);
     mlp_forward<false, false>(mlp, packed, nullptr, none, out, dense);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (k + 8 * half >= count) continue;
+      if (k + 8 * half >= end) continue;
       if (q == 0) raw[k + 8 * half] = dense[half];
 #pragma unroll
       for (int j = 0; j < COLOR_TILES; ++j) {
@@ -70,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
         continue;
       }
       const void *base = scene_planes(p, ray);
+      float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
       coarse_depths(p, ray, index, t);
       float *weight = sorted_raw + 1;  // while the samples are not sorted yet
       const float *ordered_t = t, *ordered_raw = raw;
@@ -83,19 +85,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
           places = importance_depths(p, index, t, weight, sorted_t, share, t + K);
         }
 #endif
-        int first = stage * K;
-        evaluate(p, mlp, ray, base, t + first, stage ? KF : K, cells, raw + first, color + first * COLOR_ROW);
+        evaluate(p, mlp, ray, base, t, stage * K, stage ? N : K, cells, raw, color, kept);
       }
-      float *kept = p.kept ? p.kept + (long long)index * KEPT : nullptr;
-      for (int k = lane; k < N && kept; k += 32) kept[k] = raw[k];
-#if KF > 0
 #pragma unroll
       for (int i = 0; i < ALL_ROUNDS; ++i) {
         int k = sample_of(i), place = place_of(places, i);
         if (k < 0) continue;
+        if (kept) {
+          kept[place] = raw[k];
+          kept[N + place] = t[k];
+          if (KEEP_FEATURES) ((unsigned char *)(kept + ORDER_AT))[place] = k;
+        }
+        if (KF == 0) continue;
         sorted_t[place] = t[k];
         sorted_raw[place] = raw[k];
       }
+#if KF > 0
       __syncwarp();
       ordered_t = sorted_t;
       ordered_raw = sorted_raw;
@@ -120,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FORWARD_BLOCKS) render_
         if (place % 16 == 15) last[place / 16] = k;
       }
       __syncwarp();
-      for (int i = lane; i < KEPT - N && kept; i += 32) kept[N + i] = color[min((u32)last[i / OUT], (u32)N - 1) * COLOR_ROW + i % OUT];
+      for (int i = lane; i < ORDER_AT - COLORS_AT && kept; i += 32) kept[COLORS_AT + i] = color[min((u32)last[i / OUT], (u32)N - 1) * COLOR_ROW + i % OUT];
       // PARTS groups of lanes share the samples; a lane of a group has a color.
       constexpr int WIDTH = OUT > 16 ? 32 : OUT > 8 ? 16 : OUT > 4 ? 8 : 4, PARTS = 32 / WIDTH;
       int channel = lane % WIDTH;
