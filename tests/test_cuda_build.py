@@ -16,7 +16,9 @@ pytest.importorskip("cuda.core", reason="needs cuda-core")
 pytest.importorskip("cuda.bindings", reason="needs cuda-bindings")
 
 from igae.kernels import ARCHITECTURES, Usage, cached_cubin, compile_source  # noqa: E402
+from igae.models import KERNELS as LAYERS  # noqa: E402
 from igae.rendering import build, cuda  # noqa: E402
+from igae.scenes import KERNELS as ROWS  # noqa: E402
 
 KERNELS: tuple[build.Pass, ...] = ("forward", "backward")
 
@@ -138,17 +140,20 @@ def test_the_argument_is_laid_out_as_in_the_source() -> None:
 
 def test_processes_share_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = ["--arch", "80", "--features", "8", "--colors", "1", "--samples", "4", "0"]
-    command = [sys.executable, "-m", "igae.rendering.build", *small]
+    command = [sys.executable, "-c", "from igae.cli.kernels import main; raise SystemExit(main())", *small]
     environment = os.environ | {"IGAE_KERNEL_CACHE": str(tmp_path / "new" / "folder")}
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
     assert all(process.wait() == 0 for process in started)
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert len(names) == 2 and all(name.endswith(".cubin") for name in names)  # and nothing half-written
+    # Two of the renderer, layers in two precisions, rows.
+    assert len(names) == 5 and all(name.endswith(".cubin") for name in names)  # and nothing half-written
     # What is there is read, and not compiled again.
     monkeypatch.setenv("IGAE_KERNEL_CACHE", environment["IGAE_KERNEL_CACHE"])
-    kept = tmp_path / "new" / "folder" / names[1]
-    assert kept.read_bytes()[:4] == b"\x7fELF"
-    kept.write_bytes(b"as it was kept")
+    for name in names:
+        kept = tmp_path / "new" / "folder" / name
+        assert kept.read_bytes()[:4] == b"\x7fELF"
+        kept.write_bytes(b"as it was kept")
+    assert all(cached_cubin(*kernel, 80) == b"as it was kept" for kernel in (*LAYERS, *ROWS))
     variant = build.Variant(8, 1, 4, 0)
     assert cached_cubin(build.SOURCES / "forward.cu", build.macros("forward", variant, 80), 80) == b"as it was kept"
 

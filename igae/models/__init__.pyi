@@ -7,6 +7,7 @@ from .autoencoder import load_autoencoder as load_autoencoder
 from .config import AugmentConfig as AugmentConfig
 from .config import AutoencoderConfig as AutoencoderConfig
 from .config import LossWeights as LossWeights
+from .fused import KERNELS as KERNELS
 from .head import PatchHead as PatchHead
 from .igae import IGAE as IGAE
 from .importing import import_diffusers as import_diffusers

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from igae.kernels import LIBRARIES, Library, pointer
 
 SOURCE = Path(__file__).parent / "kernels" / "layers.cu"
+VARIANTS = {torch.float32: {"HALF": 0}, torch.bfloat16: {"HALF": 1}}
+KERNELS = [(SOURCE, variant) for variant in VARIANTS.values()]
+"""What can be compiled ahead of time, with its macros."""
 THREADS, MOST_CHANNELS, COEFFICIENTS = 256, 2048, 5
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 """Padding, stride and dilation of a convolution."""
@@ -44,7 +47,7 @@ class Params(ctypes.Structure):
 @functools.cache
 def _load(kind: type[Library], dtype: torch.dtype, device: torch.device) -> Library:
     """The kernels, compiled if need be. The device must be the current one."""
-    return kind(SOURCE, {"HALF": {torch.float32: 0, torch.bfloat16: 1}[dtype]}, device, NAMES)
+    return kind(SOURCE, VARIANTS[dtype], device, NAMES)
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def runs_on(device: torch.device) -> bool:
 
 def fits(x: Tensor, channels: int) -> bool:
     """Whether the kernels take numbers like x with so many channels. Inside torch.compile they take none."""
-    known = x.dtype in (torch.float32, torch.bfloat16) and channels % 8 == 0 and channels <= MOST_CHANNELS
+    known = x.dtype in VARIANTS and channels % 8 == 0 and channels <= MOST_CHANNELS
     return not torch.compiler.is_compiling() and known and runs_on(x.device)
 
 

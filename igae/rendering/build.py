@@ -4,13 +4,14 @@
     igae kernels --arch 80 90
 
 needs `pip install -e '.[cuda]'`, but neither a GPU nor a driver nor nvcc. A kernel is compiled for one variant (sizes
-and conventions, see `Variant`); the command compiles those that its options name. `IGAE_KERNEL_CACHE` is the folder of
-the results, by default `~/.cache/igae/kernels`.
+and conventions, see `Variant`); the command compiles those that its options name, and all kernels of layers and of rows
+of planes. `IGAE_KERNEL_CACHE` is the folder of the results, by default `~/.cache/igae/kernels`.
 """
 
 import argparse
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -114,8 +115,8 @@ def macros(kernel: Pass, variant: Variant, arch: int) -> dict[str, int]:
     return {**dict(zip(MACROS, map(int, variant), strict=True)), **own}
 
 
-def build_main(argv: list[str] | None = None) -> None:
-    """The command: compile variants into the cache."""
+def build_main(argv: list[str] | None = None, others: Sequence[tuple[Path, dict[str, int]]] = ()) -> None:
+    """The command: compile variants into the cache, and other sources with their macros."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities: 80 86 89 90 100")
     parser.add_argument("--features", type=int, nargs="+", default=[32], help="features of a point in the planes")
@@ -127,15 +128,21 @@ def build_main(argv: list[str] | None = None) -> None:
     for switch in switches:
         parser.add_argument(f"--{switch}", action="store_true")
     args = parser.parse_args(argv)
+
+    def build(source: Path, defines: dict[str, int], arch: int, what: str) -> None:
+        start = time.perf_counter()
+        code = cached_cubin(source, defines, arch)
+        print(f"{source.stem} sm_{arch}{what}: {len(code)} bytes, {time.perf_counter() - start:.1f} s")
+
     for arch, features, colors, precision in itertools.product(args.arch, args.features, args.colors, args.precision):
         chosen = {"fp32": precision == "fp32", **{switch: getattr(args, switch) for switch in switches}}
         chosen["side"] = args.rays_per_pixel
         variant = Variant(features, colors, *args.samples, **chosen)
         for kernel in ("forward", "backward"):
-            start = time.perf_counter()
-            code = cached_cubin(SOURCES / f"{kernel}.cu", macros(kernel, variant, arch), arch)
-            seconds = time.perf_counter() - start
-            print(f"{kernel} sm_{arch} {features} -> {colors} {precision}: {len(code)} bytes, {seconds:.1f} s")
+            source = SOURCES / f"{kernel}.cu"
+            build(source, macros(kernel, variant, arch), arch, f" {features} -> {colors} {precision}")
+    for arch, (source, defines) in itertools.product(args.arch, others):
+        build(source, defines, arch, "")
 
 
 if __name__ == "__main__":

@@ -125,10 +125,11 @@ def render_cuda(
         product, options.spacing == "disparity", options.precision == "fp32" or product, deterministic,
         options.rays_per_pixel, distortion,
     )  # fmt: skip
-    kept = 4 * build.kept_size(variant) * pixels * variant.side**2
-    variant = variant._replace(keep_features=kept <= MOST_KEPT)
-    numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     trained = (planes, mlp.w1, mlp.b1, mlp.w2, mlp.b2)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in trained)
+    kept = 4 * build.kept_size(variant) * pixels * variant.side**2
+    variant = variant._replace(keep_features=not keep or kept <= MOST_KEPT)
+    numbers = not isinstance(options.near, str) and not isinstance(options.far, str)
     call = Call(
         planes=planes.contiguous(),
         w1=mlp.w1.float().contiguous(),
@@ -147,7 +148,7 @@ def render_cuda(
         far=float(options.far) if numbers else -1.0,
         box=options.box,
         variant=[int(entry) for entry in variant],
-        keep=torch.is_grad_enabled() and any(x.requires_grad for x in trained),
+        keep=keep,
     )
     # Outside torch.compile the operator's own way through the dispatcher costs more than the kernels of a small batch.
     run: Any = torch.ops.igae.render if torch.compiler.is_compiling() else _Render.apply

@@ -9,6 +9,7 @@ from .ownership import part as part
 from .ownership import share_images as share_images
 from .planes import BasePlanes as BasePlanes
 from .row_adam import RowAdam as RowAdam
+from .row_adam_cuda import KERNELS as KERNELS
 from .row_adam_cuda import CudaRowAdam as CudaRowAdam
 from .row_adam_cuda import make_row_adam as make_row_adam
 from .store import SceneStore as SceneStore

@@ -14,6 +14,8 @@ from igae.kernels import LIBRARIES, Library, pointer, unavailable
 from igae.scenes.row_adam import SPREAD, RowAdam, horizon_of
 
 SOURCE = Path(__file__).parent / "kernels" / "row_adam.cu"
+KERNELS: list[tuple[Path, dict[str, int]]] = [(SOURCE, {})]
+"""What can be compiled ahead of time, with its macros."""
 RECORD = 8
 """Floats of a slot's head and of each of its parts."""
 THREADS, ITEMS = 256, 2

@@ -4,6 +4,7 @@
 // they share its activations, and each adds up the gradient of its own part of the hidden units, in registers, for the
 // whole kernel: of its own tile before it waits for the others, then of theirs.
 #include "distortion.cuh"
+#include "features.cuh"
 #include "mlp_gradient.cuh"
 #include "scatter.cuh"
 

@@ -2,6 +2,7 @@
 // Forward pass: one warp a pixel, whose rays it marches one after the other. Images are written, and what a backward pass
 // needs of each ray.
 #include "distortion.cuh"
+#include "features.cuh"
 #include "mlp.cuh"
 #include "ray_marching.cuh"
 
