@@ -26,7 +26,6 @@ from .reading import retry as retry
 from .tensors import DTYPES as DTYPES
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
-from .tensors import read_tensors as read_tensors
 from .tensors import write_tensors as write_tensors
 from .writing import make_folder as make_folder
 from .writing import remove_leftovers as remove_leftovers
