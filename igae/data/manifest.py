@@ -142,7 +142,7 @@ class Manifest:
     @classmethod
     def _of_columns(cls, head: "_Head", arrays: dict[str, Any]) -> "Manifest":
         """With columns that are right by themselves and no others; `_problems` looks at what is in them."""
-        if arrays.keys() != SceneColumns.TYPES.keys() | ShardColumns.TYPES.keys():
+        if arrays.keys() != SceneColumns.types().keys() | ShardColumns.types().keys():
             raise ValueError("its columns are others")
         columns = SceneColumns.of_arrays(arrays, categories=head.categories)
         scenes = Scenes(columns, np.arange(len(columns)))
