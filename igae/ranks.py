@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -262,25 +262,28 @@ def available_cores(cgroup: Path = CGROUP, cgroups: Path = CGROUPS) -> int:
     return max(1, int(min([cores, *_quotas(cgroup, cgroups)])))
 
 
-def _quotas(cgroup: Path, cgroups: Path) -> list[float]:
-    """The quotas of this process's groups and of those around them, in cores."""
-    found = []
+def control_groups(
+    controller: str, cgroup: Path = CGROUP, cgroups: Path = CGROUPS
+) -> Iterator[tuple[Literal[1, 2], Path]]:
+    """The control groups of this process that have a controller (cpu, memory), and those around them: version and
+    folder. The arguments are those of :func:`available_cores`."""
     for line in _read(cgroup).splitlines():
         _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "-", "")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # In a container without a cgroup namespace the path is the host's, and the container's own group is at the top.
-        group = cgroups / ("cpu" if controllers else "") / path.strip("/")
-        for folder in (group, *group.parents):
-            if controllers:
-                words = [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
-            else:
-                words = _read(folder / "cpu.max").split()
-            if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):  # not "max", -1
-                found.append(int(words[0]) / int(words[1]))
-            if folder == cgroups:
-                break
-    return found
+        group = cgroups / (controller if controllers else "") / path.strip("/")
+        around = (folder for folder in (group, *group.parents) if folder.is_relative_to(cgroups))
+        yield from ((1 if controllers else 2, folder) for folder in around)
+
+
+def _quotas(cgroup: Path, cgroups: Path) -> Iterator[float]:
+    """The quotas of this process's groups and of those around them, in cores."""
+    for version, folder in control_groups("cpu", cgroup, cgroups):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = " ".join(_read(folder / name) for name in names).split()
+        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):  # not "max", -1
+            yield int(words[0]) / int(words[1])
 
 
 def _read(path: Path) -> str:

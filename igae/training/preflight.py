@@ -72,21 +72,16 @@ def scene_bytes(planes: PlanesConfig) -> int:
 
 def check_memory(needed: int, device: torch.device, instead: str = "train fewer scenes (data.categories)") -> None:
     """Refuse planes and moments of ``needed`` bytes that the GPU has no room for, and say what to do ``instead``."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ValueError(
-            f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
-            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or {instead}"
-        )
+    remedy = f"lower planes.resolution or planes.features, or {instead}"
+    _check_room("the planes and their optimizer state", needed, device, remedy)
 
 
 def check_latents(needed: int, device: torch.device, name: StageName, variants: int) -> None:
     """Refuse cached latents of a stage, ``needed`` bytes, that the GPU has no room for."""
+    what = f"train.{name}.augment.variants (now {variants})" if variants > 1 else "the number of scenes"
+    _check_room(f"the cached latents of {name}", needed, device, f"lower {what}, or train on more GPUs")
+
+
+def _check_room(what: str, needed: int, device: torch.device, remedy: str) -> None:
     if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
-        what = f"train.{name}.augment.variants (now {variants})" if variants > 1 else "the number of scenes"
-        raise ValueError(
-            f"the cached latents of {name} need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
-            f"lower {what}, or train on more GPUs"
-        )
+        raise ValueError(f"{what} need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: {remedy}")
