@@ -179,6 +179,14 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values.get(key), default=str)[:200]  # as recipes are written: true, null
 
 
+class OfAllRanks(Exception):
+    """All ranks raise it alike, and the first one tells it."""
+
+
+class RefusedByAll(OfAllRanks, ValueError):
+    """Wrong input, as the ranks have found together."""
+
+
 class Channel:
     """Exchanges small things between all ranks, over the CPU, apart from training's collectives.
 
@@ -209,13 +217,13 @@ class Channel:
 
     def on_first_rank(self, action: Callable[[], T]) -> T:
         """Run an action on the first rank only and return its result on all. Where it fails with a ValueError or
-        OSError, all ranks raise the same ValueError."""
+        OSError, all ranks raise the same RefusedByAll."""
         result = self.together(lambda: action() if rank() == 0 else None)
         return cast(T, self.gather(result)[0])
 
     def together(self, action: Callable[[], T]) -> T:
         """Run an action on all ranks and return what it returns here. Where it fails with a ValueError or OSError on
-        some, all ranks raise a ValueError: their own, or that of another."""
+        some, all ranks raise RefusedByAll: their own sentence, or that of another."""
         result, problem = None, None
         try:
             result = action()
@@ -223,11 +231,11 @@ class Channel:
             problem = str(error)
         for number, other in enumerate(self.gather(problem)):
             if other is not None:
-                raise ValueError(problem or (f"rank {number}: {other}" if number else other))
+                raise RefusedByAll(problem or (f"rank {number}: {other}" if number else other))
         return cast(T, result)
 
     def agree(self, values: Mapping[str, Any], where: str = "") -> None:
-        """Refuse, on all ranks alike, values that are not the same on all of them.
+        """Refuse, on all ranks alike, values that are not the same on all of them, which raises RefusedByAll.
 
         Args:
             values: by the names of what they are.
@@ -238,7 +246,7 @@ class Channel:
         for number, (other, of_other) in enumerate(found):
             if differing := [key for key in {**first, **other} if first.get(key) != other.get(key)]:
                 key, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
-                raise ValueError(
+                raise RefusedByAll(
                     f"{key} is {_shown(first, key)}{of_first} on rank 0 and {_shown(other, key)}{of_other} on "
                     f"rank {number}{more}: start all ranks with the same command, files and version of igae"
                 )

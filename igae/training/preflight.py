@@ -44,8 +44,10 @@ def agree(recipe: Recipe, channel: Channel, load: Callable[[], Manifest] | None 
     return found
 
 
-def check_data(recipe: Recipe, data: RankData) -> None:
-    """Raise ValueError where a stage, the first or a later one, needs what the data don't have."""
+def split(recipe: Recipe, manifest: Manifest) -> RankData:
+    """Split the data of a run among its ranks. Raises ValueError where there is not enough for each, or where a stage,
+    the first or a later one, needs what the data don't have."""
+    data = RankData.split(recipe, manifest)
     root, side = recipe.data.root, min(data.manifest.image_size)
     for name, stage in recipe.train.stages.items():
         if stage.batch_size and not data.scenes:
@@ -63,6 +65,7 @@ def check_data(recipe: Recipe, data: RankData) -> None:
                 f"train.{name}.weights.natural_lpips is {stage.weights.natural_lpips} but LPIPS needs images of "
                 f"{LPIPS.SMALLEST} pixels or more and those at {root} have {side}: set it to 0, or pack larger ones"
             )
+    return data
 
 
 def scene_bytes(planes: PlanesConfig) -> int:
