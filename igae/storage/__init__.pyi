@@ -21,6 +21,7 @@ from .paths import split as split
 from .reading import MAX_SMALL as MAX_SMALL
 from .reading import File as File
 from .reading import parse_json as parse_json
+from .reading import read_own as read_own
 from .reading import read_whole as read_whole
 from .reading import retry as retry
 from .tensors import DTYPES as DTYPES
