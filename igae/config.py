@@ -35,7 +35,6 @@ def shipped(folder: str) -> Path:
 SEARCH = (Path("configs"), shipped("configs"))
 
 
-@functools.cache
 def entry_point(kind: str, name: str) -> EntryPoint:
     """The entry point that an installed package has of this name in the group ``igae.KIND``. ValueError: none has."""
     group = f"igae.{kind}"
@@ -47,6 +46,7 @@ def entry_point(kind: str, name: str) -> EntryPoint:
     return next(iter(found.values()))
 
 
+@functools.cache  # losses are asked for at each step
 def plug_in(kind: str, name: str) -> Any:
     """What an installed package offers under a name, of autoencoders, losses, formats or fields.
 

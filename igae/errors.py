@@ -22,7 +22,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-from igae.ranks import rank, world_size
+from igae.ranks import OfAllRanks, rank, world_size
 
 T = TypeVar("T")
 QUIET, EVERY = 5.0, 60.0
@@ -221,7 +221,8 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Make a command's body a function of its arguments (None: those of the process) that returns its exit code.
 
-    0: done; 1: it failed, told in one sentence or with a traceback; 2: wrong input, one sentence; 130: Ctrl-C.
+    0: done; 1: it failed, told in one sentence or with a traceback; 2: wrong input, one sentence; 130: Ctrl-C. What all
+    ranks raise alike is told by the first.
     """
 
     @functools.wraps(body)
@@ -230,21 +231,19 @@ def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int
             sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be no UTF-8
         try:
             return body(argv) or 0
-        except (ValueError, OSError, ImportError) as error:
-            say(f"error: {error}")
-            return 2
-        except RuntimeError as error:
-            sentence = in_one_sentence(error)
-            say(f"error: {sentence}" if sentence is not None else traceback.format_exc())
-            return 1
         except KeyboardInterrupt:
             return 130
         except Exception as error:
-            if type(error).__module__.partition(".")[0] in CLIENTS:
-                say(f"error: {' '.join(str(error).split())}")
-                return 2
-            say(traceback.format_exc())
-            return 1
+            code, text = 1, traceback.format_exc()
+            if isinstance(error, ValueError | OSError | ImportError):
+                code, text = 2, f"error: {error}"
+            elif isinstance(error, RuntimeError):
+                text = text if (sentence := in_one_sentence(error)) is None else f"error: {sentence}"
+            elif type(error).__module__.partition(".")[0] in CLIENTS:
+                code, text = 2, f"error: {' '.join(str(error).split())}"
+            if not (isinstance(error, OfAllRanks) and rank() > 0):
+                say(text)
+            return code
 
     return main
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,6 +179,14 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values.get(key), default=str)[:200]  # as recipes are written: true, null
 
 
+class OfAllRanks(Exception):
+    """All ranks raise it alike, and the first one tells it."""
+
+
+class RefusedByAll(OfAllRanks, ValueError):
+    """Wrong input, as the ranks have found together."""
+
+
 class Channel:
     """Exchanges small things between all ranks, over the CPU, apart from training's collectives.
 
@@ -209,13 +217,13 @@ class Channel:
 
     def on_first_rank(self, action: Callable[[], T]) -> T:
         """Run an action on the first rank only and return its result on all. Where it fails with a ValueError or
-        OSError, all ranks raise the same ValueError."""
+        OSError, all ranks raise the same RefusedByAll."""
         result = self.together(lambda: action() if rank() == 0 else None)
         return cast(T, self.gather(result)[0])
 
     def together(self, action: Callable[[], T]) -> T:
         """Run an action on all ranks and return what it returns here. Where it fails with a ValueError or OSError on
-        some, all ranks raise a ValueError: their own, or that of another."""
+        some, all ranks raise RefusedByAll: their own sentence, or that of another."""
         result, problem = None, None
         try:
             result = action()
@@ -223,11 +231,11 @@ class Channel:
             problem = str(error)
         for number, other in enumerate(self.gather(problem)):
             if other is not None:
-                raise ValueError(problem or (f"rank {number}: {other}" if number else other))
+                raise RefusedByAll(problem or (f"rank {number}: {other}" if number else other))
         return cast(T, result)
 
     def agree(self, values: Mapping[str, Any], where: str = "") -> None:
-        """Refuse, on all ranks alike, values that are not the same on all of them.
+        """Refuse, on all ranks alike, values that are not the same on all of them, which raises RefusedByAll.
 
         Args:
             values: by the names of what they are.
@@ -238,7 +246,7 @@ class Channel:
         for number, (other, of_other) in enumerate(found):
             if differing := [key for key in {**first, **other} if first.get(key) != other.get(key)]:
                 key, more = differing[0], f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
-                raise ValueError(
+                raise RefusedByAll(
                     f"{key} is {_shown(first, key)}{of_first} on rank 0 and {_shown(other, key)}{of_other} on "
                     f"rank {number}{more}: start all ranks with the same command, files and version of igae"
                 )
@@ -262,25 +270,28 @@ def available_cores(cgroup: Path = CGROUP, cgroups: Path = CGROUPS) -> int:
     return max(1, int(min([cores, *_quotas(cgroup, cgroups)])))
 
 
-def _quotas(cgroup: Path, cgroups: Path) -> list[float]:
-    """The quotas of this process's groups and of those around them, in cores."""
-    found = []
+def control_groups(
+    controller: str, cgroup: Path = CGROUP, cgroups: Path = CGROUPS
+) -> Iterator[tuple[Literal[1, 2], Path]]:
+    """The control groups of this process that have a controller (cpu, memory), and those around them: version and
+    folder. The arguments are those of :func:`available_cores`."""
     for line in _read(cgroup).splitlines():
         _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "-", "")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # In a container without a cgroup namespace the path is the host's, and the container's own group is at the top.
-        group = cgroups / ("cpu" if controllers else "") / path.strip("/")
-        for folder in (group, *group.parents):
-            if controllers:
-                words = [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
-            else:
-                words = _read(folder / "cpu.max").split()
-            if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):  # not "max", -1
-                found.append(int(words[0]) / int(words[1]))
-            if folder == cgroups:
-                break
-    return found
+        group = cgroups / (controller if controllers else "") / path.strip("/")
+        around = (folder for folder in (group, *group.parents) if folder.is_relative_to(cgroups))
+        yield from ((1 if controllers else 2, folder) for folder in around)
+
+
+def _quotas(cgroup: Path, cgroups: Path) -> Iterator[float]:
+    """The quotas of this process's groups and of those around them, in cores."""
+    for version, folder in control_groups("cpu", cgroup, cgroups):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = " ".join(_read(folder / name) for name in names).split()
+        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):  # not "max", -1
+            yield int(words[0]) / int(words[1])
 
 
 def _read(path: Path) -> str:

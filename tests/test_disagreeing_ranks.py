@@ -20,7 +20,8 @@ from igae import config
 from igae.checkpoint import CheckpointWriter, Progress, list_complete
 from igae.cli import evaluate, fit, train
 from igae.data import Manifest, PackOptions, pack
-from igae.ranks import Channel, check_rank_variables, join, rank
+from igae.errors import TrainingError, command
+from igae.ranks import Channel, OfAllRanks, RefusedByAll, check_rank_variables, join, rank
 from igae.training import Recipe, agree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,8 +146,35 @@ def test_commands_are_refused_together(name: str, tmp_path: Path, shards: str) -
     codes = ranks.Ranks(started, 2, commands, name, log=f"{tmp_path}/log").exit_codes(60)
     assert codes == [2, 2] and time.monotonic() - began < SECONDS
     text = Path(f"{tmp_path}/log").read_text()
-    assert text.count("error: ") == text.count(sentence) == 2, text
+    assert text.count("error: ") == text.count(sentence) == 1, text
     assert not (tmp_path / "outputs").exists()
+
+
+class EndedTogether(OfAllRanks, TrainingError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "by_all"),
+    [
+        (RefusedByAll("no room"), 2, True),
+        (ValueError("no room"), 2, False),
+        (EndedTogether("no room"), 1, True),
+        (TrainingError("no room"), 1, False),
+    ],
+)
+def test_what_all_ranks_raise_is_told_by_the_first(
+    error: Exception, code: int, by_all: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def body(_: list[str] | None) -> None:
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (0, 1):
+        monkeypatch.setenv("RANK", str(number))
+        assert body([]) == code
+        assert capsys.readouterr().err == ("" if by_all and number else "error: no room\n")
 
 
 def save_wrong(root: str, kind: str) -> str:

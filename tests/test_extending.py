@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package of docs/extending.md, installed: from packing to the evaluation of an export, and without it."""
 
-import importlib
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch
 import yaml
 from documents import ROOT
 from PIL import Image
+from plug_ins import importable, registered
 
 from igae import checkpoint, config
 from igae.cli.main import main
@@ -39,39 +37,6 @@ SMALL = (
     "evaluation.orbits=0 evaluation.orbit_frames=2"
 ).split()
 MISSING = "no installed package has an entry point {} in the group igae.{}"
-
-
-@contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """What is installed in a folder is there, and afterwards it is not."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(folder))
-    try:
-        forget()
-        yield
-    finally:
-        sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
-            places = getattr(sys.modules[name], "__path__", [getattr(sys.modules[name], "__file__", "")])
-            if any(str(place).startswith(str(folder)) for place in places):
-                del sys.modules[name]
-        forget()
-
-
-def forget() -> None:
-    """A process looks once."""
-    importlib.invalidate_caches()
-    config.entry_point.cache_clear()
-    formats.cache_clear()
-
-
-def registered(folder: Path, package: str, group: str, **points: str) -> None:
-    """What an installed package leaves of its entry points."""
-    info = folder / f"{package}-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1\n")
-    lines = [f"{name} = {value}" for name, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[igae.{group}]", *lines, ""]))
 
 
 @dataclass

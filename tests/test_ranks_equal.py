@@ -2,6 +2,7 @@
 """What N ranks compute under each strategy is what one rank computes with a batch N times as large."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import ranks
 import runs
 import torch
+from plug_ins import importable, registered
 from scene_files import open_images, open_views
 from slow_ownership import assign
 from torch import Tensor
@@ -247,16 +249,41 @@ BASE_PLANES = (
 )
 
 
+PLUG_IN = "train.joint.weights.plugins={rough: 3.0}"
+ROUGH = """
+def rough(inputs):
+    steps = (inputs.decoded - inputs.images).diff(dim=-1)
+    return steps.square().mean() + (inputs.opacity * (1 - inputs.opacity)).mean()
+
+
+rough.needs_images = True
+"""
+
+
 @pytest.fixture(scope="module")
-def alone_with_base_planes(folder: Path) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = ranks.run(train, 1, str(folder), "ddp", owned(folder, 2), 1, False, *BASE_PLANES)[0]
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A package with a loss, for processes that start meanwhile too."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "roughness.py").write_text(ROUGH)
+    registered(folder, "roughness", "losses", rough="roughness:rough")
+    with importable(folder):
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone_with_base_planes(folder: Path, installed: None) -> dict[str, Tensor]:
+    arguments = (str(folder), "ddp", owned(folder, 2), 1, False, *BASE_PLANES)
+    result: dict[str, Tensor] = ranks.run(train, 1, *arguments, PLUG_IN)[0]
+    without = largest_difference(ranks.run(train, 1, *arguments)[0], result)
+    assert without["weights"] > 1e-5 and without["planes"] > 1e-5 and without["norms"] > 0.1, "the loss has no effect"
     return result
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
 def test_ranks_share_base_planes(folder: Path, alone_with_base_planes: dict[str, Tensor], strategy: str) -> None:
-    """Base planes are shared weights; weights of them and biases are of a scene, in its row."""
-    results = ranks.run(train, 2, str(folder), strategy, owned(folder, 2), 1, False, *BASE_PLANES)
+    """Base planes are shared weights; weights of them and biases are of a scene, in its row. With a loss of another
+    package."""
+    results = ranks.run(train, 2, str(folder), strategy, owned(folder, 2), 1, False, *BASE_PLANES, PLUG_IN)
     assert results[0]["weights/base.planes"].shape == (3, 3, 8, 8, 5)
     assert all(results[0][f"planes/{i}"].shape == (3 * 8 * 8 * 3 + 3 + 1,) for part in owned(folder, 2) for i in part)
     difference = largest_difference(results[0], alone_with_base_planes)

@@ -32,7 +32,7 @@ from igae.checkpoint.format import (
 )
 from igae.checkpoint.load import check_scenes
 from igae.errors import LostRank, redact
-from igae.ranks import Channel, rank
+from igae.ranks import Channel, RefusedByAll, rank
 from igae.storage import LIMITS, file_system, join, make_folder, reason, sync_folder, write_file, write_tensors
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class CheckpointWriter:
 
     def _save(self, folder: str, progress: Progress, config: str, files: Callable[[], Files]) -> None:
         """All of a save, which fails on all ranks alike."""
-        kind: type[Exception] = ValueError
+        kind: type[Exception] = RefusedByAll
         try:
             failure = self._save_together(folder, progress, config, files)
         except Exception as error:  # of an exchange

@@ -71,15 +71,7 @@ def evaluate(
     model = trained.model_for(manifest.image_size, recipe.data.background)
     model.options, model.renderer = recipe.render, recipe.train.kernels
     engine, channel = Engine(recipe.train.timeout, alone=True), Channel(recipe.train.timeout)
-    problem = None
-    if rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            problem = f"{folder} can't be made or written ({error.strerror}): say where the results go, --output FOLDER"
-    if problem := channel.gather(problem)[0]:
-        raise ValueError(problem)
+    channel.on_first_rank(lambda: _make_writable(folder))
     groups = waves(manifest, scenes, math.ceil(len(scenes) / world_size())) if scenes else []
     own = groups[rank()] if rank() < len(groups) else scenes[:0]
     store = _read_rows(trained, recipe, own, engine.device)
@@ -96,6 +88,15 @@ def evaluate(
         _tell(means)
     engine.close()
     return means, of_scenes
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"{folder} can't be made or written ({error.strerror})"
+        raise ValueError(f"{why}: say where the results go, --output FOLDER") from None
 
 
 def _tell(means: dict[str, float]) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scenes and shards of a manifest as columns, and what is checked of columns that anybody may have written."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,24 +63,30 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
-    """Arrays of one table. ``SHAPES`` has the number of columns of those that are matrices."""
+    """Arrays of one table. ``WIDTHS`` has the number of columns of those that are matrices."""
 
-    TYPES: ClassVar[dict[str, type[np.generic]]]
     WIDTHS: ClassVar[dict[str, int]]
+
+    @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, np.dtype[Any]]:
+        """Type of each array by its name, as it is annotated."""
+        arrays = [(name, hint) for name, hint in get_type_hints(cls).items() if get_origin(hint) is np.ndarray]
+        return {name: np.dtype(get_args(get_args(hint)[1])[0]) for name, hint in arrays}
 
     @classmethod
     def of_arrays(cls: type[C], arrays: Columns, **more: Any) -> C:
         """From arrays of these names. ValueError where their types or numbers of dimensions are others."""
-        for name, dtype in cls.TYPES.items():
+        for name, dtype in cls.types().items():
             column, width = arrays.get(name), cls.WIDTHS.get(name)
             shape = () if width is None else (width,)
             if column is None or column.dtype != dtype or column.ndim != 1 + len(shape) or column.shape[1:] != shape:
                 raise ValueError(f"column {name}")
-        return cls(**{name: arrays[name] for name in cls.TYPES}, **more)
+        return cls(**{name: arrays[name] for name in cls.types()}, **more)
 
     def arrays(self) -> Columns:
         """All columns by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in self.TYPES}
+        return {name: getattr(self, name) for name in self.types()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +107,6 @@ class SceneColumns(_Columns):
     scene_normalization: NDArray[np.float64]
     categories: list[str]
 
-    TYPES = {
-        "scene_names": np.uint8,
-        "scene_category": np.int32,
-        "scene_views": np.int32,
-        "scene_heldout": np.int32,
-        "scene_normalization": np.float64,
-    }
     WIDTHS = {"scene_normalization": 4}
 
     @classmethod
@@ -250,17 +250,6 @@ class ShardColumns(_Columns):
     entry_scene: NDArray[np.int32]
     entry_samples: NDArray[np.int32]
 
-    TYPES = {
-        "shard_kind": np.uint8,
-        "shard_number": np.int64,
-        "shard_digits": np.uint8,
-        "shard_bytes": np.int64,
-        "shard_sha256": np.uint8,
-        "shard_samples": np.int32,
-        "shard_end": np.int64,
-        "entry_scene": np.int32,
-        "entry_samples": np.int32,
-    }
     WIDTHS = {"shard_sha256": 32}
 
     @classmethod

@@ -15,11 +15,12 @@ class Scenes(Sequence[Scene]):
     """Scenes of a manifest: all, or some. A slice is one of these too.
 
     Attributes:
+        columns: of all scenes of the manifest.
         ids: int64 [n].
     """
 
     def __init__(self, columns: SceneColumns, ids: ArrayLike) -> None:
-        self._columns, self.ids = columns, np.asarray(ids, np.int64).reshape(-1)
+        self.columns, self.ids = columns, np.asarray(ids, np.int64).reshape(-1)
 
     @classmethod
     def of(cls, scenes: Iterable[Scene]) -> "Scenes":
@@ -28,34 +29,29 @@ class Scenes(Sequence[Scene]):
         return cls(columns, np.arange(len(columns)))
 
     @property
-    def columns(self) -> SceneColumns:
-        """Those of all scenes of the manifest."""
-        return self._columns
-
-    @property
     def names(self) -> list[str]:
         """Their names."""
-        return self._columns.names(self.ids)
+        return self.columns.names(self.ids)
 
     @property
     def views(self) -> Ints:
         """Their numbers of training views, int64 [n]."""
-        return self._columns.scene_views[self.ids].astype(np.int64)
+        return self.columns.scene_views[self.ids].astype(np.int64)
 
     @property
     def heldout(self) -> Ints:
         """Their numbers of held-out views, int64 [n]."""
-        return self._columns.scene_heldout[self.ids].astype(np.int64)
+        return self.columns.scene_heldout[self.ids].astype(np.int64)
 
     def take(self, places: ArrayLike) -> "Scenes":
         """The scenes at some places."""
-        return Scenes(self._columns, self.ids[np.asarray(places, np.int64)])
+        return Scenes(self.columns, self.ids[np.asarray(places, np.int64)])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Scene]:
-        return self._columns.make(self.ids)
+        return self.columns.make(self.ids)
 
     @overload
     def __getitem__(self, place: int) -> Scene: ...
@@ -63,8 +59,8 @@ class Scenes(Sequence[Scene]):
     def __getitem__(self, place: slice) -> "Scenes": ...
     def __getitem__(self, place: int | slice) -> "Scene | Scenes":
         if isinstance(place, slice):
-            return Scenes(self._columns, self.ids[place])
-        return next(self._columns.make(self.ids[place].reshape(1)))
+            return Scenes(self.columns, self.ids[place])
+        return next(self.columns.make(self.ids[place].reshape(1)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

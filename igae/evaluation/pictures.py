@@ -112,15 +112,12 @@ def grid(rows: Sequence[Sequence[Picture]], labels: Sequence[str]) -> Picture:
     assert pictures.dtype == np.uint8 and len(labels) == m, f"{len(labels)} labels for {m} columns"
     k = math.ceil(CELL / w)
     h, w = k * h, k * w
-    cells = pictures.repeat(k, axis=2).repeat(k, axis=3)
     font = _font(labels, w)
     top = math.ceil(max(font.getbbox(label)[3] for label in labels)) + GAP
-    canvas = np.full((top + GAP + n * (h + GAP), GAP + m * (w + GAP), 3), 255, dtype=np.uint8)
-    for i in range(n):
-        for j in range(m):
-            y, x = top + GAP + i * (h + GAP), GAP + j * (w + GAP)
-            canvas[y : y + h, x : x + w] = cells[i, j]
-    sheet = Image.fromarray(canvas)
+    sheet = Image.new("RGB", (GAP + m * (w + GAP), top + GAP + n * (h + GAP)), "white")
+    for i, j in np.ndindex(n, m):
+        cell = Image.fromarray(pictures[i, j]).resize((w, h), Image.Resampling.NEAREST)
+        sheet.paste(cell, (GAP + j * (w + GAP), top + GAP + i * (h + GAP)))
     draw = ImageDraw.Draw(sheet)
     for j, label in enumerate(labels):
         draw.text((GAP + j * (w + GAP) + w / 2, GAP), label, fill=(0, 0, 0), font=font, anchor="ma")

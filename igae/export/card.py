@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from igae.config import entry_point
 from igae.evaluation import METRICS
-from igae.export.format import Description
+from igae.export.format import Description, parse_hub
 from igae.export.model import Content
 
 SHOWN = ("heldout/rgb_psnr", "heldout/rgb_ssim", "heldout/latent_psnr", "heldout/ae_psnr", "natural/ae_psnr")
@@ -63,9 +63,5 @@ def _of_diffusers(where: str) -> tuple[str, str]:
     """What ``from_pretrained`` is called with: the first argument, and the others as they are written."""
     if not where.startswith("hf://"):
         return ("a local copy of this folder" if "://" in where else where), ""
-    user, _, folder = where.rstrip("/").removeprefix("hf://").partition("/")
-    name, _, rest = folder.partition("/")
-    name, _, revision = name.partition("@")
-    return f"{user}/{name}", (f', revision="{revision}"' if revision else "") + (
-        f', subfolder="{rest}"' if rest else ""
-    )
+    repo, revision, folder = parse_hub(where).groups()
+    return repo, (f', revision="{revision}"' if revision else "") + (f', subfolder="{folder}"' if folder else "")

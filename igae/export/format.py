@@ -25,6 +25,7 @@ MAX_SIDE, MAX_PIXELS = 16384, 4096 * 4096
 Moved = tuple[float, float, float, float]
 # Names in igae.json become paths: nothing but a plain name may come out of a file that anybody can write.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_HUB = re.compile(r"hf://(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
 _SCENE_FILE = re.compile(r"scenes-\d{5,}\.safetensors")
 
 
@@ -113,3 +114,11 @@ def _parsed(adapter: TypeAdapter[T], data: bytes, where: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def parse_hub(target: str) -> re.Match[str]:
+    """Parts of ``hf://repo[@revision][/folder]``; ValueError where it is something else."""
+    match = _HUB.fullmatch(target)
+    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets"):
+        raise ValueError(f"{target} names no model repository: write hf://user/name, or hf://user/name@branch/folder")
+    return match

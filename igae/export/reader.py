@@ -31,15 +31,13 @@ from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.scenes import PlanesConfig
 from igae.storage import (
     MAX_SMALL,
-    Missing,
     Stamp,
-    StoreError,
     TensorFile,
     join,
     named_errors,
     own_file,
     parse_json,
-    read_whole,
+    read_own,
 )
 
 HIDDEN = 64
@@ -67,7 +65,7 @@ class Export(Trained):
         data: str | None = None,
     ) -> None:
         self.where, self.device, self.renderer = url, torch.device(device), renderer
-        index = read_small(url, INDEX)
+        index = read_own(url, INDEX)
         if index is None:
             raise ValueError(f"{redact(url)} has no {INDEX}: give the folder of a complete export")
         self.description = parse_description(index, redact(join(url, INDEX)))
@@ -159,7 +157,7 @@ class Export(Trained):
         """A file that igae.json lists, as it was written."""
         where, file = redact(join(self.where, name)), self.description.files[name]
         limits = {SCENES: MAX_SCENES, WEIGHTS: file.bytes}
-        data = read_small(self.where, name, limits.get(name, MAX_SMALL))
+        data = read_own(self.where, name, limits.get(name, MAX_SMALL))
         if data is None:
             raise ValueError(f"{where} is missing")
         if Stamp(len(data), zlib.crc32(data)) != file:
@@ -178,18 +176,7 @@ def load_model(url: str, renderer: Literal["auto", "cuda", "torch"] = "torch") -
 
 def is_export(url: str) -> bool:
     """Whether a path or URL is that of a complete export. Raises ValueError where that can't be found out."""
-    return read_small(url, INDEX) is not None
-
-
-def read_small(folder: str, name: str, most: int = MAX_SMALL) -> bytes | None:
-    """A folder's own file of at most ``most`` bytes, or None where there is none. ValueError where it can't be read."""
-    try:
-        url = own_file(folder, name)
-        return read_whole(url, redact(url), most)
-    except Missing:
-        return None
-    except StoreError as error:
-        raise ValueError(str(error)) from None
+    return read_own(url, INDEX) is not None
 
 
 def shared_tensors(model: IGAE) -> dict[str, Tensor]:

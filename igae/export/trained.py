@@ -27,11 +27,11 @@ from igae.errors import COMMAND_LINE, Key, did_you_mean, origin_of, redact
 from igae.evaluation import current_name
 from igae.export.format import CONFIG
 from igae.export.model import Content, Trained
-from igae.export.reader import Export, check_planes, is_export, read_small
+from igae.export.reader import Export, check_planes, is_export
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import SceneStore, StoredPlanesConfig
-from igae.storage import is_url, join
+from igae.storage import is_url, join, read_own
 
 SECTIONS = ("autoencoder", "data", "planes", "render")
 """Sections of a run's configuration that matter to its model."""
@@ -112,7 +112,7 @@ def find_checkpoints(where: str) -> list[str]:
     if is_complete(where):
         return [where]
     roots = [join(where, "checkpoints"), where]
-    found = read_small(where, CONFIG)
+    found = read_own(where, CONFIG)
     if found is not None:
         text = found.decode(errors="replace")
         settings = config.load(RunSettings, redact(join(where, CONFIG)), saved=text)
@@ -261,7 +261,7 @@ class TrainedRun(Trained):
     def metrics(self) -> dict[str, float]:
         """Those of the run's metrics.json that are of this checkpoint."""
         progress, run = self.loaded.progress, self.where.rpartition("/")[0].rpartition("/")[0]
-        data = read_small(run, "metrics.json") if progress.finished else None
+        data = read_own(run, "metrics.json") if progress.finished else None
         try:
             stages = {} if data is None else TypeAdapter(dict[str, dict[str, float]]).validate_json(data)
         except ValidationError:

@@ -2,7 +2,6 @@
 """Writing exports: into a folder, to any fsspec URL, or as one commit to a hub repository."""
 
 import math
-import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,13 +27,13 @@ from igae.export.format import (
     SceneFile,
     dump_description,
     dump_scenes,
+    parse_hub,
 )
 from igae.export.model import Content
 from igae.export.reader import shared_tensors
 from igae.storage import Stamp, file_system, join, make_folder, reason, write_file, write_tensors
 
 FILE_BYTES = 256 << 20
-_HUB = re.compile(r"hf://(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<folder>.+?))?/?")
 
 
 def write(content: Content, target: str, file_bytes: int = FILE_BYTES) -> Description:
@@ -56,7 +55,7 @@ def write(content: Content, target: str, file_bytes: int = FILE_BYTES) -> Descri
     check_target(target)
     if not target.startswith("hf://"):
         return _write(content, target, target, file_bytes)
-    match, api = _parse_hub(target), HfApi()
+    match, api = parse_hub(target), HfApi()
     repo, revision = match["repo"], match["revision"]
     with _told(target, " (log in with `hf auth login`)"):
         api.create_repo(repo, private=True, exist_ok=True)
@@ -78,7 +77,7 @@ def write(content: Content, target: str, file_bytes: int = FILE_BYTES) -> Descri
 def check_target(target: str) -> None:
     """Refuse a target where something is already, before what takes its time. Raises as :func:`write`."""
     if target.startswith("hf://"):
-        match = _parse_hub(target)
+        match = parse_hub(target)
         index = f"{match['folder']}/{INDEX}" if match["folder"] else INDEX
         with _told(target):
             taken = HfApi().file_exists(match["repo"], index, revision=match["revision"])
@@ -178,10 +177,3 @@ def _write_files(content: Content, files: _Files, name: str, file_bytes: int) ->
     sums[CARD] = files.put(CARD, model_card(description, redact(name), content).encode())
     files.put(INDEX, dump_description(description))
     return description
-
-
-def _parse_hub(target: str) -> re.Match[str]:
-    match = _HUB.fullmatch(target)
-    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets"):
-        raise ValueError(f"{target} names no model repository: write hf://user/name, or hf://user/name@branch/folder")
-    return match

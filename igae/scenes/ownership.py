@@ -93,13 +93,8 @@ def _ways(things: Ints, loads: Ints, world: int) -> Iterator[Ints]:
 
 def _in_order(values: Ints) -> tuple[Ints, Ints]:
     """The distinct values in the order in which they come first, and which of them each value is."""
-    first = np.full(int(values.max(initial=-1)) + 1, -1)
-    first[values[::-1]] = np.arange(len(values))[::-1]
-    is_first = np.zeros(len(values), bool)
-    is_first[first[first >= 0]] = True
-    distinct, number = values[is_first], first
-    number[distinct] = np.arange(len(distinct))
-    return distinct, number[values]
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    return values[np.sort(first)], np.argsort(np.argsort(first))[number]
 
 
 def _joined(shards: Ints, place: Ints) -> Ints:
@@ -244,35 +239,11 @@ def _greedy(weights: Ints, world: int) -> tuple[Ints, list[int]]:
         The owner of each thing, and the loads.
     """
     owners, heap = np.empty(len(weights), np.int64), [(0, k) for k in range(world)]
-    cuts = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(weights)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        weight, count = int(weights[start]), end - start
-        if count > 2 * world:
-            owners[start:end], heap = _give_equal(weight, count, heap)
-            continue
-        for i in range(start, end):
-            load, k = heap[0]
-            owners[i] = k
-            heapq.heapreplace(heap, (load + weight, k))
+    for i, weight in enumerate(weights.tolist()):
+        load, owner = heap[0]
+        owners[i] = owner
+        heapq.heapreplace(heap, (load + weight, owner))
     return owners, [load for load, _ in sorted(heap, key=lambda one: one[1])]
-
-
-def _give_equal(weight: int, count: int, heap: list[tuple[int, int]]) -> tuple[Ints, list[tuple[int, int]]]:
-    """Gives ``count`` equal things away: who has a load takes some at load, load + weight, ..., and of all these the
-    lowest ones come first."""
-    loads = np.array([load for load, _ in sorted(heap, key=lambda one: one[1])])
-
-    def taken(limit: int) -> Ints:  # at loads of up to the limit
-        times: Ints = np.maximum(0, (limit - loads) // weight + 1)
-        return times
-
-    limit = bisect_left(range(int(loads.max()) + weight * count), count, key=lambda limit: int(taken(limit).sum()))
-    times = taken(limit)
-    owners = np.repeat(np.arange(len(loads)), times)
-    nth = np.arange(len(owners)) - np.repeat(np.cumsum(times) - times, times)
-    owners = owners[np.lexsort((owners, loads[owners] + weight * nth))[:count]]
-    loads += weight * np.bincount(owners, minlength=len(loads))
-    return owners, sorted(zip(loads.tolist(), range(len(loads)), strict=True))
 
 
 def _exchange(weights: Sequence[int], loads: list[int], bins: list[list[int]], steps: Iterator[int]) -> int:

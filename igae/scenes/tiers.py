@@ -112,13 +112,13 @@ class FileRows:
             list(self._threads.map(self._read, range(len(some)), [row for row, _ in some]))
             for staged, (_, place) in zip(self._stage, some, strict=False):
                 place.copy_(staged, non_blocking=True)
-            self._wait()
+            _wait(self._device)
 
     def put(self, rows: Sequence[int], places: Iterable[Tensor]) -> None:
         for some in _batches(zip(rows, places, strict=True), len(self._stage)):
             for staged, (_, place) in zip(self._stage, some, strict=False):
                 staged.copy_(place, non_blocking=True)
-            self._wait()
+            _wait(self._device)
             with writes_to(self._folder):
                 list(self._threads.map(self._write, range(len(some)), [row for row, _ in some]))
 
@@ -135,10 +135,6 @@ class FileRows:
         while len(left) > 0:
             count = os.pwrite(self._file.fileno(), left, place)
             left, place = left[count:], place + count
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
 
 
 class RowPool:
@@ -295,11 +291,6 @@ class RowPool:
                 stream.synchronize()
         self._dirty.clear()
 
-    def _synchronize(self) -> None:
-        """Wait for copies to a tier on the current stream: others may read it on theirs."""
-        if self._on_gpu:
-            torch.cuda.current_stream(self._device).synchronize()
-
     def _empty(self) -> None:
         """Forget what is in the slots, after :meth:`flush`."""
         self._slot_of.clear()
@@ -346,7 +337,7 @@ class RowPool:
                 self._tiers[name].put(chunk.tolist(), tensor[:count])
             for own, of_room in counters:
                 own[where] = of_room[:count]
-        self._synchronize()
+        _wait(self._device)  # others may read the tier on their streams
         self._empty()
 
     def read(self, rows: Tensor, catch_up: bool) -> Tensor:
@@ -376,7 +367,13 @@ class RowPool:
                 self._tiers[name].put(range(start, start + len(rows)), rows)
             elif name != "learning_rates":
                 {"updated": self._updated, "visited": self._visited}[name][start : start + len(rows)] = rows
-        self._synchronize()
+        _wait(self._device)  # others may read the tier on their streams
+
+
+def _wait(device: torch.device) -> None:
+    """Until copies on the current stream are made."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

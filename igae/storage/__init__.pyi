@@ -21,12 +21,12 @@ from .paths import split as split
 from .reading import MAX_SMALL as MAX_SMALL
 from .reading import File as File
 from .reading import parse_json as parse_json
+from .reading import read_own as read_own
 from .reading import read_whole as read_whole
 from .reading import retry as retry
 from .tensors import DTYPES as DTYPES
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
-from .tensors import read_tensors as read_tensors
 from .tensors import write_tensors as write_tensors
 from .writing import make_folder as make_folder
 from .writing import remove_leftovers as remove_leftovers

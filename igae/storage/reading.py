@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, TypeVar
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
-from igae.storage.paths import LIMITS, Missing, StoreError, file_system, reason, split
+from igae.errors import redact
+from igae.storage.paths import LIMITS, Missing, StoreError, file_system, own_file, reason, split
 
 MAX_SMALL = 1 << 20
 """Bytes of a small JSON file: most of them have some kB."""
@@ -156,6 +157,16 @@ def read_whole(url: str, what: str, limit: int) -> bytes:
         except ValueError as error:
             raise StoreError(f"{what} is damaged: {error}") from None
     return data
+
+
+def read_own(folder: str, name: str, most: int = MAX_SMALL) -> bytes | None:
+    """A file of at most ``most`` bytes in a folder that may be somebody else's (see :func:`own_file`); None where there
+    is none. StoreError where it can't be read."""
+    try:
+        url = own_file(folder, name)
+        return read_whole(url, redact(url), most)
+    except Missing:
+        return None
 
 
 def _check_json(data: bytes) -> None:

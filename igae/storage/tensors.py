@@ -24,7 +24,7 @@ from torch import Tensor
 
 from igae.errors import progress, redact
 from igae.storage.paths import LIMITS, Damaged, file_system, named_errors
-from igae.storage.reading import MAX_SMALL, File, parse_json
+from igae.storage.reading import parse_json
 from igae.storage.writing import writes_to
 
 DTYPES = {
@@ -42,7 +42,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUMS = ".crc32"
 MAX_HEADER = 100_000_000  # the library's own limit
-PIECE = 1 << 20
 Indices = Sequence[int] | NDArray[np.int64]
 
 
@@ -125,43 +124,6 @@ def _pieces(tensor: Tensor) -> Iterator[NDArray[np.uint8]]:
     step = max(1, LIMITS.chunk * len(tensor) // (tensor.numel() * tensor.element_size()))
     for part in tensor.split(step):
         yield part.cpu().contiguous().reshape(len(part), -1).view(torch.uint8).numpy()
-
-
-def read_tensors(url: str, what: str, stamp: Stamp) -> dict[str, Tensor]:
-    """All tensors of a file without checksums for rows, which is read once, from its beginning to its end.
-
-    Args:
-        what: stands for the file in messages.
-        stamp: what :func:`write_tensors` returned for it.
-
-    Raises:
-        Damaged: it is not what was written; no more memory was taken than the stamp says.
-        Missing, StoreError: as of `File`.
-    """
-    digest = _Crc()
-    with File(url, what, stamp.bytes, digest) as file:
-        if file.size != stamp.bytes:
-            raise Damaged(f"it has {file.size} bytes and had {stamp.bytes}")
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(file.size - 8, MAX_SMALL):
-            raise Damaged("its header has no possible length")
-        entries = _parse(file.read(length), file.size - 8 - length)
-        result = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
-        for tensor in result.values():
-            target, place = _flat(tensor), 0
-            while piece := file.read(min(PIECE, len(target) - place)):
-                target[place : place + len(piece)] = piece
-                place += len(piece)
-    if digest.value != stamp.crc32:
-        raise Damaged("its checksum differs")
-    return result
-
-
-class _Crc:
-    value = 0
-
-    def update(self, data: bytes) -> None:
-        self.value = zlib.crc32(data, self.value)
 
 
 class TensorFile:

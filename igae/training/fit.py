@@ -13,8 +13,9 @@ import time
 from contextlib import closing
 
 from igae.checkpoint import Progress, WaveCheckpoint, folder_of, is_complete, load_checkpoint
+from igae.data import Manifest, Scenes
 from igae.evaluation import spread
-from igae.ranks import Channel, derive_seed, join, rank, world_size
+from igae.ranks import Channel, RefusedByAll, derive_seed, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
@@ -85,17 +86,9 @@ class Fit(Job):
         assert recipe.fits_in_waves
         join(recipe.train.timeout)
         channel = Channel(recipe.train.timeout)
-        manifest, scenes = select(recipe, agree(recipe, channel, resume=resume, extend=extend))
-        _check(recipe, resume, extend)
+        manifest = agree(recipe, channel, resume=resume, extend=extend)
+        scenes, self.waves = channel.together(lambda: _split(recipe, manifest, resume, extend))
         self.resume = resume
-        if not scenes:
-            raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
-        self.waves = waves(manifest, scenes, recipe.fit.wave)
-        if world_size() > len(self.waves):
-            raise ValueError(
-                f"{world_size()} ranks have only {len(self.waves)} waves of up to {recipe.fit.wave} scenes to fit: set "
-                f"fit.wave={max(1, len(scenes) // world_size())}, or start fewer ranks"
-            )
         engine = Engine(recipe.train.timeout, recipe.train.async_steps, alone=True)
         self.storage = choose_storage(recipe, max(map(len, self.waves)), engine.device, channel, "lower fit.wave")
         data = RankData.alone(recipe.data, manifest, scenes, recipe.train.timeout)
@@ -114,7 +107,8 @@ class Fit(Job):
         """
         self.channel.agree({"--stage": only})
         if only is not None:
-            raise ValueError(f"--stage {only}: a wave has both stages, leave --stage out (epochs=0 leaves a stage out)")
+            both = "a wave has both stages, leave --stage out (epochs=0 leaves a stage out)"
+            raise RefusedByAll(f"--stage {only}: {both}")
         with open_run(self.recipe, self.channel):
             finished, is_complete, is_done, precision = self.channel.on_first_rank(self._begin)
             self.set_precision(precision)
@@ -197,7 +191,8 @@ class Fit(Job):
         return metrics
 
 
-def _check(recipe: Recipe, resume: str, extend: bool) -> None:
+def _split(recipe: Recipe, manifest: Manifest, resume: str, extend: bool) -> tuple[Scenes, list[Scenes]]:
+    """The scenes that are fitted, and the waves of them. Raises ValueError where that can't be done."""
     if extend:
         raise ValueError("--extend: scenes are fitted from their start, use a new experiment=NAME with more epochs")
     if resume not in ("auto", "strict", "never"):
@@ -207,3 +202,13 @@ def _check(recipe: Recipe, resume: str, extend: bool) -> None:
     for name, stage in recipe.train.stages.items():
         if stage.natural_images:
             raise ValueError(f"train.{name}.natural_images: nothing that natural images teach is trained, set it to 0")
+    _, scenes = select(recipe, manifest)
+    if not scenes:
+        raise ValueError(f"{recipe.data.root} holds no scenes: pack some with --scenes")
+    found = waves(manifest, scenes, recipe.fit.wave)
+    if world_size() > len(found):
+        raise ValueError(
+            f"{world_size()} ranks have only {len(found)} waves of up to {recipe.fit.wave} scenes to fit: set "
+            f"fit.wave={max(1, len(scenes) // world_size())}, or start fewer ranks"
+        )
+    return scenes, found

@@ -44,7 +44,8 @@ class Job:
         self.signals = StopSignals()
         self.evaluation: EvaluationConfig = recipe.evaluation
         self._evaluator: Evaluator | None = None
-        self.model = IGAE.from_recipe(recipe, data.manifest.image_size, engine.device)
+        size = data.manifest.image_size
+        self.model = channel.together(lambda: IGAE.from_recipe(recipe, size, engine.device))
         self.precision: Precision
 
     def set_precision(self, began_in: Precision | None) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 
 from igae.checkpoint import Progress
 from igae.errors import TrainingError, progress
-from igae.ranks import rank, use_share
+from igae.ranks import OfAllRanks, rank, use_share
 from igae.training.meter import Outcome
 from igae.training.stage import Stage
 
@@ -38,6 +38,10 @@ class StopSignals:
         if rank() == 0:  # not print: a handler may come in the middle of one
             os.write(2, f"{self.received.name}: the run ends after this step\n".encode())
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class SkippedSteps(OfAllRanks, TrainingError):
+    """Steps in a row whose loss or gradient was not finite."""
 
 
 class Loop:
@@ -87,7 +91,7 @@ class Loop:
             now.skipped += not applied
             now.skipped_in_a_row = 0 if applied else now.skipped_in_a_row + 1
             if now.skipped_in_a_row >= train.max_skipped:
-                raise TrainingError(
+                raise SkippedSteps(
                     f"the loss or a gradient was not finite in {now.skipped_in_a_row} steps in a row, up to step "
                     f"{total}: lower train.{self._stage.name}.learning_rates or use train.precision=fp32; what was "
                     "saved has nothing of these steps"

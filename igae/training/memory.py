@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from igae.ranks import Channel, local_world_size
+from igae.ranks import Channel, control_groups, local_world_size
 from igae.scenes import Storage, Tier
 from igae.training.preflight import check_memory, scene_bytes
 from igae.training.recipe import Recipe
@@ -21,11 +21,11 @@ SHARES: dict[Tier, float] = {"device": 0.75, "host": 0.8, "disk": 0.95}
 """Of what is free there, for planes that `auto` puts there: training needs the rest."""
 POOL_SHARE = 0.5
 """Of a GPU's free memory, for planes that are there for a time only."""
-CGROUPS = {
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    "": ("", "memory.max", "memory.current", "file"),
+GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    2: ("memory.max", "memory.current", "file"),
 }
-"""Versions 1 and 2: folder in /sys/fs/cgroup, files of the limit and of what is used, name of its part for caches."""
+"""By version of control groups: files of the limit and of what is used, name of its part for caches."""
 log = logging.getLogger("igae")
 
 
@@ -92,16 +92,12 @@ def free_memory(device: torch.device, root: str = "/") -> int:
         return torch.cuda.mem_get_info(device)[0]
     facts = dict(line.split(":") for line in Path(root, "proc/meminfo").read_text().splitlines())
     free = [1024 * int(facts["MemAvailable"].split()[0])]
-    for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-        _, kind, path = line.split(":", 2)
-        if kind in CGROUPS:
-            folder, limit, used, cache = CGROUPS[kind]
-            for group in [Path(path), *Path(path).parents]:
-                here = Path(root, "sys/fs/cgroup", folder, str(group).lstrip("/"))
-                with suppress(OSError, ValueError):  # no limit, or not to be seen from a container
-                    facts = dict(line.split() for line in (here / "memory.stat").read_text().splitlines())
-                    taken = int((here / used).read_text()) - int(facts[cache])
-                    free.append(int((here / limit).read_text()) - taken)
+    for version, group in control_groups("memory", Path(root, "proc/self/cgroup"), Path(root, "sys/fs/cgroup")):
+        limit, used, cache = GROUP_FILES[version]
+        with suppress(OSError, ValueError):  # no limit, or not to be seen from a container
+            facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            taken = int((group / used).read_text()) - int(facts[cache])
+            free.append(int((group / limit).read_text()) - taken)
     return max(0, min(free)) // local_world_size()
 
 

@@ -44,8 +44,10 @@ def agree(recipe: Recipe, channel: Channel, load: Callable[[], Manifest] | None 
     return found
 
 
-def check_data(recipe: Recipe, data: RankData) -> None:
-    """Raise ValueError where a stage, the first or a later one, needs what the data don't have."""
+def split(recipe: Recipe, manifest: Manifest) -> RankData:
+    """Split the data of a run among its ranks. Raises ValueError where there is not enough for each, or where a stage,
+    the first or a later one, needs what the data don't have."""
+    data = RankData.split(recipe, manifest)
     root, side = recipe.data.root, min(data.manifest.image_size)
     for name, stage in recipe.train.stages.items():
         if stage.batch_size and not data.scenes:
@@ -63,6 +65,7 @@ def check_data(recipe: Recipe, data: RankData) -> None:
                 f"train.{name}.weights.natural_lpips is {stage.weights.natural_lpips} but LPIPS needs images of "
                 f"{LPIPS.SMALLEST} pixels or more and those at {root} have {side}: set it to 0, or pack larger ones"
             )
+    return data
 
 
 def scene_bytes(planes: PlanesConfig) -> int:
@@ -72,21 +75,16 @@ def scene_bytes(planes: PlanesConfig) -> int:
 
 def check_memory(needed: int, device: torch.device, instead: str = "train fewer scenes (data.categories)") -> None:
     """Refuse planes and moments of ``needed`` bytes that the GPU has no room for, and say what to do ``instead``."""
-    if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise ValueError(
-            f"the planes and their optimizer state need {needed / 2**30:.1f} GiB and {device} has "
-            f"{free / 2**30:.1f} GiB free: lower planes.resolution or planes.features, or {instead}"
-        )
+    remedy = f"lower planes.resolution or planes.features, or {instead}"
+    _check_room("the planes and their optimizer state", needed, device, remedy)
 
 
 def check_latents(needed: int, device: torch.device, name: StageName, variants: int) -> None:
     """Refuse cached latents of a stage, ``needed`` bytes, that the GPU has no room for."""
+    what = f"train.{name}.augment.variants (now {variants})" if variants > 1 else "the number of scenes"
+    _check_room(f"the cached latents of {name}", needed, device, f"lower {what}, or train on more GPUs")
+
+
+def _check_room(what: str, needed: int, device: torch.device, remedy: str) -> None:
     if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
-        what = f"train.{name}.augment.variants (now {variants})" if variants > 1 else "the number of scenes"
-        raise ValueError(
-            f"the cached latents of {name} need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: "
-            f"lower {what}, or train on more GPUs"
-        )
+        raise ValueError(f"{what} need {needed / 2**30:.1f} GiB and {device} has {free / 2**30:.1f} GiB free: {remedy}")

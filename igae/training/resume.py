@@ -26,7 +26,7 @@ from igae.errors import progress as progress_of
 from igae.errors import redact
 from igae.export import load_trained
 from igae.models import IGAE, to_signed
-from igae.ranks import Channel, derive_seed, rank, world_size
+from igae.ranks import Channel, RefusedByAll, derive_seed, rank, world_size
 from igae.scenes import STORAGE, SceneStore
 from igae.storage import join
 from igae.training.preflight import scene_bytes
@@ -106,21 +106,24 @@ def restore(
             not to be extended, or none is whole; no folder has changed.
     """
     damaged = dict[str, str]()
-    for folder in folders:
-        found, problem = None, ""
+
+    def read(folder: str) -> tuple[Checkpoint | None, str]:
         try:
-            found = _read(folder, recipe, data, store, extend)
+            return _read(folder, recipe, data, store, extend), ""
         except DamagedCheckpoint as error:
-            problem = error.why
+            return None, error.why
+
+    for folder in folders:
+        found, problem = channel.together(functools.partial(read, folder))
         problem = next(filter(None, channel.gather(problem)), "")  # one rank may have read what another needs
         if not problem and found is not None:
             channel.on_first_rank(functools.partial(_set_aside, damaged, folder))
-            return *_put(found, recipe, data, model), list(damaged), precision_of(found.config, folder)
+            progress, state = channel.together(functools.partial(_put, found, recipe, data, model))
+            return progress, state, list(damaged), precision_of(found.config, folder)
         damaged[folder] = problem
     first = DamagedCheckpoint(*next(iter(damaged.items())))
-    if len(damaged) == 1:
-        raise ValueError(str(first))
-    raise ValueError(f"all {len(damaged)} checkpoints are damaged, {first.why}: fix one, or use a new experiment=NAME")
+    every = f"all {len(damaged)} checkpoints are damaged, {first.why}: fix one, or use a new experiment=NAME"
+    raise RefusedByAll(str(first) if len(damaged) == 1 else every)
 
 
 def _set_aside(damaged: dict[str, str], newest: str) -> None:
@@ -201,7 +204,8 @@ def initialize(model: IGAE, recipe: Recipe, data: RankData, channel: Channel) ->
     """Without a checkpoint: take the weights of the trained model that the recipe names, or fit the scale of normalized
     latents where it is `auto`, and compute the background. The same on every rank. Collective."""
     if recipe.model is not None:
-        load_trained(recipe.model).load_into(model)
+        trained = recipe.model
+        channel.together(lambda: load_trained(trained).load_into(model))
         return
     if not model.autoencoder.scale_is_fitted:
         fit_scale(model, derive_seed(recipe.seed, "scale"), data, channel)

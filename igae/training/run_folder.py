@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from igae import __version__, config
 from igae.errors import redact, sections_at
 from igae.evaluation import current_name
-from igae.ranks import Channel, world_size
+from igae.ranks import Channel, RefusedByAll, world_size
 from igae.storage import (
     LIMITS,
     file_system,
@@ -125,7 +125,7 @@ def check_shared(folder: Path, channel: Channel) -> None:
     blind = [host for host in channel.gather(None if token.exists() else socket.gethostname()) if host]
     channel.on_first_rank(token.unlink)
     if blind:
-        raise ValueError(
+        raise RefusedByAll(
             f"{blind[0]} does not see {folder.resolve()} of the first rank's machine: set outputs to a folder that all "
             "machines share"
         )

@@ -184,18 +184,12 @@ class Stage:
         if "views" not in self.streams or (config.alternate and number % 2 == 1):
             return None, batches
         with meter.waiting_for_data():
-            scenes = [self._next_views(batch) for batch in batches]
-        rows, index = self.store.locate(torch.cat(scenes))
-        for batch, places in zip(batches, index.split([len(scene) for scene in scenes]), strict=True):
-            batch["index"] = places
+            found = [self._upcoming.popleft() if self._upcoming else self._read_views() for _ in batches]
+        rows, index = self.store.locate(torch.cat([scenes for _, scenes in found]))
+        for batch, (views, _), places in zip(batches, found, index.split([len(s) for _, s in found]), strict=True):
+            batch |= {**views, "index": places}
             self.consumed["views"] += len(places)
         return rows, batches
-
-    def _next_views(self, batch: dict[str, Tensor]) -> Tensor:
-        """Put the next views into a batch; returns their scenes."""
-        views, scenes = self._upcoming.popleft() if self._upcoming else self._read_views()
-        batch |= views
-        return scenes
 
     def _read_views(self) -> tuple[dict[str, Tensor], Tensor]:
         """Views of a batch, and their scenes."""

@@ -6,15 +6,14 @@ from contextlib import closing, suppress
 
 from igae.checkpoint import LEARNING_RATES, CheckpointWriter, Progress
 from igae.errors import LostRank, TrainingError
-from igae.ranks import Channel, join, rank, world_size
+from igae.ranks import Channel, RefusedByAll, join, rank, world_size
 from igae.scenes import SceneStore
 from igae.training.box import check_box
 from igae.training.job import Job
 from igae.training.loop import Loop
 from igae.training.memory import choose_storage
 from igae.training.parallel.engine import Engine
-from igae.training.preflight import agree, check_data, scene_bytes
-from igae.training.rank_data import RankData
+from igae.training.preflight import agree, scene_bytes, split
 from igae.training.recipe import STAGES, Recipe, StageName
 from igae.training.resume import find, initialize, restore
 from igae.training.run_folder import open_run, read_metrics, write_metrics
@@ -44,8 +43,7 @@ class Trainer(Job):
         manifest = agree(recipe, channel, resume=resume, extend=extend)
         # Here: a rank that dies while others connect to it is noticed late, so that is over before anything else.
         saving = Channel(train.timeout)
-        data = RankData.split(recipe, manifest)
-        check_data(recipe, data)
+        data = channel.together(lambda: split(recipe, manifest))
         engine = Engine(train.timeout, train.async_steps)
         if rank() == 0:
             data.log_parts(engine.strategy, scene_bytes(recipe.planes))
@@ -101,9 +99,9 @@ class Trainer(Job):
         todo = [name for name in wanted if name not in done]
         if only is not None:
             if only not in wanted:
-                raise ValueError(f"--stage {only}: train.{only}.epochs is 0 in this configuration")
+                raise RefusedByAll(f"--stage {only}: train.{only}.epochs is 0 in this configuration")
             if only in todo[1:]:
-                raise ValueError(
+                raise RefusedByAll(
                     f"--stage {only}: {self.folder} has no finished warm-up: run --stage warmup first, or leave it out"
                 )
             todo = [name for name in todo if name == only]

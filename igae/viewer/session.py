@@ -116,7 +116,8 @@ class Session(Saving):
             self._coarse = not rests and self.sheet is None
             self._show_cameras()
             if self.sheet is not None:
-                self._draw_thumbnails()
+                self.sheet = arrange(self._shown(), self._window(), RESTING[0])
+                self._send(self.sheet, RESTING[1], False)
             else:
                 whole = rests or self.view.value == DATA
                 self._draw(1.0 if whole else scale_for(self._cost), *(RESTING if rests else MOVING))
@@ -158,10 +159,6 @@ class Session(Saving):
             return self._panels(self.subject, self.view.value, self.camera())
         names, subject = self._listed() or [""], self.subject
         return [Panel(subject.label(name), subject.thumbnails.get(name)) for name in names]
-
-    def _draw_thumbnails(self) -> None:
-        self.sheet = arrange(self._shown(), self._window(), RESTING[0])
-        self._send(self.sheet, RESTING[1], False)
 
     def _send(self, sheet: Sheet, quality: int, single: bool) -> None:
         if not self._closed:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from igae.data.cameras import LARGEST, RIGID_TOLERANCE, has_numbers, is_rigid
-from igae.data.sources.images import read_files
+from igae.data.sources.images import content_of, read_files
 from igae.data.sources.scene import BadInput
-from igae.errors import redact
 from igae.storage import file_system
 from igae.storage import list_files as list_with_links
 
@@ -31,14 +30,8 @@ def read_all(folder: str, files: Sequence[str]) -> list[bytes]:
     Raises:
         BadInput: one is missing or cannot be read.
     """
-    contents: list[bytes] = []
-    for file, content in zip(files, read_files((folder, file) for file in files), strict=True):
-        if isinstance(content, FileNotFoundError):
-            raise BadInput(f"{file} is missing")
-        if isinstance(content, Exception):
-            raise BadInput(f"{file} cannot be read: {redact(str(content))}")
-        contents.append(content)
-    return contents
+    found = zip(files, read_files((folder, file) for file in files), strict=True)
+    return [content_of(content, file) for file, content in found]
 
 
 def by_stem(files: Iterable[str], below: str = "") -> dict[str, str]:

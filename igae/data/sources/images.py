@@ -50,16 +50,22 @@ def _read_local(fs: LocalFileSystem, path: str) -> bytes | Exception:
         return error
 
 
+def content_of(data: bytes | Exception, file: str) -> bytes:
+    """What :func:`read_files` gave for a file. Raises BadInput where it is missing or cannot be read."""
+    if isinstance(data, FileNotFoundError):
+        raise BadInput(f"{file} is missing")
+    if isinstance(data, Exception):
+        raise BadInput(f"{file} cannot be read: {redact(str(data))}")
+    return data
+
+
 def open_image(data: bytes | Exception, file: str) -> Image.Image:
     """Opens an image without decoding it: its `size`, `mode` and `format` are known.
 
     Raises:
         BadInput: unreadable, not PNG, JPEG or WebP, of a mode that has no plain colors, or too large to be honest.
     """
-    if isinstance(data, FileNotFoundError):
-        raise BadInput(f"{file} is missing")
-    if isinstance(data, Exception):
-        raise BadInput(f"{file} cannot be read: {redact(str(data))}")
+    data = content_of(data, file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

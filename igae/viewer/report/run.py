@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationE
 
 from igae.errors import redact
 from igae.evaluation import current_name as renamed
-from igae.storage import MAX_SMALL, Missing, own_file, parse_json, read_whole
+from igae.storage import MAX_SMALL, own_file, parse_json, read_own
 
 MAX_RECORDS, MAX_EVALUATION, MAX_NAMES, MAX_STAGES = 32 << 20, 256 << 20, 200, 20
 """Bytes of metrics.jsonl that are shown and of evaluation.json, metrics of a record (igae's has 40), stages."""
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> LoggedRun:
     Raises:
         ValueError: the folder is no run's, or a file in it is damaged.
     """
-    config = _bytes(folder, "config.yaml", MAX_SMALL)
+    config = read_own(str(folder), "config.yaml")
     if config is None and not (folder / "metrics.jsonl").is_file():
         raise ValueError(
             f"{folder} is not the folder of a run, it has neither metrics.jsonl nor config.yaml: give outputs/NAME"
@@ -135,19 +135,10 @@ def _tail(path: Path) -> list[bytes]:
         return file.read(MAX_RECORDS).splitlines()[start > 0 :]
 
 
-def _bytes(folder: Path, name: str, most: int) -> bytes | None:
-    """A file of the run's own, of bounded size; None if there is none."""
-    url = own_file(str(folder), name)
-    try:
-        return read_whole(url, url, most)
-    except Missing:
-        return None
-
-
 def _read(folder: Path, name: str, kind: type[T], most: int = MAX_SMALL) -> T | None:
     """A JSON file of a kind; None if there is no such file."""
     try:
-        data = _bytes(folder, name, most)
+        data = read_own(str(folder), name, most)
         return None if data is None else TypeAdapter(kind).validate_json(data)
     except ValidationError:
         raise ValueError(
