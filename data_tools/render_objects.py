@@ -269,7 +269,7 @@ def render(arguments: argparse.Namespace) -> int:
     if not listed:
         raise ValueError("nothing was rendered")
     scenes = f"--scenes {redact(output)} --subset square{job.size}"
-    print(f"next: python data_tools/pack_shards.py {scenes} --images IMAGES --output SHARDS")
+    print(f"next: python data_tools/pack_shards.py {scenes} --output SHARDS   (--images FOLDER adds natural images)")
     return 0
 
 

@@ -21,27 +21,37 @@ SMALL = (
 ).split()
 
 
+def copied(target: Path) -> Path:
+    """What igae is built from, in a copy: setuptools leaves files where it builds."""
+    kept = ("igae", "configs", "data_tools", "launch", "setup.py", "setup.cfg", "README.md", "LICENSE")
+    shutil.copytree(ROOT, target, ignore=lambda path, names: [n for n in names if path == str(ROOT) and n not in kept])
+    return target
+
+
+def installed(folder: Path, *what: str) -> Path:
+    """A new environment in ``folder / "venv"`` where pip has installed that."""
+    made = folder / "venv"
+    venv.create(made, with_pip=False, symlinks=True)
+    [packages] = made.glob("lib/python*/site-packages")
+    # A plain line: files like the one of an editable install of this checkout are not looked at there.
+    (packages / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(made / "bin" / "python")]
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed"]
+    subprocess.run([*pip, "install", "-q", *options, *what], check=True, cwd=folder)
+    return made
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new environment with igae's wheel; what igae requires is that of this one (without this checkout)."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: setuptools leaves files where it builds
-    kept = ("igae", "configs", "data_tools", "launch", "setup.py", "setup.cfg", "README.md", "LICENSE")
-    shutil.copytree(ROOT, source, ignore=lambda path, names: [n for n in names if path == str(ROOT) and n not in kept])
+    source = copied(folder / "source")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(build, check=True, cwd=folder)
     made = [*folder.glob("igae-*.tar.gz"), *folder.glob("igae-*.whl")]
     assert len(made) == 2
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *made], check=True)
-    wheel = made[1]
-    made = folder / "venv"
-    venv.create(made, with_pip=False, symlinks=True)
-    [packages] = made.glob("lib/python*/site-packages")
-    pip = [sys.executable, "-m", "pip", "--python", str(made / "bin" / "python")]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, cwd=folder)
-    # A plain line: files like the one of an editable install of this checkout are not looked at there.
-    (packages / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return made
+    return installed(folder, str(made[1]))
 
 
 def clean() -> dict[str, str]:
@@ -53,6 +63,13 @@ def run(environment: Path, folder: Path, *words: str) -> str:
     done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_clone_named_igae_is_no_package_to_what_is_beside_it(tmp_path: Path) -> None:
+    clone = copied(tmp_path / "igae")
+    command = [installed(tmp_path, "-e", str(clone)) / "bin" / "python", "-c", "import igae; print(igae.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean(), capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == clone / "igae" / "__init__.py"
 
 
 @pytest.mark.slow

@@ -76,10 +76,13 @@ def run(arguments: argparse.Namespace) -> None:
     root = recipe.data.root
     # Several ranks must hear of it together, once they have met.
     if world_size() == 1 and "://" not in root and not (Path(root) / "manifest.json").is_file():
-        raise ValueError(f"no manifest.json in {redact(root)}: pack the data first with data_tools/pack_shards.py")
+        where = redact(root) + ("" if Path(root).is_absolute() else f" of {Path.cwd()}")
+        raise ValueError(f"no manifest.json in {where}: pack the data first with data_tools/pack_shards.py")
     _end_with_the_launcher()
     # torch's own modules use names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Workers may wait for a store: more of them than cores are no mistake.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
 
     from igae.models import import_diffusers
 

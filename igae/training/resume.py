@@ -196,7 +196,8 @@ def _put(loaded: Checkpoint, recipe: Recipe, data: RankData, model: IGAE) -> tup
     if not progress.finished:
         _move_to_this_world(progress, data.steps_per_epoch(getattr(recipe.train, progress.stage)))
     progress.world = world_size()
-    log.info("%s step %d, %s", "is finished at" if progress.finished else "resumes from", progress.total, folder)
+    what = f"{progress.stage} is finished at" if progress.finished else "resumes from"
+    log.info("%s step %d, %s", what, progress.total, folder)
     return progress, StageState(progress.consumed, loaded.optimizer, rows_resumed=not progress.finished)
 
 

@@ -171,7 +171,8 @@ class Trainer(Job):
         metrics = stage.meter.read(stage.taken, self.channel)
         metrics |= {f"lr/{part}": rate for part, rate in stage.learning_rates(self.progress.step - 1).items()}
         self.tracker.scalars(self.progress.total, stage.name, metrics | {"skipped": self.progress.skipped})
-        return f"loss {metrics['loss/total']:.4f}, {metrics['views_per_second']:.0f} views/s"
+        speed = metrics["views_per_second"]
+        return f"loss {metrics['loss/total']:.4f}, {speed:.{int(speed < 10)}f} views/s"
 
     def _conclude(self, stage: str) -> dict[str, float]:
         """Results of a finished stage: autoencoder in diffusers' format, evaluation, and last of all metrics.json."""
