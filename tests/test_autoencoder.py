@@ -2,6 +2,7 @@
 """Autoencoders: the same numbers as diffusers gives, parts, normalizer, and what users can get wrong."""
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -174,6 +175,8 @@ def test_folders_without_a_usable_autoencoder_are_named(
     folder = folders.get(name, folders["empty"].parent / "absent")
     text = refusal(AutoencoderConfig(path=str(folder)))
     assert "autoencoder.path" in text and str(folder) in text
+    if name == "absent":  # as for a hub id: it names the reason, and the hub's client prints its retries once
+        assert "offline" in text and not logging.getLogger("huggingface_hub").handlers
 
 
 def test_models_that_are_no_autoencoders_are_refused(folders: dict[str, Path]) -> None:
