@@ -291,7 +291,7 @@ def test_close_ends_threads_and_workers(packed):
 
 
 def test_only_their_own_process_ends_workers(packed):
-    """Schedulers send SIGTERM to all processes, some of them several times, and SIGUSR1."""
+    """Schedulers send SIGTERM to all processes, some of them several times, and SIGUSR1; a terminal SIGINT."""
     _, root, manifest = packed
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     before = set(children.read_text().split())
@@ -299,7 +299,7 @@ def test_only_their_own_process_ends_workers(packed):
     for _ in range(4):  # of both workers: until one makes a batch it may still be starting
         next(loader)
     workers = sorted(set(children.read_text().split()) - before)
-    for number in ("TERM", "USR1", "TERM", "TERM"):
+    for number in ("TERM", "USR1", "INT", "TERM", "TERM"):
         subprocess.run(["sh", "-c", f"kill -{number} {' '.join(workers)}"], check=True)
         time.sleep(0.05)  # equal signals that wait are one
     for _ in range(30):
@@ -317,7 +317,7 @@ def test_only_their_own_process_ends_workers(packed):
 
 def test_workers_end_with_a_process_that_was_killed_and_not_by_signals_of_others(packed):
     """They hold its sockets, so other ranks would not hear of its end. In a process that has set its threads, as
-    training does, torch starts one in a worker before anything of ours runs there: it must not hear a SIGTERM either."""
+    training does, torch starts one in a worker before anything of ours runs there: it must not hear SIGTERM either."""
     _, root, _ = packed
     code = (
         "import torch\nfrom igae.data import DataConfig, Manifest, view_loader\ntorch.set_num_threads(2)\n"

@@ -183,9 +183,10 @@ class _Batches:
 
 
 def _ignore_signals(_: int) -> None:
-    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
-    # end its step. Only a SIGTERM of the training process itself ends them.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, and a terminal sends SIGINT, but
+    # training needs its workers to end its step. Only a SIGTERM of the training process itself ends them.
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(os.getppid(),), name="igae-signals", daemon=True).start()
 
