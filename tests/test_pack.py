@@ -54,7 +54,7 @@ def sources(data: Path) -> dict[str, str]:
     return {"scenes": str(data / "scenes"), "subset": "square16", "images": str(data / "natural_images")}
 
 
-def test_layout(data, tmp_path):
+def test_layout(data, tmp_path, caplog):
     manifest, left_out = pack(str(tmp_path / "out"), PackOptions(**sources(data), shard_size=SMALL))
     assert left_out == [] and manifest == Manifest.load(str(tmp_path / "out"))
     assert manifest.image_size == (16, 16) and manifest.dataset == "toys" and manifest.images == 7
@@ -66,6 +66,7 @@ def test_layout(data, tmp_path):
         ("scene_2", "cars", 1, 0),
         ("scene_3", "toys", 18, 2),
     ]
+    assert "2 scenes have fewer than 10 views" in caplog.text
     assert len([shard for shard in manifest.shards if shard.kind == "scenes"]) > 1
     train, heldout = members(tmp_path / "out", "scenes-*"), members(tmp_path / "out", "heldout-*")
     expected_heldout = {"scene_0/000", "scene_1/000", "scene_3/000", "scene_3/001"}

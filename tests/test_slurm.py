@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts in launch/slurm, by a real Slurm where there is one."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -38,6 +39,22 @@ def test_the_scripts_differ_only_in_what_they_start() -> None:
         assert len({text[text.index(begin) : text.index(end)] for text in texts}) == 1
     for text in texts:
         assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(re.findall(r"#SBATCH (\S+)", text))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_mistakes_at_the_top_are_told_in_a_sentence(script: Path, tmp_path: Path) -> None:
+    def said(**names: str) -> str:
+        env = {**os.environ, **names}
+        done = subprocess.run(["bash", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        return done.stderr.splitlines()[-1]
+
+    assert said().startswith(f"error: {tmp_path} is not the root of the repository")
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    assert said(VENV="absent").startswith("error: VENV=absent is no virtual environment")
+    if script.name != "array.sbatch":
+        sentence = said(STRATEGY="fsdp")
+        assert sentence.startswith("error: STRATEGY=fsdp: no such file") and "fsdp2.yaml" in sentence
 
 
 @pytest.fixture(scope="module")

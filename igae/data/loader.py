@@ -9,6 +9,7 @@ import queue
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ from igae.data.decoding import B, Decoder, ViewBatch
 from igae.data.shards import RawSample, ShardError, ShardReader, seeded
 from igae.errors import LostWorker
 from igae.storage import File
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: most of them wait
 
 READ_AHEAD = 8
 """Batches of raw samples that the reading thread keeps ready."""
@@ -180,9 +183,10 @@ class _Batches:
 
 
 def _ignore_signals(_: int) -> None:
-    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, but training needs its workers to
-    # end its step. Only a SIGTERM of the training process itself ends them.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Schedulers send SIGTERM, more than once, or SIGUSR1 to each process of a job, and a terminal sends SIGINT, but
+    # training needs its workers to end its step. Only a SIGTERM of the training process itself ends them.
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(os.getppid(),), name="igae-signals", daemon=True).start()
 
@@ -269,7 +273,12 @@ class Loader(Generic[B]):
             raise StopIteration
         try:
             if self._iterator is None:
-                self._iterator = iter(self._loader)
+                # Workers inherit it: torch starts threads in them before they call _ignore_signals.
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+                try:
+                    self._iterator = iter(self._loader)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if self._loader.num_workers:
                     watch = (weakref.ref(self), self._ended, self.timeout / 8)
                     threading.Thread(target=_watch, args=watch, name="igae-workers", daemon=True).start()

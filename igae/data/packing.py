@@ -41,6 +41,8 @@ log = logging.getLogger("igae")
 STAGED = ".partial"
 TAR_OVERHEAD = 2560
 """Bytes of a view in a tar file besides its image: two headers, padding, the camera."""
+FEW_VIEWS = 10
+"""With fewer a scene is packed, but not without a word."""
 
 T = TypeVar("T")
 
@@ -129,6 +131,8 @@ def _tell(scanned: Sequence[_Scanned], resize: int | None) -> None:
     for format, count in Counter(entry.ref.format for entry in scanned).items():
         moved = sum(entry.ref.format == format and entry.ref.normalization is not None for entry in scanned)
         log.info("%d scenes are %s; the cameras of %d of them are moved into the box", count, format, moved)
+    if few := sum(entry.views < FEW_VIEWS for entry in scanned):
+        log.warning("%d scenes have fewer than %d views: 40 or more from all sides make a scene", few, FEW_VIEWS)
     if resize and (small := sum(min(entry.size) < resize for entry in scanned)):
         log.warning("views of %d scenes are smaller than --resize %d and are enlarged", small, resize)
 

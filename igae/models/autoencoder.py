@@ -2,6 +2,7 @@
 """Image autoencoders of diffusers, and the normalized latents that scenes are rendered in."""
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -217,6 +218,7 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
     try:
         if is_url(source):
             raise ValueError("a URL")
+        _file(source, subfolder, "config.json", needed=True)  # says more than diffusers of a hub that can't be reached
         settings = dict(diffusers.AutoencoderKL.load_config(source, subfolder=subfolder))
         cls = _class_of(settings.get("_class_name"))
         variant, shapes = _find_weights(source, subfolder)
@@ -249,10 +251,11 @@ def _find_weights(source: str, subfolder: str | None) -> tuple[str | None, dict[
     )
 
 
-def _file(source: str, subfolder: str | None, name: str) -> Path | None:
+def _file(source: str, subfolder: str | None, name: str, needed: bool = False) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    logging.getLogger("huggingface_hub").handlers.clear()  # what the root's handler prints, too
     if Path(name).name != name:
         raise ValueError(f"its list of weights has {name[:80]!r}, which is no file's name")
     if Path(source).is_dir():
@@ -261,6 +264,8 @@ def _file(source: str, subfolder: str | None, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(source, name, subfolder=subfolder))
     except EntryNotFoundError:
+        if needed:
+            raise
         return None
 
 

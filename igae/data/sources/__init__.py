@@ -102,7 +102,10 @@ def _search(
     """Name of the data set, names of the scenes of each category, and path below `folder` and format of each name."""
     found = _walk(folder, formats)
     if not found:
-        raise ValueError(f"no scenes in {redact(folder)}: no folder in it has the files of {', '.join(formats)}")
+        raise ValueError(
+            f"no scenes in {redact(folder)}: no folder in it has the files of {', '.join(formats)}; photos need "
+            "cameras first, of COLMAP or nerfstudio (docs/own-data.md)"
+        )
     dataset = base_name(root)
     names = _names_of(found, dataset)
     known = {dataset: list(names)}
