@@ -11,6 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
 
+from igae.models import import_diffusers
+
 if TYPE_CHECKING:
     from view_models import Made
 
@@ -18,28 +20,21 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# As commands import it: without SciPy and transformers, three seconds of each process of the tests.
+import_diffusers()
+
 settings.register_profile("igae", deadline=None)  # the first example pays for imports
 settings.load_profile("igae")
 
 
-SLOW = (
-    "cuda_build",
-    "cuda_emulated",
-    "docs",
-    "fit",
-    "hosts",
-    "kill",
-    "launch",
-    "power_cut",
-    "ranks_equal",
-    "resharding",
-)
-SLOW += ("run_faults", "slurm", "speed", "system_faults", "tiers_runs", "training")
-"""Files of about a minute: they begin first, so that none of them is alone at the end."""
+SLOW = "system_faults slurm docs kill tiers_runs launch hosts run_faults fit training power_cut export_hub export "
+SLOW += "ranks_equal resharding cuda_build cuda_emulated checkpoint_ranks evaluator_ranks damage cloud"
+"""Files of half a minute and more, the longest first: they begin first, so that none of them is alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in SLOW)
+    order = {name: number for number, name in enumerate(SLOW.split())}
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from igae.training import DDP, BucketedAllReduce
 
 # With GPUs each process imports for itself: modules look for GPUs, after which a fork can not use CUDA.
 CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-PRELOADED = ["igae.training.trainer", "igae.training.fit", "igae.viewer.report.page", "train", "runs", "pytest"]
+PRELOADED = ["tests.conftest"]  # the first, for how it imports diffusers
+PRELOADED += ["igae.training.trainer", "igae.training.fit", "igae.viewer.report.page", "train", "runs", "pytest"]
 PRELOADED += ["diffusers.models.autoencoders.autoencoder_kl"]
 # DeepSpeed imports it when ZeRO starts, and it compiles something: three seconds of a core.
 PRELOADED += ["deepspeed.runtime.zero.muon.muon_optimizer"]

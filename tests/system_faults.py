@@ -38,6 +38,9 @@ def report(name: str, what: str, found: Any, log: Path | None) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from igae.models import import_diffusers
+
+    import_diffusers()  # before anything else imports diffusers, and with it what no run needs
     import call_faults
     import faulty_runs
     import store_faults

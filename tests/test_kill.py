@@ -15,7 +15,7 @@ from igae import checkpoint
 
 KILLS = int(os.environ.get("IGAE_KILLS", "5"))
 TIMEOUT = 20
-SHORT = ["checkpoint.every=2", f"train.timeout={TIMEOUT}"]
+SHORT = ["checkpoint.every=1", f"train.timeout={TIMEOUT}"]
 STOP_WITHIN = TIMEOUT + 10.0
 """Seconds in which ranks that have lost another one end by themselves. Measured: 0.3, and all of `train.timeout` where
 it died before they were connected."""
@@ -24,7 +24,7 @@ it died before they were connected."""
 @pytest.mark.parametrize("world", [1, 2])
 def test_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     recipe = str(runs.recipe_file(tmp_path, runs.packed_data(tmp_path)))
-    epochs = [f"train.{stage}.epochs={world}" for stage in ("warmup", "joint")]  # N epochs have as many steps
+    epochs = [f"train.{stage}.epochs={world / 2}" for stage in ("warmup", "joint")]  # on N ranks, N times as many
 
     def start(name: str) -> ranks.Ranks:
         arguments = [recipe, f"experiment={name}", *SHORT, *epochs]
@@ -38,6 +38,11 @@ def test_kills_change_no_bit(tmp_path: Path, world: int) -> None:
     expected = runs.digests(whole_run)
     assert len(expected) > 100
 
+    def steps(run: Path) -> int:
+        """Of its newest checkpoint."""
+        complete = checkpoint.list_complete(str(run / "checkpoints"))
+        return int(Path(complete[-1]).name[5:13]) if complete else 0
+
     rng, kills, finished = random.Random(0), 0, 0
     resumed_in = set()
     while kills < KILLS or finished == 0:
@@ -46,7 +51,12 @@ def test_kills_change_no_bit(tmp_path: Path, world: int) -> None:
         run = start("killed")
         if kills < KILLS:
             victim = run.processes[rng.randrange(world)]
-            victim.join(rng.uniform(0, duration))
+            # One kill in each part of the run, the last one after its last checkpoint. By the clock alone, all of them
+            # may come before the first checkpoint where the machine is busy, or a run ends before it is hit.
+            reached = (kills + rng.random()) / KILLS * (steps(whole_run) + 2) - 2
+            while steps(killed_run) < reached and victim.exitcode is None:
+                victim.join(0.05)
+            victim.join(rng.uniform(0, duration / 3))
             if victim.exitcode is None:
                 victim.kill()
                 kills += 1

@@ -31,7 +31,10 @@ STARTS, FINISHED = 36, 4
 QUICK = [*(f"train.{stage}.epochs=1" for stage in ("warmup", "joint")), "checkpoint.every=3", "tracking.every=2"]
 QUICK += ["data.workers=0", "evaluation.natural_images=0"]
 START = """
-import sys, test_power_cut
+import sys
+from igae.models import import_diffusers
+import_diffusers()
+import test_power_cut
 test_power_cut.train_and_tell(*sys.argv[1:])
 """
 

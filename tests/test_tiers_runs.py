@@ -21,7 +21,7 @@ from igae.export import take_settings
 from igae.training import Fit, Recipe
 
 SMALL = [
-    *(f"train.{stage}.{key}" for stage in ("warmup", "joint") for key in ("batch_size=2", "epochs=1")),
+    *(f"train.{stage}.{key}" for stage in ("warmup", "joint") for key in ("batch_size=2", "epochs=0.5")),
     *("train.warmup.group=0", "evaluation.every=5", "checkpoint.every=4", "tracking.every=1", "planes.resident=2"),
 ]
 """Four scenes and a pool of two, as many as a step needs."""
@@ -99,7 +99,7 @@ def test_a_killed_run_resumes_in_another_tier(base: tuple[str, dict[str, str]], 
 
 def test_a_fit_ends_with_the_same_bits(base: tuple[str, dict[str, str]], shards: str) -> None:
     folder = Path(base[0]).parent
-    warmup = {"epochs": 2, "batch_size": 2, "learning_rates": {"planes": 5e-2}, "weights": {"latent": 1}}
+    warmup = {"epochs": 1, "batch_size": 2, "learning_rates": {"planes": 5e-2}, "weights": {"latent": 1}}
     joint = {**warmup, "learning_rates": {"planes": 1e-2}, "weights": {"latent": 0, "rgb": 1}}
     own = {
         "experiment": "fit",
