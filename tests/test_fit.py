@@ -199,6 +199,17 @@ def test_each_view_is_encoded_once(folder: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_few_scenes_are_fitted_in_smaller_batches(folder: Path) -> None:
+    """A step has at most five views a scene: else one scene would have a step an epoch, of many repeated views."""
+    found = []
+    for batch in (64, 5):
+        settings = [f"experiment=few-{batch}", f"train.warmup.batch_size={batch}", f"train.joint.batch_size={batch}"]
+        running = ranks.Ranks(runs.train, 1, str(folder / "fit.yaml"), *settings, "train.warmup.epochs=2")
+        assert running.exit_codes() == [0]
+        found.append(planes(result(folder, f"few-{batch}")))
+    assert torch.equal(*found)
+
+
 def wait_for(path: Path, running: ranks.Ranks) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():

@@ -25,7 +25,7 @@ from igae.training.parallel.engine import Engine
 from igae.training.precision import capability_of, choose_precision
 from igae.training.preflight import agree
 from igae.training.rank_data import RankData, select, waves
-from igae.training.recipe import Precision, Recipe, StageName
+from igae.training.recipe import Precision, Recipe, StageName, TrainConfig
 from igae.training.resume import compare_settings, initialize, precision_of
 from igae.training.run_folder import open_run, public_settings, read_metrics, write_metrics
 from igae.training.stage import Stage, StageState
@@ -35,6 +35,8 @@ FIXED = [
     *("seed", "model", "autoencoder", "planes", "render", "fit", "data.categories", "data.background"),
     *("train.warmup", "train.joint", "train.precision", "train.plane_optimizer"),
 ]
+MOST_VIEWS = 5
+"""Views of a scene in a step, on average: more cost more and hardly say more, and an epoch would have fewer steps."""
 log = logging.getLogger("igae")
 
 
@@ -160,7 +162,8 @@ class Fit(Job):
         # A scene's initial planes depend on the scene alone; the order of its views depends on the wave.
         ids = scenes.ids.tolist()
         store = SceneStore(recipe.planes, ids, recipe.seed, self.engine.device, self.storage)
-        recipe = recipe.model_copy(update={"seed": derive_seed(recipe.seed, "wave", index)})
+        seed, train = derive_seed(recipe.seed, "wave", index), _for_scenes(recipe.train, len(scenes))
+        recipe = recipe.model_copy(update={"seed": seed, "train": train})
         data = RankData.alone(recipe.data, self.data.manifest, scenes, recipe.train.timeout)
         metrics = dict[str, float]()
         for name in recipe.train.stages:
@@ -189,6 +192,15 @@ class Fit(Job):
         if rank() == 0:
             write_metrics(self.folder, "fit", {"scenes": len(scenes), **metrics})
         return metrics
+
+
+def _for_scenes(train: TrainConfig, count: int) -> TrainConfig:
+    """The settings for a wave of so many scenes: batches that are meant for many are smaller for few."""
+    smaller = {
+        name: stage.model_copy(update={"batch_size": min(stage.batch_size, MOST_VIEWS * count)})
+        for name, stage in (("warmup", train.warmup), ("joint", train.joint))
+    }
+    return train.model_copy(update=smaller)
 
 
 def _split(recipe: Recipe, manifest: Manifest, resume: str, extend: bool) -> tuple[Scenes, list[Scenes]]:
