@@ -29,13 +29,12 @@ quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 	@echo "  $(RUN)/metrics.jsonl   metrics during training"
 
 # Hundreds of processes begin in the tests: none has to compile igae, or tests, again.
-# More workers than the two cores of CI: half of their time they wait, for timeouts, daemons and processes that start.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/dev.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy igae
-	$(BIN)/python -m pytest -q -n 5 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

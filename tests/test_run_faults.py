@@ -133,7 +133,7 @@ def test_all_ranks_refuse_what_is_impossible(recipe: str) -> None:
     sentence = (
         "error: 4 scenes with training views can't be shared by 5 processes, each of which needs one: start fewer"
     )
-    assert [line.startswith(sentence) for line in errors(recipe)] == [True] * 5
+    assert [line.startswith(sentence) for line in errors(recipe)] == [True]  # the first rank's
     assert not Path(recipe).with_name("outputs").exists()
 
 
