@@ -81,8 +81,6 @@ def run(arguments: argparse.Namespace) -> None:
     _end_with_the_launcher()
     # torch's own modules use names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Workers may wait for a store: more of them than cores are no mistake.
-    warnings.filterwarnings("ignore", message="This DataLoader will create")
 
     from igae.models import import_diffusers
 

@@ -104,6 +104,18 @@ DEV Eight coefficient(const Params &a, const Place &p, int which) {
   return floats(a.coefficients + (p.image * COEFFICIENTS + which) * a.channels, p.column);
 }
 
+// Writes what a block's threads have, added up, as `sums` [images, chunks].
+DEV void write_block_sum(const Params &a, float sum) {
+  __shared__ float shared[WARPS];
+  sum = warp_sum(sum);
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < WARPS; ++w) sum += shared[w];
+    a.sums[blockIdx.x] = sum;
+  }
+}
+
 // Adds up two sums of each channel over the block's rows, and writes them where its chunk's are.
 DEV void write_sums(const Params &a, const Place &p, const Eight &first, const Eight &second) {
   __shared__ float shared[2 * MOST_CHANNELS];

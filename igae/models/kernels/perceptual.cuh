@@ -39,7 +39,6 @@ DEV Inverse inverse_lengths(const Params &a, const Pixels &p, i64 at, bool insid
 
 // sum_c weight (x / |x| - y / |y|)^2, over each chunk's pixels, [images, chunks]; `sums` is that here.
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST) feature_distance(const Params a) {
-  __shared__ float shared[WARPS];
   Pixels p = pixels_of(a);
   float sum = 0.f;
   // Lanes of a warp that have no pixel go along: they are needed in its sums.
@@ -55,13 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST) feature_distance(co
       }
     }
   }
-  sum = warp_sum(sum);
-  if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < WARPS; ++w) sum += shared[w];
-    a.sums[blockIdx.x] = sum;
-  }
+  write_block_sum(a, sum);
 }
 
 // The gradient of x, of which image i's distance counts shift[i].

@@ -11,7 +11,6 @@ DEV bool next_of(const Params &a, const Place &p, int row, int column, Eight &ot
 
 // The sum of each chunk, [images, chunks]; `sums` is that here.
 extern "C" __global__ void __launch_bounds__(THREADS, LEAST) variation(const Params a) {
-  __shared__ float shared[WARPS];
   Place p = place_of(a);
   float weight = a.weight[p.image], down = weight / ((a.height - 1) * a.width * a.channels);
   float right = weight / (a.height * (a.width - 1) * a.channels), sum = 0.f;
@@ -25,13 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST) variation(const Par
     if (next_of(a, p, row, column + 1, other))
       for (int i = 0; i < 8; ++i) sum += right * (other.v[i] - own.v[i]) * (other.v[i] - own.v[i]);
   }
-  sum = warp_sum(sum);
-  if ((threadIdx.x & 31) == 0) shared[threadIdx.x >> 5] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < WARPS; ++w) sum += shared[w];
-    a.sums[blockIdx.x] = sum;
-  }
+  write_block_sum(a, sum);
 }
 
 // Its gradient times *shift.
