@@ -3,13 +3,15 @@
 """Measures what ranks and scenes cost: time of a warm-up and a joint step, and peak memory of a rank.
 
     python benchmarks/scaling.py
+    python benchmarks/scaling.py --weak 2 4 8 6 --strategies ddp zero2 fsdp2
     python benchmarks/scaling.py --cases joint:1:500 joint:1:8000 joint:1:3000 joint:2:6000
 
 A case is STAGE:RANKS:SCENES, with the scenes of all ranks together; STAGE:RANKS:SCENES:apart is the same without any
-exchange, which tells what is lost by it from what ranks lose by sharing a machine. One launch measures all cases in
-turns. Steps are real ones: data from shards (random latents in the warm-up), an autoencoder of Stable Diffusion's size
-with random weights, planes and their optimizer as in the middle of a long training. Time is that of a round of steps,
-by their number, as the slowest rank sees it.
+exchange, which tells what is lost by it from what ranks lose by sharing a machine. `--weak` makes the cases of both
+stages for these numbers of ranks, with `--scenes` a rank. Each number of ranks, under each strategy, is a launch that
+measures its cases and those of one rank in turns. Steps are real ones: data from shards (random latents in the warm-
+up), an autoencoder of Stable Diffusion's size with random weights, planes and their optimizer as in the middle of a
+long training. Time is that of a round of steps, by their number, as the slowest rank sees it.
 """
 
 import argparse
@@ -91,8 +93,30 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
     engine.close()
 
 
+def launch(
+    strategy: str, ranks: int, cases: list[str], folder: str, arguments: argparse.Namespace
+) -> dict[str, list[Figures]]:
+    """Measure these cases under `accelerate launch`."""
+    file = ROOT / "launch" / "accelerate" / (f"{strategy}.yaml" if ranks > 1 else "one_process.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["--num_processes", str(ranks), "--num_cpu_threads_per_process", "4", __file__, "--worker", folder]
+    command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps), "--cases", *cases]
+    command += ["--", *arguments.overrides] if arguments.overrides else []
+    found = None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                found = json.loads(line.removeprefix("RESULT "))
+            else:
+                print(line, end="", flush=True)
+    if process.returncode or found is None:
+        raise SystemExit(f"the measurement failed with exit code {process.returncode}")
+    return dict(found)
+
+
 def report(found: dict[str, list[Figures]]) -> None:
-    """The medians of the rounds, and what follows from them."""
+    """The medians of the rounds of a launch, and what follows from them."""
     time_of = {case: statistics.median(one["ms"] for one in rounds) for case, rounds in found.items()}
     print(f"\n{'stage:ranks:scenes':24s} {'step':>10s} {'lowest':>10s} {'highest':>10s} {'peak memory':>14s}")
     for case, rounds in found.items():
@@ -114,7 +138,10 @@ def report(found: dict[str, list[Figures]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", metavar="STAGE:RANKS:SCENES", help="RANKS is 1 or the number of GPUs")
+    parser.add_argument("--cases", nargs="+", metavar="STAGE:RANKS:SCENES")
+    parser.add_argument("--weak", nargs="+", type=int, metavar="RANKS", help="both stages on so many ranks and on one")
+    parser.add_argument("--scenes", type=int, default=3000, help="scenes a rank of --weak (default: 3000)")
+    parser.add_argument("--strategies", nargs="+", default=["ddp"], help="files of launch/accelerate (default: ddp)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured, in turns (default: 3)")
     parser.add_argument("--steps", type=int, default=60, help="steps that are counted in a round (default: 60)")
     parser.add_argument("--size", type=int, default=128, help="pixels along a side of an image (default: 128)")
@@ -123,36 +150,26 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/igae.yaml")
     arguments = parser.parse_intermixed_args()
     gpus = max(2, torch.cuda.device_count())
-    cases = arguments.cases or [
-        f"{stage}:{case}"
-        for stage in ("warmup", "joint")
-        for case in ("1:500", "1:8000", "1:6000", f"1:{6000 // gpus}", f"{gpus}:6000", f"{gpus}:6000:apart")
-    ]
+    ends = ["1:500", "1:8000", "1:6000", f"1:{6000 // gpus}", f"{gpus}:6000", f"{gpus}:6000:apart"]
+    if arguments.weak:
+        ends = [f"{ranks}:{ranks * arguments.scenes}" for ranks in sorted({1, *arguments.weak})]
+    cases = arguments.cases or [f"{stage}:{end}" for stage in ("warmup", "joint") for end in ends]
     if arguments.worker:
         worker(cases, arguments.worker, arguments.rounds, arguments.steps, arguments.overrides)
         return
+    several = sorted({int(case.split(":")[1]) for case in cases} - {1}) or [1]
+    found: dict[str, dict[str, list[Figures]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for scenes in {int(case.split(":")[2]) for case in cases}:
             write_data(Path(folder), scenes, arguments.size)
-        ranks = max(int(case.split(":")[1]) for case in cases)
-        file = ROOT / "launch" / "accelerate" / ("ddp.yaml" if ranks > 1 else "one_process.yaml")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-        command += ["--num_processes", str(ranks), "--num_cpu_threads_per_process", "4", __file__, "--worker", folder]
-        command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps), "--cases", *cases]
-        command += ["--", *arguments.overrides] if arguments.overrides else []
-        lines = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                lines.append(line)
-                if not line.startswith("RESULT "):
-                    print(line, end="", flush=True)
-    if process.returncode or not lines or not lines[-1].startswith("RESULT "):
-        raise SystemExit(f"the measurement failed with exit code {process.returncode}")
-    found = json.loads(lines[-1].removeprefix("RESULT "))
-    report(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        for strategy, ranks in [(strategy, ranks) for ranks in several for strategy in arguments.strategies]:
+            name = f"{strategy}, {ranks} ranks" if ranks > 1 else "one rank"
+            print(f"\n{name}", flush=True)
+            chosen = [case for case in cases if int(case.split(":")[1]) in (1, ranks)]
+            found[name] = launch(strategy, ranks, chosen, folder, arguments)
+            report(found[name])
+            if arguments.json:  # after each launch: what was measured stays if a later one fails
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

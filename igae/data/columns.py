@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,13 @@ class Shard:
     scenes: dict[str, int]
 
 
+def _scalar(hint: Any) -> type[np.generic] | None:
+    """T of ``NDArray[T]``, which is ``ndarray[..., dtype[T]]`` before NumPy 2.5 and an alias of its own since."""
+    while inner := get_args(hint):
+        hint = inner[-1]
+    return hint if isinstance(hint, type) and issubclass(hint, np.generic) else None
+
+
 @dataclass(frozen=True, eq=False)
 class _Columns:
     """Arrays of one table. ``WIDTHS`` has the number of columns of those that are matrices."""
@@ -71,8 +78,8 @@ class _Columns:
     @functools.cache
     def types(cls) -> dict[str, np.dtype[Any]]:
         """Type of each array by its name, as it is annotated."""
-        arrays = [(name, hint) for name, hint in get_type_hints(cls).items() if get_origin(hint) is np.ndarray]
-        return {name: np.dtype(get_args(get_args(hint)[1])[0]) for name, hint in arrays}
+        scalars = [(name, _scalar(hint)) for name, hint in get_type_hints(cls).items()]
+        return {name: np.dtype(scalar) for name, scalar in scalars if scalar is not None}
 
     @classmethod
     def of_arrays(cls: type[C], arrays: Columns, **more: Any) -> C:
