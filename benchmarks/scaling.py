@@ -17,6 +17,7 @@ long training. Time is that of a round of steps, by their number, as the slowest
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -96,23 +97,37 @@ def worker(cases: list[str], folder: str, rounds: int, steps: int, overrides: li
 def launch(
     strategy: str, ranks: int, cases: list[str], folder: str, arguments: argparse.Namespace
 ) -> dict[str, list[Figures]]:
-    """Measure these cases under `accelerate launch`."""
+    """Measure these cases under `accelerate launch`, or as many of them as ranks where they share a GPU."""
     file = ROOT / "launch" / "accelerate" / (f"{strategy}.yaml" if ranks > 1 else "one_process.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--num_processes", str(ranks), "--num_cpu_threads_per_process", "4", __file__, "--worker", folder]
-    command += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps), "--cases", *cases]
-    command += ["--", *arguments.overrides] if arguments.overrides else []
-    found = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                found = json.loads(line.removeprefix("RESULT "))
-            else:
-                print(line, end="", flush=True)
-    if process.returncode or found is None:
-        raise SystemExit(f"the measurement failed with exit code {process.returncode}")
+    command += ["--num_processes", str(ranks), "--num_cpu_threads_per_process", "4"]
+    worker = [__file__, "--worker", folder, "--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
+    worker += ["--cases", *cases, *(["--", *arguments.overrides] if arguments.overrides else [])]
+    machines = [([], {})] if not arguments.one_gpu or ranks == 1 else machines_of_one_gpu(ranks)
+    found, processes = None, []
+    for place, variables in machines:
+        output = {"stdout": subprocess.DEVNULL if processes else subprocess.PIPE, "text": True}
+        environment = {**os.environ, **variables}
+        processes.append(subprocess.Popen([*command, *place, *worker], env=environment, **output))  # type: ignore[call-overload]
+    assert processes[0].stdout is not None
+    for line in processes[0].stdout:
+        if line.startswith("RESULT "):
+            found = json.loads(line.removeprefix("RESULT "))
+        else:
+            print(line, end="", flush=True)
+    codes = [process.wait() for process in processes]
+    if any(codes) or found is None:
+        raise SystemExit(f"the measurement failed with exit codes {codes}")
     return dict(found)
+
+
+def machines_of_one_gpu(ranks: int) -> list[tuple[list[str], dict[str, str]]]:
+    """Arguments and variables of launches whose ranks NCCL takes for machines of their own: they share the GPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(probe.getsockname()[1])]
+    of_all = ["--num_machines", str(ranks), *meeting]
+    return [([*of_all, "--machine_rank", str(i)], {"NCCL_HOSTID": f"rank-{i}"}) for i in range(ranks)]
 
 
 def report(found: dict[str, list[Figures]]) -> None:
@@ -145,6 +160,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each case is measured, in turns (default: 3)")
     parser.add_argument("--steps", type=int, default=60, help="steps that are counted in a round (default: 60)")
     parser.add_argument("--size", type=int, default=128, help="pixels along a side of an image (default: 128)")
+    parser.add_argument(
+        "--one-gpu", action="store_true", help="all ranks on the first GPU: that they work, not how fast"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of configs/igae.yaml")

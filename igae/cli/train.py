@@ -89,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     started = (Fit if recipe.fits_in_waves else Trainer)(recipe, arguments.resume, arguments.extend)
     started.run(arguments.stage)
+    started.engine.close()  # NCCL warns on each rank of a process group that is left open
     if rank() == 0:
         _tell_results(recipe, stopped=started.signals.received is not None)
 

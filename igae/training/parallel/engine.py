@@ -10,6 +10,7 @@ What is shared between ranks (autoencoder and decoding MLP) is trained under the
 Plane rows are an input of the wrapped module: no strategy ever sees a plane.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -191,9 +192,10 @@ class Engine:
         self._strategy.drop()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, when all stages are closed."""
         self._strategy.drop()
         if dist.is_initialized():
+            gc.collect()  # NCCL waits until no CUDA graph has its collectives any more
             dist.destroy_process_group()
 
 
