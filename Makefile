@@ -20,6 +20,7 @@ RUN := outputs/quickstart
 quickstart: export GOMP_SPINCOUNT ?= 20000
 quickstart: .venv/quickstart.stamp data/demo-shards/manifest.json
 	$(BIN)/igae train --config quickstart.yaml
+	@test -d $(RUN)/orbits || { echo "stopped before its end: make quickstart goes on"; exit 1; }
 	@echo
 	@echo "Done. Look at:"
 	@echo "  $(RUN)/report.html     all of the following in one page"

@@ -296,8 +296,11 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
 def test_what_a_fit_refuses(
     folder: Path, fitted: Checkpoint, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:
+    whole = folder / "outputs" / "whole"
+    before = {name: (whole / name).read_bytes() for name in ("config.yaml", "changes.json")}
     sentence = run(capsys, folder, *arguments)
     assert all(word in sentence for word in words), sentence
+    assert before == {name: (whole / name).read_bytes() for name in before}, "it is still the settings of what is there"
 
 
 def test_other_shards_are_refused(folder: Path, fitted: Checkpoint, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from igae.training.parallel.engine import Engine
 from igae.training.precision import capability_of, choose_precision, compute_in
 from igae.training.rank_data import RankData
 from igae.training.recipe import Precision, Recipe
-from igae.training.run_folder import ENVIRONMENT, environment, public_settings
+from igae.training.run_folder import ENVIRONMENT, environment, public_settings, write_settings
 from igae.training.trackers import Tracker
 
 SHOWN = (
@@ -69,10 +69,14 @@ class Job:
 
     @contextmanager
     def tracking(self, step: int) -> Iterator[None]:
-        """Record what it runs on, and what comes after a step of the whole job."""
+        """Record its settings, what it runs on, and what comes after a step of the whole job."""
         found = {**environment(self.engine.device), "precision": self.precision}
-        path = self.folder / ENVIRONMENT
-        self.channel.on_first_rank(lambda: write_text(path, json.dumps(found, indent=1) + "\n"))
+
+        def write() -> None:
+            write_settings(self.recipe)
+            write_text(self.folder / ENVIRONMENT, json.dumps(found, indent=1) + "\n")
+
+        self.channel.on_first_rank(write)
         self.tracker = Tracker(self.folder, self.recipe.tracking, step, enabled=rank() == 0)
         with closing(self.tracker):
             self.tracker.config(

@@ -88,7 +88,7 @@ def claim_root(recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
-    """Make a run's folder, keep it locked, and write its settings. Collective.
+    """Make a run's folder, and keep it locked. Collective.
 
     Raises:
         ValueError: on all ranks alike, another process has the lock, or not all ranks see the folder.
@@ -103,9 +103,6 @@ def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
         remove_leftovers(folder, below=True)
         for seen in folder.glob(f"{SEEN}*"):
             seen.unlink(missing_ok=True)
-        write_text(folder / "config.yaml", public_settings(recipe))
-        changes = {key: [redact(config.shown(value)) for value in both] for key, both in recipe.changes.items()}
-        write_text(folder / CHANGES, json.dumps({"recipe": redact(recipe.source), "changes": changes}, indent=1) + "\n")
 
     with held:
         channel.on_first_rank(begin)
@@ -113,6 +110,14 @@ def open_run(recipe: Recipe, channel: Channel) -> Iterator[None]:
             check_shared(folder, channel)
         with writes_to(folder):  # what has no better place to say it: trackers
             yield
+
+
+def write_settings(recipe: Recipe) -> None:
+    """Write a run's settings into its folder: when nothing refuses them any more."""
+    write_text(recipe.folder / "config.yaml", public_settings(recipe))
+    changes = {key: [redact(config.shown(value)) for value in both] for key, both in recipe.changes.items()}
+    text = json.dumps({"recipe": redact(recipe.source), "changes": changes}, indent=1)
+    write_text(recipe.folder / CHANGES, text + "\n")
 
 
 def check_shared(folder: Path, channel: Channel) -> None:
