@@ -7,6 +7,7 @@ from .listing import look_up as look_up
 from .listing import read_input as read_input
 from .paths import LIMITS as LIMITS
 from .paths import Damaged as Damaged
+from .paths import Limits as Limits
 from .paths import Missing as Missing
 from .paths import StoreError as StoreError
 from .paths import base_name as base_name
