@@ -160,7 +160,7 @@ def expand_home(text: str) -> str:
     return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
 
 
-CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
+CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
 """Clients of stores: what they raise is no OSError, and says what a store has answered."""
 
 
@@ -240,7 +240,7 @@ def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int
             elif isinstance(error, RuntimeError):
                 text = text if (sentence := in_one_sentence(error)) is None else f"error: {sentence}"
             elif type(error).__module__.partition(".")[0] in CLIENTS:
-                code, text = 2, f"error: {' '.join(str(error).split())}"
+                code, text = 2, f"error: {type(error).__name__}: {' '.join(str(error).split())}"
             if not (isinstance(error, OfAllRanks) and rank() > 0):
                 say(text)
             return code
