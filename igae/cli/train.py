@@ -121,7 +121,7 @@ def _tell_results(recipe: Recipe, stopped: bool) -> None:
 def _take_settings(data: dict[str, Any]) -> None:
     if "model" in data and not data["model"] and "autoencoder" not in data:
         raise ValueError(
-            "model is empty: say which run, checkpoint or export the scenes are fitted to, model=outputs/RUN"
+            "no model is given: say which run, checkpoint or export the scenes are fitted to, model=outputs/RUN"
         )
     if data.get("model") is not None:
         from igae.export import take_settings
