@@ -176,6 +176,13 @@ def test_manifest_errors(data, tmp_path):
         Manifest.load(str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("subset", [None, "square32"])
+def test_the_subset_that_has_the_scenes_is_told(subset, data, tmp_path):
+    (data / "scenes" / "empty").mkdir()
+    with pytest.raises(ValueError, match="has none of the scenes, which are in --subset square16$"):
+        pack(str(tmp_path / "out"), PackOptions(scenes=str(data / "scenes"), subset=subset))
+
+
 def test_resize(data, tmp_path, caplog):
     big = data / "scenes/square16/scene_0/images/003.png"
     big.write_bytes(picture(1, size=64, mode="RGBA"))

@@ -34,7 +34,17 @@ from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.data.tables import Scenes, Shards
 from igae.errors import progress, redact
-from igae.storage import FileInfo, file_system, join, look_up, make_folder, named_errors, remove_leftovers, sync_folder
+from igae.storage import (
+    FileInfo,
+    check_folder,
+    file_system,
+    join,
+    look_up,
+    make_folder,
+    named_errors,
+    remove_leftovers,
+    sync_folder,
+)
 
 log = logging.getLogger("igae")
 
@@ -82,15 +92,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         ValueError: nothing to pack, unknown category, or there is a manifest already.
         OSError: files cannot be read or written, or a process died.
     """
-    if options.scenes is None and options.images is None:
-        raise ValueError("nothing to pack: give scenes, images or both")
-    if options.fit != "refuse" and options.resize is None:
-        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
+    _check(output, options)
     fs, root = file_system(output)
-    with named_errors(output):
-        there = fs.exists(join(root, NAME))
-    if there and not options.overwrite:
-        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or --overwrite it")
     dataset, refs, problems = "images", list[SceneRef](), list[str]()
     if options.scenes:
         dataset, refs, problems = find_scenes(
@@ -128,6 +131,21 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     _remove(fs, root, [name + staged for name in names - {shard.name for shard in manifest.shards}])
     _finish(output, manifest, staged)
     return manifest, problems
+
+
+def _check(output: str, options: PackOptions) -> None:
+    """Refuse (ValueError) what can be known before anything is read."""
+    if options.scenes is None and options.images is None:
+        raise ValueError("nothing to pack: give scenes, images or both")
+    if options.fit != "refuse" and options.resize is None:
+        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
+    fs, root = file_system(output)
+    if isinstance(fs, LocalFileSystem):
+        check_folder(root)
+    with named_errors(output):
+        there = fs.exists(join(root, NAME))
+    if there and not options.overwrite:
+        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or --overwrite it")
 
 
 def _tell(scanned: Sequence[_Scanned], resize: int | None, size: tuple[int, int]) -> None:

@@ -219,8 +219,8 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
 
     source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
-        if is_url(source):
-            raise ValueError("a URL")
+        if is_url(source) or Path(source).is_file():
+            raise ValueError("a URL" if is_url(source) else "a file")
         there = _Files(source, subfolder)
         if (config := there.find("config.json")) is None:
             raise there.failure or ValueError("it has no config.json")

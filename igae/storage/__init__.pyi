@@ -29,6 +29,7 @@ from .tensors import DTYPES as DTYPES
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
 from .tensors import write_tensors as write_tensors
+from .writing import check_folder as check_folder
 from .writing import make_folder as make_folder
 from .writing import remove_leftovers as remove_leftovers
 from .writing import staged as staged
