@@ -160,7 +160,7 @@ def expand_home(text: str) -> str:
     return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
 
 
-CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
+CLIENTS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
 """Clients of stores: what they raise is no OSError, and says what a store has answered."""
 
 
@@ -218,6 +218,13 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _of_path(error: Exception) -> str | None:
+    """What to do about a path that the system refuses."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno is None:
+        return None
+    return f"{error.filename2 or error.filename} can't be used ({error.strerror}): mend it, or choose another path"
+
+
 def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
     """Make a command's body a function of its arguments (None: those of the process) that returns its exit code.
 
@@ -236,11 +243,11 @@ def command(body: Callable[[list[str] | None], int | None]) -> Callable[..., int
         except Exception as error:
             code, text = 1, traceback.format_exc()
             if isinstance(error, ValueError | OSError | ImportError):
-                code, text = 2, f"error: {error}"
+                code, text = 2, f"error: {_of_path(error) or error}"
             elif isinstance(error, RuntimeError):
                 text = text if (sentence := in_one_sentence(error)) is None else f"error: {sentence}"
             elif type(error).__module__.partition(".")[0] in CLIENTS:
-                code, text = 2, f"error: {' '.join(str(error).split())}"
+                code, text = 2, f"error: {type(error).__name__}: {' '.join(str(error).split())}"
             if not (isinstance(error, OfAllRanks) and rank() > 0):
                 say(text)
             return code
@@ -298,20 +305,14 @@ class _Short(reprlib.Repr):
 
 _SHORT = _Short()
 _EXPECTED = {
-    "model_type": "a section (keys and values)",
-    "dataclass_type": "a section (keys and values)",
+    **dict.fromkeys(("model_type", "dataclass_type"), "a section (keys and values)"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     "dict_type": "keys and values",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
     "string_type": "text",
     "path_type": "a path",
-    "list_type": "a list",
-    "tuple_type": "a list",
     "none_required": "null",
 }
 

@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
     repos: name -> branch -> path -> bytes.
     private: names of the repositories that were made as private ones.
     commits: what each commit was called, and the paths that it wrote.
+    busy: how many of the next requests are not answered.
     log: method and path of each request, and the bytes range that it asked for.
     """
 
@@ -33,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.private: set[str] = set()
         self.commits: list[tuple[str, list[str]]] = []
         self.log: list[tuple[str, str, str | None]] = []
+        self.busy = 0
         self.token = "Bearer hf_test"
 
     @property
@@ -71,7 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         body = self._body()
         hub.log.append((self.command, path, self.headers.get("Range")))
-        if self.headers.get("Authorization") != hub.token:
+        if hub.busy:
+            hub.busy, self.close_connection = hub.busy - 1, True
+        elif self.headers.get("Authorization") != hub.token:
             self._send(401, b'{"error": "log in"}')
         elif path == "/api/repos/create":
             wanted = json.loads(body)

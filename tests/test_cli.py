@@ -46,6 +46,39 @@ def test_mistakes_are_told_within_a_second(tmp_path: Path, arguments: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["evaluate", "export", "view"])
+def test_missing_arguments_are_told_within_a_second(tmp_path: Path, name: str) -> None:
+    code, text, seconds = cost("-m", "igae.cli.main", name, folder=tmp_path)
+    assert (
+        code == 2
+        and ("the following arguments are required" in text or "which model? igae evaluate RUN" in text)
+        and seconds < SECONDS
+    )
+
+
+def test_paths_that_the_system_refuses_are_told_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, deep, data = tmp_path / "file", tmp_path / "file/run", tmp_path / "data"
+    file.touch()
+    data.mkdir()
+    (data / "manifest.json").touch()
+    said = {
+        f"train --config own_data_small.yaml data.root={data} outputs={file}": f"because {file} is a file",
+        f"pack --images {data} --output {deep}": f"because {file} is a file",
+        f"pack --images {tmp_path}/none --output {tmp_path}/out": f"there is no folder {tmp_path}/none",
+        f"demo --output {deep}": "can't be used (Not a directory): mend it, or choose another path",
+    }
+    for line, words in said.items():
+        assert main(line.split()) == 2
+        told = capsys.readouterr().err
+        assert words in told.splitlines()[-1] and "Errno" not in told, told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "file"]
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for others than root
+    assert main(["pack", "--images", str(data), "--output", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path} may not be: allow it, or choose another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scene_files import over_white
 from torch import Tensor
 
-from igae.cli import evaluate
+from igae.cli import evaluate, measuring
 from igae.data import PackOptions, orbit_like, pack
 from igae.evaluation import problems
 from igae.export import Export, read_run, write
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: str) -> int:
-    return evaluate.main(["--checkpoint", *arguments])
+    return evaluate.main(list(arguments))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def test_lpips_where_its_weights_are(folder: Path, alone: dict[str, Any], tmp_pa
     assert not any(name.endswith("lpips") for name in alone["means"])
     (tmp_path / "vgg.pth").touch()
     weights = [f"train.lpips_weights={tmp_path / 'vgg.pth'}"]
-    evaluate.evaluate(str(folder / "outputs/run"), ["scene_1"], weights, str(tmp_path), lpips=Distance)
+    measuring.evaluate(str(folder / "outputs/run"), ["scene_1"], weights, str(tmp_path), lpips=Distance)
     found = read(tmp_path)
     kinds = {f"{split}/{kind}_lpips" for split in ("heldout", "train") for kind in ("rgb", "ae", "rgb_ae")}
     assert {name for name in found["scenes"]["scene_1"] if name.endswith("lpips")} == kinds

@@ -19,6 +19,7 @@ from documents import ROOT
 
 from igae import config
 from igae.checkpoint import list_complete
+from igae.cli import train
 from igae.data import Manifest, PackOptions, pack
 from igae.models import IGAE, LPIPS, AutoencoderConfig, load_autoencoder
 from igae.rendering import Cameras, DecodingMLP, RenderOptions, render
@@ -157,9 +158,9 @@ def odd_size(folder: Path, shards: str, _: object) -> None:
 PROVOKED: dict[str, Call] = {
     "unknown key ...; did you mean ...": lambda f, s, m: load(f, s, "train.joint.batchsize=3"),
     "...: no such configuration, neither as a path nor in ...": lambda f, s, m: config.load(Recipe, "igea.yaml"),
-    "the environment variable ... is not set; set it or this key": lambda f, s, m: (
+    "no model is given: say which run, checkpoint or export the scenes are fitted to, ...": lambda f, s, m: (
         m.delenv("IGAE_MODEL", raising=False),
-        config.load(Recipe, "fit.yaml"),
+        train.run(train.parser(default="fit.yaml").parse_intermixed_args([])),
     ),
     "another process is training in ...: end it, or use a new experiment=NAME": lambda f, s, m: twice(f, s),
     "... was ... in ... and is ... now, which can't change within a run": lambda f, s, m: resumed(
@@ -170,7 +171,7 @@ PROVOKED: dict[str, Call] = {
     ),
     "no ... in ...: pack the data first with data_tools/pack_shards.py": lambda f, s, m: Manifest.load(str(f)),
     "nothing was packed because of ... bad input(s), first: ...": without_images,
-    "the autoencoder makes images of ... from those of ...": odd_size,
+    "the autoencoder needs sides that are multiples of ... and the images have ...": odd_size,
     "unknown category ...": lambda f, s, m: RankData.split(load(f, s, "data.categories={objaverse: [0, 500]}")),
     "train.....natural_images is ... but ... holds none: pack some": scenes_alone,
     "... natural images can't be shared by ... processes, each of which needs one": one_natural_image,

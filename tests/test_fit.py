@@ -281,7 +281,7 @@ def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> st
         (["experiment=whole", "fit.wave=3"], ["fit.wave was 1"]),
         (["experiment=whole", "--resume", "never"], ["already has scenes", "experiment=NAME"]),
         (["--resume", "outputs/x"], ["leave --resume out"]),
-        (["model="], ["model is empty", "model=outputs/RUN"]),
+        (["model="], ["no model is given", "model=outputs/RUN"]),
         (["--stage", "joint"], ["leave --stage out"]),
         (["train.warmup.epochs=0", "train.joint.epochs=0"], ["nothing to do"]),
         (

@@ -2,6 +2,7 @@
 """Autoencoders from others: every class and layout of diffusers that works, and files that are no good or no friend."""
 
 import json
+import logging
 import pickle
 import resource
 import shutil
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import hub
 import pytest
 import torch
+from huggingface_hub import constants
 from runs import KL, TINY
 
 from igae.models import IGAE, AutoencoderConfig, load_autoencoder
+from igae.models.autoencoder import HUB
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
 
@@ -190,3 +194,45 @@ def test_networks_that_break_on_images_are_told(kl: Path) -> None:
     autoencoder.net.encoder.conv_in = None  # 'NoneType' object is not callable
     with pytest.raises(ValueError, match="can't encode and decode RGB images of 16 x 16"):
         IGAE(autoencoder, PlanesConfig(resolution=2, features=4), RenderOptions(), (16, 16))
+
+
+@pytest.mark.parametrize(("size", "resize"), [((33, 64), 32), ((31, 31), 30)])
+def test_sizes_that_do_not_fit_are_told_with_those_that_do(size: tuple[int, int], resize: int, kl: Path) -> None:
+    def build(size: tuple[int, int]) -> IGAE:
+        return IGAE(load_autoencoder(AutoencoderConfig(path=str(kl))), PlanesConfig(), RenderOptions(), size)
+
+    with pytest.raises(ValueError) as error:
+        build(size)
+    wanted = f"multiples of 2 and the images have {size[0]} x {size[1]}: pack them again, with --resize {resize}"
+    assert str(error.value) == f"the autoencoder needs sides that are {wanted}"
+    assert build((resize, resize)).latent_shape[1:] == (resize // 2, resize // 2)
+
+
+def test_the_hub_is_asked_a_few_times(
+    kl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line tells of a hub that does not answer; what is in its cache is used without it, at once."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(HUB, "first_wait", 0.01)
+    there, missing = (AutoencoderConfig(path=path, subfolder="vae") for path in ("user/there", "user/missing"))
+    with hub.running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        server.repos["user/there"] = {"main": {f"vae/{file.name}": file.read_bytes() for file in kl.iterdir()}}
+        server.busy = 4
+        expected = load_autoencoder(there).state_dict()
+        [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert line.startswith(f"{server.url}: try 1 of 6 failed (") and not server.busy
+        assert "no hub repository that can be reached and read, " in refusal(missing)
+        caplog.clear()
+        server.busy = 10**9
+        assert all(torch.equal(expected[name], found) for name, found in load_autoencoder(there).state_dict().items())
+        assert not caplog.records
+        assert f"({server.url} cannot be read, it was tried 6 times: " in refusal(missing) and len(caplog.records) == 1
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert "(HF_HUB_OFFLINE is set" in refusal(missing) and load_autoencoder(there).net is not None
+    assert not logging.getLogger("huggingface_hub").handlers  # the root's print what it logs

@@ -176,7 +176,14 @@ def test_manifest_errors(data, tmp_path):
         Manifest.load(str(tmp_path / "out"))
 
 
-def test_resize(data, tmp_path):
+@pytest.mark.parametrize("subset", [None, "square32"])
+def test_the_subset_that_has_the_scenes_is_told(subset, data, tmp_path):
+    (data / "scenes" / "empty").mkdir()
+    with pytest.raises(ValueError, match="has none of the scenes, which are in --subset square16$"):
+        pack(str(tmp_path / "out"), PackOptions(scenes=str(data / "scenes"), subset=subset))
+
+
+def test_resize(data, tmp_path, caplog):
     big = data / "scenes/square16/scene_0/images/003.png"
     big.write_bytes(picture(1, size=64, mode="RGBA"))
     (data / "natural_images" / "wide.png").write_bytes(picture(2, size=40))
@@ -194,6 +201,9 @@ def test_resize(data, tmp_path):
     pack(str(tmp_path / "out8"), PackOptions(**sources(data), resize=8))
     for name, body in members(tmp_path / "out8").items():
         assert name.endswith("json") or Image.open(io.BytesIO(body)).size == (8, 8)
+    assert "most autoencoders" not in caplog.text
+    pack(str(tmp_path / "out20"), PackOptions(images=str(data / "natural_images"), resize=20))
+    assert "images of 20 x 20 pixels don't suit most autoencoders" in caplog.text and "--resize 16, or" in caplog.text
 
 
 def edit(folder: Path, change) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import fsspec
 import object_store
 import pytest
+from huggingface_hub import HfFileSystem
 from scene_files import interrupted_at, write_data
 from test_pack import SMALL, TOOL, sources
 
+from igae.cli import pack as packing
 from igae.data import Manifest, PackOptions, Refused, pack, verify_packed
 
 
@@ -51,6 +53,17 @@ def test_memory_store(data):
     with pytest.raises(Refused):
         pack("memory://packed/two", PackOptions(**sources(data), shard_size=SMALL))
     assert fs.find("/packed/two") == []
+
+
+@pytest.mark.parametrize("options", [["--scenes"], ["--images"], ["--images", "images", "--output"]])
+def test_a_hub_that_can_not_be_reached_is_named(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # which nothing listens at
+    HfFileSystem.clear_instance_cache()
+    assert packing.main(["--output", str(tmp_path / "out"), *options, "hf://datasets/user/absent"]) == 2
+    [told] = capsys.readouterr().err.splitlines()
+    assert told.startswith("error: hf://datasets/user/absent can't be read: ConnectError: ")
 
 
 @pytest.mark.slow

@@ -281,6 +281,10 @@ def test_metrics_of_version_0_1_have_their_names_of_today(tmp_path: Path) -> Non
 def test_wrong_input_is_one_sentence(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
+    (tmp_path / "igae.json").touch()
+    (tmp_path / "config.yaml").touch()
+    assert main([str(tmp_path)]) == 2 and "is an export and has no metrics" in capsys.readouterr().err
+    (tmp_path / "igae.json").unlink()
     (tmp_path / "config.yaml").write_text("")
     assert main([str(tmp_path), "--output", str(tmp_path / "none" / "x.html")]) == 2
     assert "make it first" in capsys.readouterr().err

@@ -3,9 +3,7 @@
 
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -149,16 +147,6 @@ def test_a_damaged_shard(recipe: str) -> None:
     assert all(codes) and 2 in codes, codes
     named = [line for line in errors(recipe) if f"shard {shard.name} in {root} is damaged at byte {offset}: " in line]
     assert named, errors(recipe)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_the_disk_is_full(recipe: str, small_disk: Path) -> None:

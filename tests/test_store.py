@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scene_files import write_data
 
 from igae.data import Manifest, PackOptions, RawSample, ShardError, ShardReader, pack
+from igae.models.autoencoder import HUB
 from igae.storage import LIMITS, File, Missing, StoreError, join, read_whole, retry
 
 DATA = bytes(range(256)) * 40
@@ -239,7 +240,8 @@ class Clock:
 
 
 @pytest.mark.parametrize("attempt", [0.0, 1.0, 13.0, 60.0])
-def test_time_is_bounded(attempt, monkeypatch):
+@pytest.mark.parametrize("which", [LIMITS, HUB], ids=["store", "hub"])
+def test_time_is_bounded(which, attempt, monkeypatch):
     clock = Clock(attempt)
     monkeypatch.setattr(LIMITS, "first_wait", 1.0)
     limits = []
@@ -250,13 +252,13 @@ def test_time_is_bounded(attempt, monkeypatch):
         raise TimeoutError
 
     with pytest.raises(StoreError):
-        retry(fail, "it", clock)
-    assert clock.now <= LIMITS.total_seconds
-    assert 1 < len(limits) <= LIMITS.attempts and max(limits) <= LIMITS.attempt_seconds
+        retry(fail, "it", clock, which)
+    assert clock.now <= which.total_seconds
+    assert 1 < len(limits) <= which.attempts and max(limits) <= which.attempt_seconds
     for number, wait in enumerate(clock.sleeps):
-        assert 0.75 * 2**number <= wait <= 1.25 * 2**number
-    if attempt <= 1:
-        assert len(limits) == LIMITS.attempts and 23 <= sum(clock.sleeps) <= 39
+        assert 0.75 * 2**number <= wait / which.first_wait <= 1.25 * 2**number
+    if attempt == 0 or attempt == 1 and which is LIMITS:
+        assert len(limits) == which.attempts and 23 <= sum(clock.sleeps) / which.first_wait <= 39
         assert len(set(clock.sleeps)) == len(clock.sleeps)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import object_store
 import pytest
 import torch
@@ -16,7 +17,7 @@ from object_store import Proxy
 from scene_files import open_images, open_views, write_data
 
 from igae.data import Manifest, PackOptions, ShardError, pack, verify_packed
-from igae.storage import LIMITS
+from igae.storage import LIMITS, TensorFile, write_tensors
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -135,6 +136,26 @@ def test_a_store_that_stays_down(kind, fault, roots, proxy, local, monkeypatch, 
         Manifest.load(root)
     if fault == 503:
         assert all("cannot be read, it was tried 3 times" in problem for problem in verify_with(root, manifest))
+
+
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_rows_of_tensors_with_faults(kind, roots, proxy, monkeypatch, caplog, tmp_path):
+    rows, places = torch.randn(40, 25), np.arange(20)
+    stamp = write_tensors(str(tmp_path / "file"), {"one": torch.ones(3)}, {"rows": rows})
+    monkeypatch.setattr(LIMITS, "gap", 0)  # every second row is a request of its own
+    store = fsspec.filesystem("s3", **object_store.options(proxy.upstream))
+    store.pipe_file("bucket/packed/file", (tmp_path / "file").read_bytes(), ACL="public-read")
+    proxy.head_faults.append(500)
+    proxy.faults.extend([500, None, None, "fewer", *[None] * 9, "short", *[None] * 3, 500])
+    found = torch.zeros(20, 25)
+    file = TensorFile(f"{roots[kind]}/file", stamp)
+    file.rows_into("rows", range(0, 40, 2), found, places)
+    assert torch.equal(found, rows[::2]) and torch.equal(file.tensors()["one"], torch.ones(3)) and not proxy.faults
+    assert caplog.messages and all(line.startswith(f"{roots[kind]}/file: try ") for line in caplog.messages)
+    proxy.after = 500
+    monkeypatch.setattr(LIMITS, "attempts", 3)
+    with pytest.raises(ValueError, match=f"{roots[kind]}/file cannot be read, it was tried 3 times"):
+        file.rows_into("rows", range(0, 40, 2), found, places)
 
 
 @pytest.mark.parametrize("kind", ["s3", "http"])

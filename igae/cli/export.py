@@ -2,7 +2,6 @@
 """Export a run: ``igae export RUN TARGET [key=value ...]``."""
 
 from igae.errors import Parser, command, log_to_stderr, redact
-from igae.export import check_target, read_run, write
 from igae.ranks import use_share
 
 
@@ -19,6 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     log_to_stderr()
+    from igae.models import import_diffusers
+
+    import_diffusers()
+    from igae.export import check_target, read_run, write
+
     use_share()
     check_target(arguments.target)
     description = write(read_run(arguments.run, arguments.overrides), arguments.target)

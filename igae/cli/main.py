@@ -25,8 +25,6 @@ COMMANDS = {
 }
 RANKED = ("train", "fit", "evaluate")
 """Commands that several processes run together."""
-NETWORKS = ("evaluate", "export", "view")
-"""Commands whose modules import autoencoders."""
 TOOLS = {"demo": "make_demo", "render": "render_objects"}
 """Commands that are scripts of data_tools/, which come with the package."""
 
@@ -54,10 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     wait_asleep()
     if name in RANKED:
         check_rank_variables()
-    if name in NETWORKS:
-        from igae.models import import_diffusers
-
-        import_diffusers()
     module = importlib.import_module(TOOLS.get(name, f"igae.cli.{name}"))
     run: Callable[[list[str]], int] = module.main
     return run(arguments[1:])

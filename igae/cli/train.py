@@ -73,11 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"outputs: {redact(recipe.outputs)} is a URL: give a folder on this machine (checkpoint.root may be a URL)"
         )
-    root = recipe.data.root
-    # Several ranks must hear of it together, once they have met.
-    if world_size() == 1 and "://" not in root and not (Path(root) / "manifest.json").is_file():
-        where = redact(root) + ("" if Path(root).is_absolute() else f" of {Path.cwd()}")
-        raise ValueError(f"no manifest.json in {where}: pack the data first with data_tools/pack_shards.py")
+    if world_size() == 1:  # several ranks must hear of it together, once they have met
+        _check_places(recipe)
     _end_with_the_launcher()
     # torch's own modules use names that torch has deprecated.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -92,6 +89,16 @@ def run(arguments: argparse.Namespace) -> None:
     started.engine.close()  # NCCL warns on each rank of a process group that is left open
     if rank() == 0:
         _tell_results(recipe, stopped=started.signals.received is not None)
+
+
+def _check_places(recipe: Recipe) -> None:
+    from igae.storage import check_folder
+
+    root = recipe.data.root
+    if "://" not in root and not (Path(root) / "manifest.json").is_file():
+        where = redact(root) + ("" if Path(root).is_absolute() else f" of {Path.cwd()}")
+        raise ValueError(f"no manifest.json in {where}: pack the data first with data_tools/pack_shards.py")
+    check_folder(str(recipe.folder))
 
 
 def _tell_results(recipe: Recipe, stopped: bool) -> None:
@@ -122,7 +129,7 @@ def _tell_results(recipe: Recipe, stopped: bool) -> None:
 def _take_settings(data: dict[str, Any]) -> None:
     if "model" in data and not data["model"] and "autoencoder" not in data:
         raise ValueError(
-            "model is empty: say which run, checkpoint or export the scenes are fitted to, model=outputs/RUN"
+            "no model is given: say which run, checkpoint or export the scenes are fitted to, model=outputs/RUN"
         )
     if data.get("model") is not None:
         from igae.export import take_settings

@@ -9,11 +9,8 @@ import ipaddress
 import logging
 import threading
 
-import torch
-
 from igae.errors import Parser, command, log_to_stderr, say
 from igae.ranks import use_share
-from igae.viewer import Followed, Viewer
 
 
 @command
@@ -27,6 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     log_to_stderr()
     logging.getLogger("igae").setLevel(logging.INFO)
+    from igae.models import import_diffusers
+
+    import_diffusers()
+    import torch
+
+    from igae.viewer import Followed, Viewer
+
     use_share()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     viewer = Viewer(Followed(arguments.model, arguments.overrides, device), arguments.host, arguments.port)

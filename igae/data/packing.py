@@ -34,7 +34,17 @@ from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.data.tables import Scenes, Shards
 from igae.errors import progress, redact
-from igae.storage import FileInfo, file_system, join, look_up, make_folder, remove_leftovers, sync_folder
+from igae.storage import (
+    FileInfo,
+    check_folder,
+    file_system,
+    join,
+    look_up,
+    make_folder,
+    named_errors,
+    remove_leftovers,
+    sync_folder,
+)
 
 log = logging.getLogger("igae")
 
@@ -43,6 +53,8 @@ TAR_OVERHEAD = 2560
 """Bytes of a view in a tar file besides its image: two headers, padding, the camera."""
 FEW_VIEWS = 10
 """With fewer a scene is packed, but not without a word."""
+FACTOR = 8
+"""Pixels along a side that are one latent of most autoencoders: with sides that it does not divide, likewise."""
 
 T = TypeVar("T")
 
@@ -80,13 +92,8 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         ValueError: nothing to pack, unknown category, or there is a manifest already.
         OSError: files cannot be read or written, or a process died.
     """
-    if options.scenes is None and options.images is None:
-        raise ValueError("nothing to pack: give scenes, images or both")
-    if options.fit != "refuse" and options.resize is None:
-        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
+    _check(output, options)
     fs, root = file_system(output)
-    if fs.exists(join(root, NAME)) and not options.overwrite:
-        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or --overwrite it")
     dataset, refs, problems = "images", list[SceneRef](), list[str]()
     if options.scenes:
         dataset, refs, problems = find_scenes(
@@ -101,10 +108,10 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
         scanned = [entry for entry in found if isinstance(entry, _Scanned)]
         if problems and not options.skip_bad:
             raise Refused(problems)
-        _tell(scanned, options.resize)
         size = (options.resize,) * 2 if options.resize else _common_size(scanned, options.images, natural_images)
         if size is None:
             raise Refused(problems or [f"no readable image in {redact(options.images or '')}"])
+        _tell(scanned, options.resize, size)
         staged = STAGED if isinstance(fs, LocalFileSystem) else ""
         jobs = _plan(options, Output(output, staged, size), scanned, natural_images)
         make_folder(output)
@@ -126,7 +133,22 @@ def pack(output: str, options: PackOptions) -> tuple[Manifest, list[str]]:
     return manifest, problems
 
 
-def _tell(scanned: Sequence[_Scanned], resize: int | None) -> None:
+def _check(output: str, options: PackOptions) -> None:
+    """Refuse (ValueError) what can be known before anything is read."""
+    if options.scenes is None and options.images is None:
+        raise ValueError("nothing to pack: give scenes, images or both")
+    if options.fit != "refuse" and options.resize is None:
+        raise ValueError(f"fit {options.fit} needs resize (--resize N), the side of the squares")
+    fs, root = file_system(output)
+    if isinstance(fs, LocalFileSystem):
+        check_folder(root)
+    with named_errors(output):
+        there = fs.exists(join(root, NAME))
+    if there and not options.overwrite:
+        raise ValueError(f"{redact(output)} has a {NAME} already: choose another folder or --overwrite it")
+
+
+def _tell(scanned: Sequence[_Scanned], resize: int | None, size: tuple[int, int]) -> None:
     """Say what was found, where a wrong guess would go unnoticed."""
     for format, count in Counter(entry.ref.format for entry in scanned).items():
         moved = sum(entry.ref.format == format and entry.ref.normalization is not None for entry in scanned)
@@ -135,6 +157,10 @@ def _tell(scanned: Sequence[_Scanned], resize: int | None) -> None:
         log.warning("%d scenes have fewer than %d views: 40 or more from all sides make a scene", few, FEW_VIEWS)
     if resize and (small := sum(min(entry.size) < resize for entry in scanned)):
         log.warning("views of %d scenes are smaller than --resize %d and are enlarged", small, resize)
+    if any(side % FACTOR for side in size):
+        way = f"--resize {max(FACTOR, min(size) // FACTOR * FACTOR)}{' --fit crop' * (size[0] != size[1])}"
+        what = f"images of {size[1]} x {size[0]} pixels don't suit most autoencoders, which halve them three times"
+        log.warning("%s: pack them with %s, or another multiple of %d", what, way, FACTOR)
 
 
 def _start(processes: int) -> ItemFunction:

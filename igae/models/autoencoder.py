@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from igae.config import plug_in
 from igae.models.config import AutoencoderConfig
 from igae.models.layers import keep_dtypes, skip_products, to_channels_last
-from igae.storage import is_url, reason, staged_files
+from igae.storage import Limits, StoreError, is_url, reason, retry, staged_files
 
 # atanh is infinite at 1: normalized latents are clamped to 1 - MARGIN before they are mapped back.
 MARGIN = 1e-3
@@ -28,6 +29,8 @@ CLASSES += ("AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVA
 """diffusers' autoencoders of images: their encoders and decoders need nothing else, and give the same each time."""
 MOST_TENSORS, MOST_WEIGHTS = 2_000, 4_000_000_000
 """Of an autoencoder that is created; diffusers' largest have less than a fifth."""
+HUB = Limits(attempts=6, first_wait=0.5, attempt_seconds=10.0, total_seconds=20.0, lines=1)
+"""For the hub's first answer. Its client would try for minutes, each file, and tell of each try in two lines."""
 
 
 class Posterior(NamedTuple):
@@ -216,15 +219,17 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
 
     source = str(files("igae") / "models/demo-autoencoder") if path == "demo" else path
     try:
-        if is_url(source):
-            raise ValueError("a URL")
-        _file(source, subfolder, "config.json", needed=True)  # says more than diffusers of a hub that can't be reached
-        settings = dict(diffusers.AutoencoderKL.load_config(source, subfolder=subfolder))
+        if is_url(source) or Path(source).is_file():
+            raise ValueError("a URL" if is_url(source) else "a file")
+        there = _Files(source, subfolder)
+        if (config := there.find("config.json")) is None:
+            raise there.failure or ValueError("it has no config.json")
+        settings = dict(diffusers.AutoencoderKL.load_config(config.parent))
         cls = _class_of(settings.get("_class_name"))
-        variant, shapes = _find_weights(source, subfolder)
+        variant, shapes = _find_weights(there)
         _check_shapes(_outline(cls, settings, len(shapes)), shapes)
         net: nn.Module = cls.from_pretrained(
-            source, subfolder=subfolder, variant=variant, torch_dtype=torch.float32, use_safetensors=True
+            config.parent, variant=variant, torch_dtype=torch.float32, use_safetensors=True
         )
     except Exception as error:  # of diffusers, the hub's client, safetensors and torch
         place = "folder" if Path(source).exists() else "folder, and no hub repository that can be reached and read,"
@@ -235,38 +240,65 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
     return net
 
 
-def _find_weights(source: str, subfolder: str | None) -> tuple[str | None, dict[str, tuple[int, ...]]]:
-    """The variant of the weights in a folder or hub repository, the plain one first, and the shapes of its tensors."""
+class _Files:
+    """Files of a folder or hub repository; those that the hub's cache has where the hub does not answer.
+
+    Attributes:
+        failure: why it does not.
+    """
+
+    def __init__(self, source: str, subfolder: str | None) -> None:
+        self._source, self._subfolder = source, subfolder
+        self.failure = None if Path(source).is_dir() else _try_hub(source, subfolder)
+
+    def find(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        if Path(name).name != name:
+            raise ValueError(f"its list of weights has {name[:80]!r}, which is no file's name")
+        if Path(self._source).is_dir():
+            path = Path(self._source, self._subfolder or "", name)
+            return path if path.is_file() else None
+        try:
+            offline = self.failure is not None
+            return Path(hf_hub_download(self._source, name, subfolder=self._subfolder, local_files_only=offline))
+        except EntryNotFoundError:
+            return None
+
+
+def _try_hub(source: str, subfolder: str | None) -> StoreError | None:
+    """Why the hub does not answer, if it does not; it is tried once where its cache has the autoencoder."""
+    from huggingface_hub import constants, get_session, hf_hub_url, try_to_load_from_cache
+
+    logging.getLogger("huggingface_hub").handlers.clear()  # what the root's handler prints, too
+    name = "/".join(filter(None, (subfolder, "config.json")))
+    url, found = hf_hub_url(source, name), try_to_load_from_cache(source, name)
+    if constants.HF_HUB_OFFLINE:
+        return StoreError("HF_HUB_OFFLINE is set, and the hub's cache does not have it")
+    cached = isinstance(found, str) and any(Path(found).parent.glob("*.safetensors"))
+    try:
+        limits = replace(HUB, attempts=1) if cached else HUB
+        retry(lambda limit: get_session().head(url, timeout=limit), constants.ENDPOINT, limits=limits)
+    except StoreError as error:
+        return error
+    return None
+
+
+def _find_weights(there: _Files) -> tuple[str | None, dict[str, tuple[int, ...]]]:
+    """The variant of the weights, the plain one first, and the shapes of its tensors."""
     name = "diffusion_pytorch_model"
     for variant, end in ((None, ""), ("fp16", ".fp16")):
-        if index := _file(source, subfolder, f"{name}.safetensors.index{end}.json"):
+        if index := there.find(f"{name}.safetensors.index{end}.json"):
             parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         else:
             parts = [f"{name}{end}.safetensors"]
-        if found := [file for part in parts if (file := _file(source, subfolder, part))]:
+        if found := [file for part in parts if (file := there.find(part))]:
             return variant, {key: shape for file in found for key, shape in _shapes(file).items()}
-    raise ValueError(
+    raise there.failure or ValueError(
         f"it has no {name}.safetensors, and others, such as .bin, are not read, because that can run what is in them; "
         "where you trust it, load it with diffusers and save_pretrained it"
     )
-
-
-def _file(source: str, subfolder: str | None, name: str, needed: bool = False) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    logging.getLogger("huggingface_hub").handlers.clear()  # what the root's handler prints, too
-    if Path(name).name != name:
-        raise ValueError(f"its list of weights has {name[:80]!r}, which is no file's name")
-    if Path(source).is_dir():
-        path = Path(source, subfolder or "", name)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, subfolder=subfolder))
-    except EntryNotFoundError:
-        if needed:
-            raise
-        return None
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -58,9 +58,12 @@ def _latent_shape(autoencoder: Autoencoder, image: Tensor) -> tuple[int, int, in
     if channels != 3:
         raise ValueError(f"the autoencoder makes images of {channels} channels from RGB images: name another one")
     if decoded != [height, width]:
+        factor = max(1, decoded[0] // latents.shape[2])
+        if height % factor == width % factor == 0:
+            raise ValueError(f"the autoencoder makes images of {decoded} from those of {[height, width]}: name another")
         raise ValueError(
-            f"the autoencoder makes images of {decoded[0]} x {decoded[1]} from those of {height} x {width}: pack "
-            "the data with --resize to a multiple of its downscale factor"
+            f"the autoencoder needs sides that are multiples of {factor} and the images have {height} x {width}: pack "
+            f"them again, with --resize {max(factor, min(height, width) // factor * factor)}"
         )
     return latents.shape[1], latents.shape[2], latents.shape[3]
 
@@ -115,19 +118,18 @@ class IGAE(nn.Module):
 
     @classmethod
     def from_recipe(
-        cls, recipe: ModelRecipe, image_size: tuple[int, int], device: torch.device | str = "cpu", losses: bool = True
+        cls, recipe: ModelRecipe, image_size: tuple[int, int], device: torch.device | str = "cpu"
     ) -> "IGAE":
         """The model of a recipe at its start, the same on every rank; its background is still to be taken.
 
         Args:
             image_size: (H, W) of the views.
-            losses: it will be trained (else LPIPS is never read or fetched).
 
         Raises:
             ValueError: the autoencoder, or weights of a loss, can't be had or don't fit.
         """
         seed, train = recipe.seed, recipe.train
-        lpips = losses and any(stage.epochs and stage.weights.natural_lpips for stage in (train.warmup, train.joint))
+        lpips = any(stage.epochs and stage.weights.natural_lpips for stage in (train.warmup, train.joint))
         return cls(
             load_autoencoder(recipe.autoencoder, derive_seed(seed, "autoencoder")).to(device),
             recipe.planes,

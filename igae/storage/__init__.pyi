@@ -7,6 +7,7 @@ from .listing import look_up as look_up
 from .listing import read_input as read_input
 from .paths import LIMITS as LIMITS
 from .paths import Damaged as Damaged
+from .paths import Limits as Limits
 from .paths import Missing as Missing
 from .paths import StoreError as StoreError
 from .paths import base_name as base_name
@@ -28,6 +29,7 @@ from .tensors import DTYPES as DTYPES
 from .tensors import Stamp as Stamp
 from .tensors import TensorFile as TensorFile
 from .tensors import write_tensors as write_tensors
+from .writing import check_folder as check_folder
 from .writing import make_folder as make_folder
 from .writing import remove_leftovers as remove_leftovers
 from .writing import staged as staged

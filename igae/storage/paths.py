@@ -25,6 +25,7 @@ class Limits:
     first_wait: float = 1.0  # before the second attempt; doubles with each further one
     attempt_seconds: float = 60.0  # asynchronous file systems (S3, HTTP, GCS, Azure) only: others can't be interrupted
     total_seconds: float = 120.0
+    lines: int = 6  # that tell of attempts that failed
     visible_seconds: float = 60.0  # until other nodes see a file: network file systems cache what does not exist
     claim_seconds: float = 1.0  # from writing to a folder that it is taken to reading who has it
     local_block: int = 1 << 20

@@ -19,7 +19,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.local import LocalFileSystem
 
 from igae.errors import redact
-from igae.storage.paths import LIMITS, Missing, StoreError, file_system, own_file, reason, split
+from igae.storage.paths import LIMITS, Limits, Missing, StoreError, file_system, own_file, reason, split
 
 MAX_SMALL = 1 << 20
 """Bytes of a small JSON file: most of them have some kB."""
@@ -33,6 +33,14 @@ _jitter = random.SystemRandom()  # ranks that failed together must not come back
 
 class _WrongLength(OSError):
     pass
+
+
+def of_length(number: int, data: bytes) -> bytes:
+    """The answer to a request for so many bytes; an error that may pass where others came."""
+    if len(data) != number:
+        hint = ": does the server support range requests?" if len(data) > number else ""
+        raise _WrongLength(f"{len(data)} bytes came instead of {number}{hint}")
+    return data
 
 
 class File:
@@ -122,27 +130,26 @@ class File:
         else:
             # The hub's client reads 5 MB more than it is asked for, unless it is told not to.
             options = {"cache_type": "none", "size": self.size} if self._hub else {}
-            data = self._call(limit, "cat_file", start=start, end=end, **options)
-        if len(data) != end - start:
-            hint = ": does the server support range requests?" if len(data) > end - start else ""
-            raise _WrongLength(f"{len(data)} bytes came instead of {end - start}{hint}")
-        return data
+            data = ask(self._fs, limit, "cat_file", self._path, start=start, end=end, **options)
+        return of_length(end - start, data)
 
     def _find_size(self, limit: float) -> Any:
         # A listing may be older than the file. The hub's client lists the whole folder for each size, so its listing is
         # used as long as the file is in it.
         if self._hub:
             try:
-                return self._call(limit, "info")["size"]
+                return ask(self._fs, limit, "info", self._path)["size"]
             except FileNotFoundError:
                 pass
         self._fs.invalidate_cache(self._fs._parent(self._path))
-        return self._call(limit, "info")["size"]
+        return ask(self._fs, limit, "info", self._path)["size"]
 
-    def _call(self, limit: float, method: str, **options: Any) -> Any:
-        if isinstance(self._fs, AsyncFileSystem):
-            return sync(self._fs.loop, getattr(self._fs, "_" + method), self._path, timeout=limit, **options)
-        return getattr(self._fs, method)(self._path, **options)
+
+def ask(fs: Any, limit: float, method: str, *arguments: Any, **options: Any) -> Any:
+    """What a method of a file system returns, within so many seconds where it can be interrupted."""
+    if isinstance(fs, AsyncFileSystem):
+        return sync(fs.loop, getattr(fs, "_" + method), *arguments, timeout=limit, **options)
+    return getattr(fs, method)(*arguments, **options)
 
 
 def read_whole(url: str, what: str, limit: int) -> bytes:
@@ -188,8 +195,8 @@ def parse_json(data: bytes, most: int = MAX_SMALL) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def retry(attempt: Callable[[float], T], what: str, clock: Any = time) -> T:
-    """Call `attempt`, which gets the seconds that it may take, until it succeeds or `LIMITS` are reached.
+def retry(attempt: Callable[[float], T], what: str, clock: Any = time, limits: Limits = LIMITS) -> T:
+    """Call `attempt`, which gets the seconds that it may take, until it succeeds or `limits` are reached.
 
     Args:
         what: stands for the file in messages.
@@ -198,12 +205,12 @@ def retry(attempt: Callable[[float], T], what: str, clock: Any = time) -> T:
     Raises:
         Missing, StoreError: no further attempt is made.
     """
-    end = clock.monotonic() + LIMITS.total_seconds
+    end = clock.monotonic() + limits.total_seconds
     number = 0
     while True:
         number += 1
         try:
-            return attempt(max(0.1, min(LIMITS.attempt_seconds, end - clock.monotonic())))
+            return attempt(max(0.1, min(limits.attempt_seconds, end - clock.monotonic())))
         except Exception as error:
             # Nothing is raised "from" these errors: they are printed with it, and have URLs in their texts.
             cause = _underlying(error)
@@ -212,10 +219,11 @@ def retry(attempt: Callable[[float], T], what: str, clock: Any = time) -> T:
                 raise Missing(f"{what} is missing") from None
             if not _may_pass(cause):
                 raise StoreError(f"{what} cannot be read: {why}") from None
-        wait = LIMITS.first_wait * 2 ** (number - 1) * _jitter.uniform(0.75, 1.25)
-        if number >= LIMITS.attempts or clock.monotonic() + wait >= end:
+        wait = limits.first_wait * 2 ** (number - 1) * _jitter.uniform(0.75, 1.25)
+        if number >= limits.attempts or clock.monotonic() + wait >= end:
             raise StoreError(f"{what} cannot be read, it was tried {number} times: {why}")
-        log.warning("%s: try %d of %d failed (%s), next in %.1f s", what, number, LIMITS.attempts, why, wait)
+        if number <= limits.lines:
+            log.warning("%s: try %d of %d failed (%s), next in %.1f s", what, number, limits.attempts, why, wait)
         clock.sleep(wait)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from igae.errors import progress, redact
 from igae.storage.paths import LIMITS, Damaged, file_system, named_errors
-from igae.storage.reading import parse_json
+from igae.storage.reading import ask, of_length, parse_json, retry
 from igae.storage.writing import writes_to
 
 DTYPES = {
@@ -143,14 +143,14 @@ class TensorFile:
         self.url, self._stamp = url, stamp
         with named_errors(url):
             self._fs, self._path = file_system(url)
-            size = self._fs.size(self._path)
+            size = retry(lambda limit: ask(self._fs, limit, "size", self._path), redact(url))
             if stamp is not None and size != stamp.bytes:
                 raise Damaged(f"it has {size} bytes and had {stamp.bytes}")
-            length = self._fs.cat_file(self._path, start=0, end=8) if size >= 8 else b""
+            length = self._fetch([0], [8])[0] if size >= 8 else b""
             self._data = 8 + int.from_bytes(length, "little")
             if not 10 <= self._data <= min(size, MAX_HEADER + 8):
                 raise Damaged("its header has no possible length")
-            header = self._fs.cat_file(self._path, start=8, end=self._data)
+            header = self._fetch([8], [self._data])[0]
             self.entries = _parse(header, size - self._data)
         self._crc = zlib.crc32(length + header)
         self._sums: dict[str, NDArray[Any]] = {}
@@ -237,13 +237,17 @@ class TensorFile:
     def _read_spans(self, spans: list[list[tuple[int, memoryview]]]) -> None:
         starts = [self._data + span[0][0] for span in spans]
         ends = [self._data + max(begin + len(target) for begin, target in span) for span in spans]
-        found = self._fs.cat_ranges([self._path] * len(spans), starts, ends, on_error="raise")
-        for span, start, end, data in zip(spans, starts, ends, found, strict=True):
-            if len(data) != end - start:
-                raise Damaged("it ends too early")
+        for span, start, data in zip(spans, starts, self._fetch(starts, ends), strict=True):
             for begin, target in span:
                 offset = self._data + begin - start
                 target[:] = memoryview(data)[offset : offset + len(target)]
+
+    def _fetch(self, starts: list[int], ends: list[int]) -> list[bytes]:
+        def fetch(limit: float) -> list[bytes]:
+            found = ask(self._fs, limit, "cat_ranges", [self._path] * len(starts), starts, ends, on_error="raise")
+            return [of_length(end - start, data) for start, end, data in zip(starts, ends, found, strict=True)]
+
+        return retry(fetch, redact(self.url))
 
 
 def _flat(tensor: Tensor) -> memoryview:

@@ -30,7 +30,8 @@ def writes_to(where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and error.errno not in FULL):
+        other = error.filename is not None and not LEFTOVER.fullmatch(Path(error.filename).name)
+        if error.errno is None or (other and error.errno not in FULL):
             raise
         raise OSError(f"{redact(str(where))} can't be written: {error.strerror}{_space(str(where))}") from error
 
@@ -149,6 +150,21 @@ def write_file(url: str, data: bytes) -> None:
         return
     with staged(Path(path)) as staging:
         staging.write_bytes(data)
+
+
+def check_folder(folder: str) -> None:
+    """Refuse a folder of this machine that can't be made or written to, before the work for what goes there.
+
+    Raises:
+        ValueError: the sentence names what is in the way.
+    """
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{folder} can't be a folder, because {place} is a file: choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} can't be written, because {place} may not be: allow it, or choose another")
 
 
 def make_folder(url: str) -> None:

@@ -74,6 +74,7 @@ def find_scenes(
         dataset, known, places = _search(root, folder, chosen)
     else:
         dataset, known = lists.dataset, lists.categories
+        _check_subset(root, subset, known)
     # The most specific category of a scene is the shortest list that has it.
     category = {name: key for key in sorted(known, key=lambda key: -len(known[key])) for name in known[key]}
     refs: dict[str, SceneRef] = {}
@@ -94,6 +95,21 @@ def find_scenes(
                 refs.setdefault(name, SceneRef(name, category[name], where, reader, convention))
             seen.add(name)
     return dataset, list(refs.values()), list(bad)
+
+
+def _check_subset(root: str, subset: str | None, known: Mapping[str, Sequence[str]]) -> None:
+    """Say which folders have the scenes of the lists, where the one that is meant is none or has none of the first."""
+    fs, path = file_system(root)
+    some = [name for names in known.values() for name in names[:2] if not name_problem(name)]
+
+    def has(folder: str) -> bool:
+        return any(fs.isdir(join(folder, name)) for name in some)
+
+    if not (fs.isdir(join(path, subset)) if subset else has(path)):
+        folders = [entry["name"] for entry in fs.ls(path, detail=True)[:100] if entry["type"] == "directory"]
+        if found := sorted(base_name(folder) for folder in folders if has(folder)):
+            where = redact(join(root, subset) if subset else root)
+            raise ValueError(f"{where} has none of the scenes, which are in --subset {' or '.join(found)}")
 
 
 def _search(

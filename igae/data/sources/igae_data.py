@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from igae.data.sources.frames import OPENCV
 from igae.data.sources.transforms import read as read
 from igae.errors import redact
-from igae.storage import base_name, file_system, join, read_input
+from igae.storage import base_name, file_system, join, named_errors, read_input
 
 MAP = "dataset_map.json"
 UNIT_BOX = True
@@ -35,8 +35,9 @@ def read_lists(root: str) -> Lists | None:
     """
     fs, path = file_system(root)
     file = join(path, MAP)
-    if not fs.exists(file):
-        return None
+    with named_errors(root):
+        if not fs.exists(file):
+            return None
     lists = _read_map(read_input(fs, file), redact(join(root, MAP)))
     longest = max(lists, key=lambda key: len(lists[key]))
     if set(lists[longest]) >= {name for names in lists.values() for name in names}:

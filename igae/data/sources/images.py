@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from igae.data.sources.scene import SUFFIXES, BadInput
 from igae.errors import redact
-from igae.storage import FileInfo, file_system, find_files, join, read_input
+from igae.storage import FileInfo, StoreError, file_system, find_files, join, named_errors, read_input
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -24,7 +24,11 @@ READ_TOGETHER = 64
 def find_images(root: str) -> tuple[dict[str, FileInfo], list[str]]:
     """All natural images below `root` (PNG, JPEG, WebP): sorted paths relative to `root` -> files; and a sentence for
     each link and folder below it that can't be followed."""
-    found, problems = find_files(root, lambda path: path.lower().endswith(SUFFIXES))
+    with named_errors(root):
+        fs, path = file_system(root)
+        if isinstance(fs, LocalFileSystem) and not fs.isdir(path):
+            raise StoreError(f"there is no folder {redact(root)}")
+        found, problems = find_files(root, lambda path: path.lower().endswith(SUFFIXES))
     if not found:
         raise ValueError(": ".join([f"no PNG, JPEG or WebP images in {redact(root)}", *problems[:1]]))
     return found, problems

@@ -100,6 +100,8 @@ def read_run(folder: Path) -> LoggedRun:
         raise ValueError(
             f"{folder} is not the folder of a run, it has neither metrics.jsonl nor config.yaml: give outputs/NAME"
         )
+    if (folder / "igae.json").is_file():
+        raise ValueError(f"{folder} is an export and has no metrics: give the folder of the run, outputs/NAME")
     run = LoggedRun(folder, _read_steps(folder))
     run.stage_metrics = _read(folder, "metrics.json", dict[str, Metrics]) or {}
     run.evaluation = _read(folder, "evaluation.json", SceneMetrics, MAX_EVALUATION)
