@@ -233,7 +233,8 @@ def _from_pretrained(path: str, subfolder: str | None) -> nn.Module:
         )
     except Exception as error:  # of diffusers, the hub's client, safetensors and torch
         place = "folder" if Path(source).exists() else "folder, and no hub repository that can be reached and read,"
-        hint = "" if Path(source).exists() else "; without network: a folder, or autoencoder.path=demo, which igae has"
+        ours = "autoencoder.path=demo autoencoder.scale=auto, a small one that igae has"
+        hint = "" if Path(source).exists() else f"; without network: a folder, or {ours}"
         raise ValueError(
             f"autoencoder.path: {path} is no {place} with a diffusers autoencoder ({reason(error)}){hint}"
         ) from error
