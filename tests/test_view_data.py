@@ -12,11 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scene_files import over_white
-from view_models import CPU, NAMES, Made
+from view_models import CPU, NAMES, Made, connected, wait
 
 from igae.data import PackOptions, pack
 from igae.export import Export
-from igae.viewer import DATA, Camera, draw, lens_of, nearest, open_subject, panels
+from igae.viewer import DATA, Camera, Followed, Viewer, draw, lens_of, nearest, open_subject, panels
 
 LENS = lens_of(50, (16, 16))
 
@@ -92,7 +92,8 @@ def test_a_scene_is_first_seen_upright_from_a_side_that_was_captured(viewed: Mad
             frame["transform_matrix"] = (turn @ np.array(frame["transform_matrix"])).tolist()
         path.write_text(json.dumps(transforms))
     pack(str(tmp_path / "shards"), PackOptions(scenes=str(tmp_path / "all"), subset="square16"))
-    subject = open_subject(str(viewed.export), [f"data.root={tmp_path / 'shards'}"], CPU)
+    viewer = Viewer(Followed(str(viewed.export), [f"data.root={tmp_path / 'shards'}"], CPU), port=0)
+    subject = viewer.subject
     assert subject.truth is not None
     for name, expected in turns.items():
         front, up = subject.front(name)
@@ -108,4 +109,14 @@ def test_a_scene_is_first_seen_upright_from_a_side_that_was_captured(viewed: Mad
     alone = open_subject(str(viewed.export), [], CPU)
     assert torch.equal(subject.front("scene_1")[1], alone.front("scene_0")[1])
     assert alone.front("scene_0")[1].tolist() == [0, 0, 1]
-    subject.truth.close()
+    # A page begins there, wherever its camera was, and turns with the world of the scene.
+    with connected(viewer) as (_, session):
+        for name in ("scene_0", "scene_3"):
+            session._select(name)
+            wait(lambda name=name: torch.allclose(session.camera().cam2world, subject.front(name)[0], atol=1e-4))
+        session.up.value = "x"
+        session._reset()
+        session._select("scene_0")  # what was chosen stays
+        wait(lambda: not session._dirty)
+        np.testing.assert_allclose(session.client.camera.up_direction, [1, 0, 0])
+    viewer.close()
