@@ -60,7 +60,7 @@ def milliseconds(subject: Subject, view: str, moving: bool, frames: int, server:
     """Medians of all and of its parts, over an orbit."""
     scene, size = subject.scene(subject.names[0]), subject.image_size
     axis, center = torch.tensor([0.0, 0, 1]).double(), torch.zeros(3).double()
-    way = orbit_from(Camera(subject.front, lens_of(subject.angle, size)), frames, axis, center)
+    way = orbit_from(Camera(subject.front(subject.names[0])[0], lens_of(subject.angle, size)), frames, axis, center)
     side, quality = MOVING if moving else RESTING
     parts: dict[str, list[float]] = {name: [] for name in ("all", "draw", "arrange", "encode")}
     scale = 1.0

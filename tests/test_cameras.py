@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igae.data import is_rigid, normalized_intrinsics, opengl_to_opencv, orbit, orbit_like
+from igae.data import is_rigid, normalized_intrinsics, opengl_to_opencv, orbit, orbit_like, up_of
 
 VECTOR = st.tuples(*[st.floats(-2, 2)] * 3)
 
@@ -134,5 +134,6 @@ def test_orbit_like_finds_up_in_a_one_sided_capture():
     up = -side[:, :3, 1].mean(0)
     assert (up / up.norm())[1] < 0.95
     assert torch.allclose(like[:, 1, 3] / 1.5, torch.full((4,), math.sin(0.9)), atol=1e-4)
+    assert torch.allclose(up_of(side), torch.tensor([0.0, 1.0, 0.0]).double(), atol=1e-5)
     alone = orbit_like(side[:1], 4)
     assert bool(is_rigid(alone).all())

@@ -50,14 +50,15 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def add_examples(folder: Path) -> None:
+def add_examples(folder: Path, columns: int = 3) -> None:
     """Views of three scenes as an evaluation leaves them."""
     random = np.random.default_rng(1)
     for which, scene in (("worst", "duck"), ("best", "mug"), ("median", HOSTILE)):
-        labels = {"columns": "truth, decoded render, depth", "scene": scene, "which": which, "split": "held-out"}
+        shown = ["truth", "decoded render", "depth", "latents: encoded", "latents: rendered", "autoencoder"][:columns]
+        labels = {"columns": ", ".join(shown), "scene": scene, "which": which, "split": "held-out"}
         labels |= {"metric": "heldout/rgb_psnr", "value": f"{PSNR[scene]}", "scenes": "4", "near": "1.5", "far": "2.5"}
         labels["scale"] = "#ffee00, #001122" + ", red; } body { display: none" * (scene == HOSTILE)
-        strip = random.integers(0, 256, (8, 24, 3), dtype=np.uint8)
+        strip = random.integers(0, 256, (8, 8 * columns, 3), dtype=np.uint8)
         save_png(folder / "examples" / f"{which}.png", strip, labels)
     (folder / "examples" / "only.png").write_bytes(b"not a picture")
     save_png(folder / "examples" / "other.png", strip, labels | {"which": "other"})
@@ -174,6 +175,8 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "comparison.html"
     assert capsys.readouterr().out.startswith(f"{path}: ")
     text = path.read_text()
+    # They have no data.root, but were evaluated on other scenes.
+    assert "can't be compared" in text and "first: 2 evaluated scenes; second: 2 evaluated scenes; demo: 4 eval" in text
     verdicts = re.findall(r'<p class="verdict".*?><b>(.*?)</b>: (.*?)</p>', text)
     assert verdicts[:2] == [
         ("first", "held-out views 21.0 dB: 1.0 dB above the mean training image"),
@@ -186,6 +189,12 @@ def test_several_runs_side_by_side(run: Path, tmp_path: Path, capsys: pytest.Cap
     write_report([tmp_path / "first", tmp_path / "first"], tmp_path / "twice.html")
     twice = (tmp_path / "twice.html").read_text()
     assert "first (1), first (2) - igae" in twice and "All settings are the same" in twice
+    assert "can't be compared" not in twice
+    for name in ("first", "second"):
+        (tmp_path / name / "evaluation.json").unlink()
+        (tmp_path / name / "config.yaml").write_text(f"data: {{root: data/{name}}}\n")
+    write_report([tmp_path / "first", tmp_path / "second"], tmp_path / "other.html")
+    assert "their data differ: first: data/first; second: data/second</p>" in (tmp_path / "other.html").read_text()
 
 
 def test_size_is_bounded(tmp_path: Path) -> None:
@@ -363,5 +372,16 @@ def test_in_a_browser(run: Path, report: str, tmp_path: Path) -> None:
                 shown.run("document.querySelectorAll('details').forEach(details => details.open = true)")
                 assert shown.run("document.documentElement.scrollWidth") <= width
                 assert shown.run("document.querySelector('h2').getBoundingClientRect().bottom") < 900
-        assert {url for url in shown.requests if not url.startswith("data:")} == {path.as_uri(), several.as_uri()}
+        # the six pictures of a view are in one row, or in two of three
+        add_examples(tmp_path / "six", 6)
+        (tmp_path / "six/config.yaml").write_text("seed: 1\n")
+        six = write_report(tmp_path / "six")
+        rows = "Object.values(Object.groupBy([...document.querySelector('.cells').children], e => e.offsetTop))"
+        for width, expected in ((1300, [6]), (1200, [6]), (1000, [6]), (900, [3, 3]), (400, [3, 3])):
+            shown.resize(width, 900)
+            shown.open(six.as_uri())
+            assert shown.run(f"{rows}.map(row => row.length)") == expected
+            assert shown.run("document.documentElement.scrollWidth") <= width
+        files = {file.as_uri() for file in (path, several, six)}
+        assert {url for url in shown.requests if not url.startswith("data:")} == files
         assert shown.complaints == []

@@ -191,7 +191,7 @@ def test_pictures_are_those_of_the_export(viewed: Made) -> None:
             torch.testing.assert_close(drawn.depth, depth[0])
             torch.testing.assert_close(drawn.opacity, opacity[0])
             # Colors of latents are those of the scene's first view, wherever the camera is.
-            first = export.scene(name).render(subject.front, lens_of(subject.angle, (16, 16)))[0][0, :3]
+            first = export.scene(name).render(subject.front(name)[0], lens_of(subject.angle, (16, 16)))[0][0, :3]
             statistics = (first.mean((1, 2)), first.std((1, 2), correction=0))
             colored = latent_to_rgb(latents, (16, 16), statistics)[0]
             (panel,) = panels(LATENTS, drawn, scene, (16, 16))
@@ -200,13 +200,13 @@ def test_pictures_are_those_of_the_export(viewed: Made) -> None:
 
 def test_views_and_fewer_pixels(viewed: Made) -> None:
     subject = open_subject(str(viewed.export), [], CPU)
-    scene = subject.scene("scene_1")
-    whole = draw(subject.model, scene, subject.front, LENS)
-    half = draw(subject.model, scene, subject.front, LENS, 0.5)
+    scene, (front, _) = subject.scene("scene_1"), subject.front("scene_1")
+    whole = draw(subject.model, scene, front, LENS)
+    half = draw(subject.model, scene, front, LENS, 0.5)
     assert half.latents.shape == (4, 4, 4) and half.image is not None and half.image.shape == (8, 8, 3)
     # Latent pixels of patches of 2 x 2 rendered ones, in both.
     assert [drawn.depth.shape for drawn in (whole, half)] == [(16, 16), (8, 8)] and subject.model.head is not None
-    assert draw(subject.model, scene, subject.front, LENS, 0.01).latents.shape == (4, 4, 4)  # never fewer than 4
+    assert draw(subject.model, scene, front, LENS, 0.01).latents.shape == (4, 4, 4)  # never fewer than 4
     # Opacity of half the pixels is about the mean of the four that each stands for.
     means = torch.nn.functional.avg_pool2d(whole.opacity[None], 2)[0]
     assert (half.opacity - means).abs().mean() < 0.2 * means.mean()

@@ -4,18 +4,15 @@
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import pytest
-import viser
-from view_models import CPU, write_many
+from view_models import CPU, PROTOCOL, connected, wait, write_many
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from igae.viewer import Followed, Session, Viewer
-
-PROTOCOL = [f"viser-v{viser.__version__}"]
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +26,8 @@ def viewer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Viewer]:
 
 @pytest.fixture
 def page(viewer: Viewer) -> Iterator[tuple[ClientConnection, Session]]:
-    with connect(viewer.url.replace("http", "ws"), subprotocols=PROTOCOL, max_size=None, close_timeout=1) as socket:  # type: ignore[arg-type]
-        camera = {"type": "ViewerCameraMessage", "wxyz": [1, 0, 0, 0], "position": [0, 0, -2], "fov": 1.0, "near": 0.1}
-        camera |= {"far": 9.0, "image_height": 64, "image_width": 64, "look_at": [0, 0, 0], "up_direction": [0, 0, 1]}
-        socket.send(msgspec.msgpack.encode(camera))
-        wait(lambda: viewer.sessions)
-        yield socket, next(iter(viewer.sessions.values()))
-    wait(lambda: not viewer.sessions)
-
-
-def wait(condition: Callable[[], object]) -> object:
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
+    with connected(viewer) as found:
+        yield found
 
 
 def send(socket: ClientConnection, kind: str, **values: object) -> None:

@@ -109,7 +109,7 @@ def test_the_page(viewed: Made, shown: browser.Page, tmp_path: Path, tmp_path_fa
         choose(shown, "side by side", "decoded RGB")
         first = settled(shown)
         pose = session.camera().cam2world
-        torch.testing.assert_close(pose, viewer.subject.front, atol=1e-5, rtol=0)
+        torch.testing.assert_close(pose, viewer.subject.front(session.name)[0], atol=1e-5, rtol=0)
         expected = picture_of(viewed, session)
         assert np.abs(first - expected).mean() < 4  # of 255: JPEG, and the page's enlargement; measured 1
 
@@ -151,7 +151,8 @@ def test_the_page(viewed: Made, shown: browser.Page, tmp_path: Path, tmp_path_fa
         shown.click_text("Add this camera")
         wait(lambda: session.count.value == "1")
         shown.click_text("Reset the view")
-        wait(lambda: torch.allclose(session.camera().cam2world, pose, atol=1e-4))
+        front = viewer.subject.front("scene_1")[0]
+        wait(lambda: torch.allclose(session.camera().cam2world, front, atol=1e-4))
         shown.click_text("Add this camera")
         wait(lambda: session.count.value == "2")
         shown.click_text("Save path (JSON)")

@@ -2,11 +2,17 @@
 """Models to look at, for tests of the viewer."""
 
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import runs
 import torch
+import viser
+from websockets.sync.client import ClientConnection, connect
 
 import train
 from igae import checkpoint
@@ -14,8 +20,10 @@ from igae.export import Content, read_run, write
 from igae.models import IGAE, Autoencoder
 from igae.rendering import RenderOptions
 from igae.scenes import PlanesConfig
+from igae.viewer import Session, Viewer
 
 CPU = torch.device("cpu")
+PROTOCOL = [f"viser-v{viser.__version__}"]
 NAMES = ["scene_0", "scene_1", "scene_2", "scene_3"]
 # Scenes that differ from the start.
 SETTINGS = [
@@ -71,3 +79,23 @@ def write_many(url: Path, count: int) -> list[str]:
 
     write(Content(model, (1.0, 1.0, 1.0), names, planes, rows, "Made up."), str(url))
     return names
+
+
+def wait(condition: Callable[[], object]) -> object:
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+@contextmanager
+def connected(viewer: Viewer) -> Iterator[tuple[ClientConnection, Session]]:
+    """A page without a browser, whose camera is where a browser that is late has it."""
+    with connect(viewer.url.replace("http", "ws"), subprotocols=PROTOCOL, max_size=None, close_timeout=1) as socket:  # type: ignore[arg-type]
+        camera = {"type": "ViewerCameraMessage", "wxyz": [1, 0, 0, 0], "position": [0, 0, -2], "fov": 1.0, "near": 0.1}
+        camera |= {"far": 9.0, "image_height": 64, "image_width": 64, "look_at": [0, 0, 0], "up_direction": [0, 0, 1]}
+        socket.send(msgspec.msgpack.encode(camera))
+        wait(lambda: viewer.sessions)
+        yield socket, next(iter(viewer.sessions.values()))
+    wait(lambda: not viewer.sessions)

@@ -4,6 +4,7 @@ from .cameras import normalized_intrinsics as normalized_intrinsics
 from .cameras import opengl_to_opencv as opengl_to_opencv
 from .cameras import orbit as orbit
 from .cameras import orbit_like as orbit_like
+from .cameras import up_of as up_of
 from .columns import Scene as Scene
 from .columns import Shard as Shard
 from .columns import name_problem as name_problem

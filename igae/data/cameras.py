@@ -142,18 +142,14 @@ def orbit(
     return pose.float()
 
 
-def orbit_like(cam2world: Tensor, frames: int) -> Tensor:
-    """An orbit around the origin like given cameras [N, 4, 4]: their mean radius, mean elevation and up axis.
+def up_of(cam2world: Tensor) -> Tensor:
+    """The up axis of the world that cameras [N, 4, 4] are in: [3] float64, of length 1.
 
     Cameras without roll have all their x axes in the horizontal plane, whose normal is then the up axis. Where the x
     axes do not span just a plane (a single camera, cameras with roll) the mean upward direction of the images is taken.
-
-    Returns:
-        cam2world [frames, 4, 4] float32, OpenCV.
     """
     pose = cam2world.detach().cpu().double()
-    position = pose[:, :3, 3]
-    upward = -pose[:, :3, 1].mean(0)
+    upward: Tensor = -pose[:, :3, 1].mean(0)
     right = pose[:, :3, 0]
     values, vectors = torch.linalg.eigh(right.mT @ right / len(pose))
     if upward.norm() < 1e-6:
@@ -162,7 +158,16 @@ def orbit_like(cam2world: Tensor, frames: int) -> Tensor:
     if values[1] > 1e-3 and values[0] < 0.05 * values[1]:
         normal = vectors[:, 0]
         upward = normal if normal @ upward >= 0 else -normal
-    upward = upward / upward.norm()
+    return torch.nn.functional.normalize(upward, dim=0)
+
+
+def orbit_like(cam2world: Tensor, frames: int) -> Tensor:
+    """An orbit around the origin like given cameras [N, 4, 4]: their mean radius, mean elevation and :func:`up_of`.
+
+    Returns:
+        cam2world [frames, 4, 4] float32, OpenCV.
+    """
+    position, upward = cam2world[:, :3, 3].detach().cpu().double(), up_of(cam2world)
     radius = position.norm(dim=-1)
     sine = (position @ upward) / radius.clamp_min(1e-12)
     return orbit(frames, float(radius.mean()), float(sine.clamp(-1, 1).asin().mean()), upward)

@@ -50,7 +50,8 @@ class Viewer:
         self._wake, self._stop, self._ready = threading.Event(), threading.Event(), threading.Event()
         self._server = _start(host, port)
         camera = self._server.initial_camera
-        camera.position = self.subject.front[:3, 3].numpy()
+        front, up = self.subject.front(self.subject.names[0])
+        camera.position, camera.up = front[:3, 3].numpy(), up.numpy()
         camera.look_at = torch.zeros(3).numpy()
         camera.fov = math.radians(self.subject.angle)
         self._server.on_client_connect(self._connect)

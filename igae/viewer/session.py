@@ -41,7 +41,9 @@ BUDGET = 0.12  # seconds that a picture may take while the camera moves; else fe
 MOVING, RESTING = (768, 85), (1280, 95)
 """Pixels of a picture's longer side at most, and quality of its JPEG; a PNG takes 15 times as long."""
 ANGLES = (5.0, 120.0)  # degrees
+OF_DATA = "data"
 UP = {"z": (0, 0, 1), "y": (0, 1, 0), "x": (1, 0, 0), "-z": (0, 0, -1), "-y": (0, -1, 0), "-x": (-1, 0, 0)}
+UPRIGHT = 0.9  # cosine of the angle up to which one direction is as good as another
 NEXT = "next"
 THUMBNAILS, BACK = "Show thumbnails", "Back to the scene"
 SPLITS: dict[str, Split] = {"held-out": "heldout", "training": "train"}
@@ -85,6 +87,7 @@ class Session(Saving):
         self._add_controls()
         client.camera.on_update(lambda _: self._touch(moved=True))
         self._list()
+        self._reset()  # a page may have connected before the server's first camera reached it
 
     # Drawing
 
@@ -111,6 +114,9 @@ class Session(Saving):
     def update(self) -> bool:
         """Draw what has to be drawn now, if anything. Returns whether there will be more to draw soon."""
         rests = time.monotonic() - self._moved > REST
+        # Captures have worlds of their own: another scene may have to be turned the right way up.
+        if self.up.value == OF_DATA and self.subject.front(self.name)[1] @ self._up < UPRIGHT:
+            self._reset()
         if self._dirty or (self._coarse and rests):
             self._dirty = False
             self._coarse = not rests and self.sheet is None
@@ -215,7 +221,8 @@ class Session(Saving):
             angle, hint = clamp(round(2 * subject.angle) / 2, *ANGLES), "vertical angle of view in degrees"
             self.angle = gui.add_slider("angle", *ANGLES, 0.5, angle, hint=hint)
             self.angle.on_update(lambda _: self._touch())
-            self.up = gui.add_dropdown("up", list(UP), initial_value="z", hint="the axis that points upwards")
+            ups, hint = [*UP] if subject.truth is None else [OF_DATA, *UP], "the axis that points upwards"
+            self.up = gui.add_dropdown("up", ups, initial_value=ups[0], hint=hint)
             self.up.on_update(lambda _: self._reset())
             self._button("Reset the view", self._reset, "back to where a scene is first seen from")
         self._add_saving()
@@ -232,11 +239,13 @@ class Session(Saving):
 
     def _reset(self) -> None:
         """The camera that a scene is first seen from, for the axis that is up."""
-        up, camera = UP[self.up.value], self.client.camera
-        position = orbit(1, self.subject.distance, ELEVATION, up)[0, :3, 3].double().numpy()
+        camera, (front, self._up) = self.client.camera, self.subject.front(self.name)
+        if self.up.value != OF_DATA:
+            self._up = torch.tensor(UP[self.up.value], dtype=torch.float64)
+            front = orbit(1, self.subject.distance, ELEVATION, self._up)[0].double()
         with self.client.atomic():
-            camera.up_direction = up
-            camera.position = position
+            camera.up_direction = self._up.numpy()
+            camera.position = front[:3, 3].numpy()
             camera.look_at = np.zeros(3)
         self._touch()
 

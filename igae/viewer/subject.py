@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from igae.data import orbit
+from igae.data import orbit, orbit_like, up_of
 from igae.evaluation import Picture
 from igae.export import find_model, load_trained
 from igae.models import IGAE
@@ -50,6 +50,7 @@ class Subject:
         self.thumbnails: dict[str, Picture] = {}
         self.psnr: dict[str, float] = {}
         self.scenes: OrderedDict[str, ShownScene] = OrderedDict()
+        self._fronts: dict[str, tuple[Tensor, Tensor]] = {}
         self._lock = Lock()
 
     @property
@@ -57,15 +58,24 @@ class Subject:
         """(H, W) of decoded images."""
         return self.model.plain.shape[2], self.model.plain.shape[3]
 
-    @property
-    def front(self) -> Tensor:
-        """cam2world [4, 4] of the camera that a scene is first seen from."""
-        return orbit(1, self.distance, ELEVATION)[0].double()
+    def front(self, name: str) -> tuple[Tensor, Tensor]:
+        """The camera that a scene is first seen from, cam2world [4, 4], and the direction [3] that is up: those of the
+        scene's views, which are waited for, or around the z axis where there are none. float64."""
+        if name not in self._fronts:
+            cameras = self.truth.cameras(name) if self.truth else torch.empty(0, 4, 4)
+            if len(cameras):
+                # Of the orbit, the camera where most views are: a capture may be of one side.
+                ring, middle = orbit_like(cameras, 36).double(), cameras[:, :3, 3].mean(0)
+                self._fronts[name] = ring[(ring[:, :3, 3] @ middle).argmax()], up_of(cameras)
+            else:
+                up = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+                self._fronts[name] = orbit(1, self.distance, ELEVATION)[0].double(), up
+        return self._fronts[name]
 
     def make_thumbnail(self, name: str) -> None:
         """Draw a scene as it is first seen. Raises as :meth:`scene`."""
         lens = lens_of(self.angle, self.image_size)
-        image = draw(self.model, self.scene(name), self.front, lens).image
+        image = draw(self.model, self.scene(name), self.front(name)[0], lens).image
         assert image is not None
         if len(self.thumbnails) >= self.kept_thumbnails:
             del self.thumbnails[next(iter(self.thumbnails))]
@@ -93,7 +103,8 @@ class Subject:
     def choose_threads(self, most: int) -> int:
         """See :func:`igae.viewer.drawing.choose_threads`."""
         lens = lens_of(self.angle, self.image_size)
-        return choose_threads(self.model, self.scene(self.names[0]), self.front, lens, most)
+        name = self.names[0]
+        return choose_threads(self.model, self.scene(name), self.front(name)[0], lens, most)
 
     @torch.no_grad()
     def scene(self, name: str) -> ShownScene:
@@ -103,7 +114,7 @@ class Subject:
                 row = self._rows(name).to(self.model.background.device)
                 scene = ShownScene(self.model.planes_of(row[None])[0])
                 lens = lens_of(self.angle, self.image_size)
-                latents = draw(self.model, scene, self.front, lens, decode=False).latents
+                latents = draw(self.model, scene, self.front(name)[0], lens, decode=False).latents
                 scene.mean, scene.std = latents.mean((1, 2)), latents.std((1, 2), correction=0)
                 self.scenes[name] = scene
                 if len(self.scenes) > self.kept:

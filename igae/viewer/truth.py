@@ -4,18 +4,24 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from igae.data import DataConfig, Manifest, view_loader
 from igae.evaluation import Picture
 from igae.viewer.cameras import Camera
 
 Split = Literal["heldout", "train"]
+SPLITS: tuple[Split, ...] = ("heldout", "train")
 CHUNK = 16
+FEW = 3
+"""Cameras below which those of the training views are needed too: one alone does not tell which way is up."""
+PATIENCE = 10.0
+"""Seconds in which a scene's cameras have to be there."""
 log = logging.getLogger("igae")
 
 
@@ -58,6 +64,22 @@ class Truth:
     def views(self, scene: str, split: Split, then: Callable[[], None]) -> list[DataView] | None:
         """Views of a scene; none if the data don't have it, or no such views. None: they are still to be read, and
         ``then`` is called when they are there. What can't be read is logged."""
+        found = self._ask(scene, split, then)
+        return found.result() if found.done() else None
+
+    def cameras(self, scene: str) -> Tensor:
+        """cam2world [N, 4, 4] of a scene's held-out views, and of the training views where the former are few. They are
+        waited for; none (N = 0) where there are none in time."""
+        found = list[Tensor]()
+        for split in SPLITS:
+            if len(found) < FEW:
+                asked = self._ask(scene, split, lambda: None)
+                wait([asked], PATIENCE)
+                views = asked.result() if asked.done() and not asked.cancelled() else []
+                found += [view.camera.cam2world for view in views]
+        return torch.stack(found) if found else torch.empty(0, 4, 4)
+
+    def _ask(self, scene: str, split: Split, then: Callable[[], None]) -> Future[list[DataView]]:
         key = (scene, split)
         if key not in self._found:
             self._found[key] = self._reader.submit(self._read, scene, split)
@@ -65,8 +87,7 @@ class Truth:
             if len(self._found) > self._kept:
                 self._found.popitem(last=False)[1].cancel()
         self._found.move_to_end(key)
-        found = self._found[key]
-        return found.result() if found.done() else None
+        return self._found[key]
 
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)

@@ -96,6 +96,7 @@ def render(runs: Sequence[LoggedRun]) -> str:
         orbits={name: media.orbits(run.folder, run.stages) for name, run in names.items()},
         throughput=[(name, row) for name, run in names.items() for row in throughput(run)],
         settings=different_settings(names),
+        other_data=different_data(names),
         environment={name: run.environment for name, run in names.items() if run.environment},
     )
 
@@ -173,6 +174,16 @@ def different_settings(runs: Mapping[str, LoggedRun]) -> dict[str, list[str]]:
         found = {key: [settings.get(key, "–") for settings in every] for key in keys}
         rows = {key: values for key, values in found.items() if len(set(values)) > 1}
     return dict(itertools.islice(rows.items(), SETTINGS))
+
+
+def different_data(runs: Mapping[str, LoggedRun]) -> dict[str, str]:
+    """Of runs whose data, or the scenes that they were evaluated on, are not the same, what those of each are."""
+    roots = {name: _flat(run.config).get("data.root", "") for name, run in runs.items()}
+    scenes = {name: frozenset(run.evaluation.scenes) if run.evaluation else frozenset() for name, run in runs.items()}
+    if all(len(set(found.values()) - {"", frozenset()}) < 2 for found in (roots, scenes)):  # others are unknown
+        return {}
+    counts = {name: f"{len(found)} evaluated scenes" if found else "" for name, found in scenes.items()}
+    return {name: ", ".join(filter(None, (roots[name], counts[name]))) or "unknown" for name in runs}
 
 
 def _flat(text: str) -> dict[str, str]:
