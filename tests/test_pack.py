@@ -66,7 +66,7 @@ def test_layout(data, tmp_path, caplog):
         ("scene_2", "cars", 1, 0),
         ("scene_3", "toys", 18, 2),
     ]
-    assert "2 scenes have fewer than 10 views" in caplog.text
+    assert "2 scenes with fewer than 10 views: " in caplog.text
     assert len([shard for shard in manifest.shards if shard.kind == "scenes"]) > 1
     train, heldout = members(tmp_path / "out", "scenes-*"), members(tmp_path / "out", "heldout-*")
     expected_heldout = {"scene_0/000", "scene_1/000", "scene_3/000", "scene_3/001"}
@@ -290,6 +290,11 @@ def test_duplicate_scene(data, tmp_path):
         pack(str(tmp_path / "out"), PackOptions(**sources(data)))
     manifest, left_out = pack(str(tmp_path / "out"), PackOptions(**sources(data), skip_bad=True))
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_1"] and len(left_out) == 1
+
+
+def test_natural_images_of_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="^there is no folder .*/none$"):
+        pack(str(tmp_path / "out"), PackOptions(images=str(tmp_path / "none")))
 
 
 def test_bad_natural_image(data, tmp_path):
