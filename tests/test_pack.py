@@ -292,11 +292,6 @@ def test_duplicate_scene(data, tmp_path):
     assert [scene.name for scene in manifest.scenes] == ["scene_0", "scene_1"] and len(left_out) == 1
 
 
-def test_natural_images_of_no_folder(tmp_path):
-    with pytest.raises(ValueError, match="^there is no folder .*/none$"):
-        pack(str(tmp_path / "out"), PackOptions(images=str(tmp_path / "none")))
-
-
 def test_bad_natural_image(data, tmp_path):
     (data / "natural_images/class_1/1.jpg").write_bytes(picture(1, kind="JPEG")[:-100])
     (data / "natural_images/class_1/other.jpg").write_bytes(picture(1, kind="JPEG", size=20))

@@ -26,9 +26,6 @@ def find_images(root: str) -> tuple[dict[str, FileInfo], list[str]]:
     each link and folder below it that can't be followed."""
     found, problems = find_files(root, lambda path: path.lower().endswith(SUFFIXES))
     if not found:
-        fs, path = file_system(root)
-        if not fs.isdir(path):
-            raise ValueError(f"there is no folder {redact(root)}")
         raise ValueError(": ".join([f"no PNG, JPEG or WebP images in {redact(root)}", *problems[:1]]))
     return found, problems
 
