@@ -130,17 +130,14 @@ def progress(label: str, total: int | None, unit: str, items: Iterable[T] = (), 
     return bar
 
 
-def _expand(match: re.Match[str]) -> str:
-    return match[1] + expand_home(match[2])
-
-
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with arguments without credentials: it quotes them, and they may be URLs. Expands `~` where a
     shell does not: in `--output=~/x` and `outputs=~/x`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = sys.argv[1:] if args is None else args
-        expanded = [re.sub(r"\A((?:[\w.\-]+=)?)((?:\./)?~.*)", _expand, text, flags=re.DOTALL) for text in given]
+        path = re.compile(r"\A((?:[\w.\-]+=)?)((?:\./)?~.*)", re.DOTALL)
+        expanded = [path.sub(lambda match: match[1] + expand_home(match[2]), text) for text in given]
         return super().parse_known_args(expanded, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -184,10 +181,8 @@ class LostWorker(RuntimeError):
 
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank does not answer any more."""
-    connection = ("onnection closed by peer", "onnection was likely closed", "onnection reset", "onnection refused")
-    signs = (*connection, "imed out", "imeout", "NCCL", "watchdog")
-    said = isinstance(error, LostRank) or any(sign in str(error) for sign in signs)
-    return world_size() > 1 and said
+    signs = r"onnection (closed by peer|was likely closed|reset|refused)|im(ed |e)out|NCCL|watchdog"
+    return world_size() > 1 and (isinstance(error, LostRank) or re.search(signs, str(error)) is not None)
 
 
 def in_one_sentence(error: RuntimeError) -> str | None:
@@ -206,6 +201,11 @@ def in_one_sentence(error: RuntimeError) -> str | None:
             "resumes from the newest checkpoint"
         )
     return None
+
+
+def counted(number: int, what: str) -> str:
+    """`1 scene`, `2 scenes`: a number and a word that has an s in the plural."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -10,8 +10,8 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
-from scene_files import write_scene
+from PIL import Image, ImageChops
+from scene_files import cut_out, write_scene
 
 from igae import config
 from igae.data import PackOptions, pack
@@ -56,12 +56,32 @@ def test_objects_at_the_border_are_warned_of(made: tuple[Path, str], caplog: pyt
         assert (
             len(warnings) == 1 and "something at their border" in warnings[0] and "set shift and rotate" in warnings[0]
         )
+        assert "pack with masks" in warnings[0] and "inverted" not in warnings[0]  # those that do have none
         caplog.clear()
         encode(made[1], *runs.NOT_AUGMENTED)  # masks take all of them for objects
         assert [r.levelno for r in caplog.records if "something at their border" in r.message] == [logging.WARNING]
         caplog.clear()
         encode(made[1], *runs.PLAIN)  # nothing moves, nothing comes in
         assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_inverted_masks_are_told(inverted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """When they are packed, and before the first step."""
+    write_scene(tmp_path / "scenes" / "mug", 12)
+    for path in (tmp_path / "scenes" / "mug" / "images").iterdir():
+        cut_out(path, alpha=True)
+        *colors, alpha = Image.open(path).split()
+        Image.merge("RGBA", [*colors, ImageChops.invert(alpha) if inverted else alpha]).save(path)
+    with caplog.at_level(logging.INFO, logger="igae"):
+        pack(str(tmp_path / "shards"), PackOptions(scenes=str(tmp_path / "scenes")))
+    assert "1 scene in the format igae-data; the cameras of 0 moved into the box" in caplog.messages
+    assert ("the masks seem to be inverted" in caplog.text) == inverted
+    told = told_before_the_first_step(tmp_path, str(tmp_path / "shards"), caplog)
+    assert len(told) == inverted
+    for line in told:
+        assert line.startswith("100 % of the views") and "masks may be inverted (white is the object)" in line
+        assert "--fit pad" in line and "pack with masks" not in line
 
 
 def framed_data(folder: Path, color: tuple[int, ...], kind: str = "PNG", framed: tuple[int, ...] = (0, 1)) -> str:

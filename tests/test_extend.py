@@ -109,9 +109,13 @@ def test_fewer_epochs_leave_nothing_to_do_and_fits_are_not_extended(
     recipe_file: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run(recipe_file, "train.warmup.epochs=0.5") == 0
+    folder = Path(recipe_file).parent / "outputs" / "run"
+    measured = json.loads((folder / "metrics.json").read_text())["warmup"]
+    stages = {"warmup": measured | {"heldout/ae_psnr": 99.0}, "joint": measured}
+    (folder / "metrics.json").write_text(json.dumps(stages))
     assert run(recipe_file, "train.warmup.epochs=0.25", "--extend") == 0
     assert "nothing is left to do" in caplog.text
-    folder = Path(recipe_file).parent / "outputs" / "run"
+    assert " dB, 99.0 dB before joint training)" in capsys.readouterr().err
     root = config.load(Recipe, recipe_file).data.root
     arguments = [f"model={folder}", f"data.root={root}", f"outputs={folder.parent}", "data.workers=0"]
     capsys.readouterr()

@@ -122,6 +122,18 @@ def test_colmap_on_an_object_store_lists_once(tmp_path: Path, monkeypatch: pytes
     assert calls.count("find") == 1 and calls.count("cat_file") == 2 and "exists" not in calls
 
 
+@pytest.mark.parametrize("beside", [0, 255])
+def test_inverted_mask_files_are_told(tmp_path: Path, beside: int, caplog: pytest.LogCaptureFixture) -> None:
+    named = named_shots(3)
+    write_colmap(tmp_path / "in/mug", named)
+    mask = np.full((96, 128), beside, np.uint8)
+    mask[20:80, 30:100] = 255 - beside
+    for name in named:
+        save(tmp_path / f"in/mug/masks/{name}.png", mask)
+    packed(tmp_path / "in", tmp_path / "out")
+    assert ("the masks seem to be inverted" in caplog.text) == (beside == 255)
+
+
 LENS = {"w": 128.0, "h": 96.0, "fl_x": 110.0, "fl_y": 110.0, "cx": 70.0, "cy": 41.0}
 
 

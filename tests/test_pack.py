@@ -66,7 +66,7 @@ def test_layout(data, tmp_path, caplog):
         ("scene_2", "cars", 1, 0),
         ("scene_3", "toys", 18, 2),
     ]
-    assert "2 scenes have fewer than 10 views" in caplog.text
+    assert "2 scenes with fewer than 10 views: " in caplog.text
     assert len([shard for shard in manifest.shards if shard.kind == "scenes"]) > 1
     train, heldout = members(tmp_path / "out", "scenes-*"), members(tmp_path / "out", "heldout-*")
     expected_heldout = {"scene_0/000", "scene_1/000", "scene_3/000", "scene_3/001"}

@@ -38,7 +38,7 @@ MODULES = FLOORS[0]
 FRONTS = {"export/__main__.py"}
 
 # Of Python in igae/: only a feature may raise it. 10,500 would be right.
-MOST_LINES = 21_331
+MOST_LINES = 21_383
 # Longer than 60 lines or with more than 8 parameters, and why.
 EXCEPTIONS: dict[str, str] = {"rendering/api.py:render": "what is rendered, and how: nothing would share an object"}
 

@@ -186,7 +186,7 @@ def test_weights_that_are_turned_off_are_told(caplog: pytest.LogCaptureFixture) 
     log_once.cache_clear()
     with caplog.at_level("INFO", logger="igae"):
         stage(weights={"natural_kl": 0.25, "natural_tv": 0.125, "natural_ae": 0})
-    assert caplog.messages == ["no natural images are used, so these are 0: natural_kl, natural_tv"]
+    assert caplog.messages == ["without natural images these are 0, as they should be: natural_kl, natural_tv"]
     caplog.clear()
     with caplog.at_level("INFO", logger="igae"):
         stage(natural_images=1, learning_rates={"encoder": 1e-4}, weights={"natural_kl": 1})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export a run: ``igae export RUN TARGET [key=value ...]``."""
 
-from igae.errors import Parser, command, log_to_stderr, redact
+from igae.errors import Parser, command, counted, log_to_stderr, redact
 from igae.ranks import use_share
 
 
@@ -27,5 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(arguments.target)
     description = write(read_run(arguments.run, arguments.overrides), arguments.target)
     size = sum(file.bytes for file in description.files.values()) / 1e6
-    print(redact(f"{arguments.target}: {description.scenes} scenes, {size:.1f} MB beside them"))
+    print(
+        redact(f"{arguments.target}: {counted(description.scenes, 'scene')}, and {size:.1f} MB of model and settings")
+    )
     return 0

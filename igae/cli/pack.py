@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 import igae.data as data  # imports torch with the first name that is taken from it
-from igae.errors import Parser, command, log_to_stderr, redact, say
+from igae.errors import Parser, command, counted, log_to_stderr, redact, say
 
 SHOWN = 20
 
@@ -134,7 +134,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     manifest, left_out = data.pack(arguments.output, data.PackOptions(**options))
     height, width = manifest.image_size
     print(
-        f"{redact(arguments.output)}: {len(manifest.scenes)} scenes with {manifest.scenes.views.sum()} training and "
+        f"{redact(arguments.output)}: {counted(len(manifest.scenes), 'scene')} with "
+        f"{manifest.scenes.views.sum()} training and "
         f"{manifest.scenes.heldout.sum()} held-out views, {manifest.images} natural images, {width}x{height} pixels, "
         f"{len(manifest.shards)} shards, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
     )

@@ -111,7 +111,7 @@ def _tell_results(recipe: Recipe, stopped: bool) -> None:
     folder, root, data = str(recipe.folder), recipe.checkpoint_root, recipe.data.root
     report = try_to_write(recipe.folder)
     stages = read_metrics(recipe.folder)
-    said = [] if stopped or not stages else [verdict(list(stages.values())[-1])]
+    said = [] if stopped or not stages else [verdict(list(stages.values())[-1], stages.get("warmup"))]
     said += [] if report is None else [f"report:    {report}"]
     if stages and not stopped:
         # What only a file names is not asked for.

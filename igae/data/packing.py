@@ -29,11 +29,11 @@ from igae.data.shards import ShardReader, seeded
 from igae.data.sources import find_scenes, formats, read_scene
 from igae.data.sources.heldout import split
 from igae.data.sources.images import find_images, open_image, read_files, size_of
-from igae.data.sources.pixels import check_extras
+from igae.data.sources.pixels import check_extras, is_inverted
 from igae.data.sources.placement import check_cameras, normalization_of
 from igae.data.sources.scene import BadInput, SceneRef
 from igae.data.tables import Scenes, Shards
-from igae.errors import progress, redact
+from igae.errors import counted, progress, redact
 from igae.storage import (
     FileInfo,
     check_folder,
@@ -55,6 +55,8 @@ FEW_VIEWS = 10
 """With fewer a scene is packed, but not without a word."""
 FACTOR = 8
 """Pixels along a side that are one latent of most autoencoders: with sides that it does not divide, likewise."""
+MOST = 0.9
+"""Share of the scenes with masks above which inverted ones are told of."""
 
 T = TypeVar("T")
 
@@ -69,12 +71,14 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class _Scanned:
-    """A scene as planned: bytes of its images, the (height, width) of its first, and a hash of all that is read."""
+    """A scene as planned: bytes of its images, the (height, width) of its first, whether that one's mask is inverted
+    (None: it has none), and a hash of all that is read."""
 
     ref: SceneRef
     bytes: int
     views: int
     size: tuple[int, int]
+    inverted: bool | None
     version: str
 
 
@@ -152,15 +156,19 @@ def _tell(scanned: Sequence[_Scanned], resize: int | None, size: tuple[int, int]
     """Say what was found, where a wrong guess would go unnoticed."""
     for format, count in Counter(entry.ref.format for entry in scanned).items():
         moved = sum(entry.ref.format == format and entry.ref.normalization is not None for entry in scanned)
-        log.info("%d scenes are %s; the cameras of %d of them are moved into the box", count, format, moved)
+        log.info("%s in the format %s; the cameras of %d moved into the box", counted(count, "scene"), format, moved)
     if few := sum(entry.views < FEW_VIEWS for entry in scanned):
-        log.warning("%d scenes have fewer than %d views: 40 or more from all sides make a scene", few, FEW_VIEWS)
+        what = f"{counted(few, 'scene')} with fewer than {FEW_VIEWS} views"
+        log.warning("%s: 40 or more from all sides make a scene", what)
     if resize and (small := sum(min(entry.size) < resize for entry in scanned)):
-        log.warning("views of %d scenes are smaller than --resize %d and are enlarged", small, resize)
+        log.warning("views of %s are smaller than --resize %d and are enlarged", counted(small, "scene"), resize)
     if any(side % FACTOR for side in size):
         way = f"--resize {max(FACTOR, min(size) // FACTOR * FACTOR)}{' --fit crop' * (size[0] != size[1])}"
         what = f"images of {size[1]} x {size[0]} pixels don't suit most autoencoders, which halve them three times"
         log.warning("%s: pack them with %s, or another multiple of %d", what, way, FACTOR)
+    masked = [entry.inverted for entry in scanned if entry.inverted is not None]
+    if sum(masked) > MOST * len(masked):
+        log.warning("the masks seem to be inverted: white or opaque is the object, black or transparent the rest")
 
 
 def _start(processes: int) -> ItemFunction:
@@ -220,7 +228,8 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
             if name not in files:
                 raise BadInput(f"{name} is missing")
         first = views[0]
-        image = open_image(next(read_files([(ref.folder, first.file)])), first.file)
+        data, mask, *_ = *read_files((ref.folder, file) for file in first.files), None
+        image = open_image(data, first.file)
         size = (image.height, image.width)
         focus = check_cameras(views, size, one_place=how != "none")
         if how == "cameras" or how == "auto" and not formats()[ref.format].UNIT_BOX:
@@ -228,7 +237,8 @@ def _scan(item: tuple[SceneRef, PackOptions], progress: ProgressCallback) -> _Sc
     except BadInput as error:
         return f"scene {ref.name!r}: {error}"
     version = _digest([repr(views), *(info.version for info in files.values())])
-    return _Scanned(ref, sum(info.size for info in files.values()), len(views), size, version)
+    inverted = is_inverted(first, data, mask)
+    return _Scanned(ref, sum(info.size for info in files.values()), len(views), size, inverted, version)
 
 
 def _plan(

@@ -48,6 +48,8 @@ SMALL_IS_GOOD = ("lpips", "mse", "error", "background")
 LARGE_GAP = 3.0
 LARGE_ERROR = 0.9  # of latents, where a constant has 1
 """dB by which training views may be better than held-out ones before :func:`problems` says so."""
+LARGE_LOSS = 1.0
+"""dB that joint training may take from the autoencoder before :func:`verdict` says so."""
 RENAMED = {
     "constant_psnr": "baseline_psnr",
     "photos": "natural",
@@ -72,9 +74,13 @@ def ranked(scenes: Mapping[str, Mapping[str, float]]) -> tuple[str, list[str]]:
     return by, sorted((name for name in scenes if by in scenes[name]), key=lambda name: sign * scenes[name][by])
 
 
-def verdict(metrics: Mapping[str, float]) -> str:
+def verdict(metrics: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
     """How good the scenes are, in a sentence: held-out views against the mean training image, against the autoencoder
-    alone and against training views. Empty where nothing of that was measured."""
+    alone and against training views. Empty where nothing of that was measured.
+
+    Args:
+        before: metrics of the same views before joint training, which may have made the autoencoder worse.
+    """
     names = ("heldout/rgb_psnr", "heldout/baseline_psnr", "heldout/ae_psnr", "train/rgb_psnr")
     heldout, baseline, autoencoder, train = map(metrics.get, names)
     if heldout is None:
@@ -83,12 +89,13 @@ def verdict(metrics: Mapping[str, float]) -> str:
         natural = metrics.get("natural/ae_psnr")
         return "" if natural is None else f"autoencoded natural images {natural:.1f} dB; there are no scenes"
     found = []
-    for what, above, below in (
-        (baseline, "above the mean training image", "below the mean training image"),
-        (autoencoder, "above what the autoencoder alone reaches", "below what the autoencoder alone reaches"),
-    ):
-        if what is not None:
-            found.append(f"{abs(heldout - what):.1f} dB {above if heldout >= what else below}")
+    for number, what in ((baseline, "the mean training image"), (autoencoder, "what the autoencoder alone reaches")):
+        if number is not None:
+            found.append(f"{abs(heldout - number):.1f} dB {'above' if heldout >= number else 'below'} {what}")
+    if autoencoder is not None:
+        was = (before or {}).get("heldout/ae_psnr", autoencoder)
+        lost = f", {was:.1f} dB before joint training" if was - autoencoder > LARGE_LOSS else ""
+        found[-1] += f" ({autoencoder:.1f} dB{lost})"
     better = "" if train is None else f"{abs(train - heldout):.1f} dB {'better' if train >= heldout else 'worse'}"
     text = f"held-out views {heldout:.1f} dB" + (": " if found else "") + ", ".join(found)
     return text + (f"; training views are {better}" if better else "")

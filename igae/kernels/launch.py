@@ -90,7 +90,7 @@ def unavailable(what: str, tensor: Tensor) -> str | None:
         what: what the tensor is called there.
     """
     library = LIBRARIES.get(tensor.device.type)
-    return f"{what} are on {tensor.device}, not on a CUDA device" if library is None else library.missing(tensor.device)
+    return f"{what} are on {tensor.device}" if library is None else library.missing(tensor.device)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -69,7 +69,7 @@ class ViewEncoder:
 
     Attributes:
         variants: of each view; 1 where views don't move.
-        seen, cut: views so far, and those of them whose objects reach the border.
+        seen, cut, cut_masks: views so far, those of them whose objects reach the border, and those that are masked.
         plain: colors of borders, as :func:`plain_borders` finds them.
     """
 
@@ -78,7 +78,7 @@ class ViewEncoder:
         self.variants = self.config.augment.variants if self.config.augment.is_on else 1
         self.wants_masks = self.config.weights.opacity > 0
         self.size = [recipe.render.patch * side for side in model.latent_shape[1:]]
-        self.seen = self.cut = 0
+        self.seen = self.cut = self.cut_masks = 0
         self.plain: list[Tensor] = []
 
     @property
@@ -99,7 +99,9 @@ class ViewEncoder:
             numbers[i].uniform_(generator=generator)
         if variant == 0:
             edges = batch.masks[:, :: batch.masks.shape[1] - 1].amax((1, 2)), batch.masks[..., [0, -1]].amax((1, 2))
-            self.seen, self.cut = self.seen + len(noise), self.cut + int(torch.maximum(*edges).count_nonzero())
+            cut = torch.maximum(*edges) > 0
+            self.seen, self.cut = self.seen + len(cut), self.cut + int(cut.sum())
+            self.cut_masks += int((cut & batch.has_alpha & (batch.masks.amin((1, 2)) < 255)).sum())
             self.plain.append(plain_borders(batch.images, self.background.cpu()))
         here = batch.to(device)
         masks = here.masks if self.wants_masks else None
@@ -138,11 +140,17 @@ def encode_views(recipe: Recipe, name: StageName, model: IGAE, data: RankData, b
     if tell_background(torch.cat(encode.plain), encode.seen, background):
         return cache
     if (encode.config.augment.is_on or encode.wants_masks) and encode.cut > MANY * encode.seen:
+        cause = (
+            "the masks may be inverted (white is the object), or the crop cuts the object (pack with --fit pad)"
+            if 2 * encode.cut_masks > encode.cut
+            else "if it is a plain background, set data.background to its color; if it is the room, pack with masks "
+            "(docs/own-data.md)"
+        )
         log.warning(
-            "%.0f %% of the views show something at their border: if it is a plain background, set data.background to "
-            "its color; if it is the room, pack with masks (docs/own-data.md); if it is an object, set shift and "
-            "rotate of train.%s.augment to 0: background is what they fill in",
+            "%.0f %% of the views show something at their border: %s; if it is an object, set shift and rotate of "
+            "train.%s.augment to 0: background is what they fill in",
             100 * encode.cut / encode.seen,
+            cause,
             name,
         )
     return cache

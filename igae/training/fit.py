@@ -14,6 +14,7 @@ from contextlib import closing
 
 from igae.checkpoint import Progress, WaveCheckpoint, folder_of, is_complete, load_checkpoint
 from igae.data import Manifest, Scenes
+from igae.errors import counted
 from igae.evaluation import spread
 from igae.ranks import Channel, RefusedByAll, derive_seed, join, rank, world_size
 from igae.scenes import SceneStore
@@ -142,7 +143,8 @@ class Fit(Job):
     def _fit_all(self, finished: set[int]) -> bool:
         """Whether all waves are fitted; the checkpoint is complete then."""
         mine = [i for i in range(rank(), len(self.waves), world_size()) if i not in finished]
-        log.info("%d scenes in %d waves, %d finished", len(self.data.scenes), len(self.waves), len(finished))
+        what = f"{counted(len(self.data.scenes), 'scene')} in {counted(len(self.waves), 'wave')}"
+        log.info("%s, %d finished", what, len(finished))
         self._others.start()
         with self.signals:
             for index in mine:

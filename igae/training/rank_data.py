@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from igae.data import DataConfig, ImageLoader, Manifest, Scenes, StreamState, ViewLoader, image_loader, view_loader
-from igae.errors import origin_of
+from igae.errors import counted, origin_of
 from igae.ranks import rank, world_size
 from igae.scenes import assign_scenes, ownership_table, share_images
 from igae.training.recipe import Recipe, StageConfig
@@ -110,7 +110,7 @@ class RankData:
 
     def log_parts(self, strategy: str, scene_bytes: int) -> None:
         """Say how many ranks there are, and what each owns (``scene_bytes`` of memory for each scene)."""
-        log.info("%d rank%s, %s; %d scenes", self.world, "s" * (self.world > 1), strategy, len(self.scenes))
+        log.info("%s, %s; %s", counted(self.world, "rank"), strategy, counted(len(self.scenes), "scene"))
         if self.world > 1 and self.scenes:
             sizes = [(len(part), int(part.views.sum())) for part in self.parts]
             log.info("%s", ownership_table([(r, n, views, n * scene_bytes) for r, (n, views) in enumerate(sizes)]))

@@ -116,7 +116,7 @@ class StageConfig(Section):
         of_views = {"encoder": encoder, "decoder": decoder}
         frozen = {part: 0.0 for part, loss in of_views.items() if loss == 0 and getattr(rates, part) > 0}
         if self.epochs > 0:
-            log_once("no natural images are used, so these are 0: %s", ", ".join([*off, *frozen]))
+            log_once("without natural images these are 0, as they should be: %s", ", ".join([*off, *frozen]))
         new = {"weights": weights, "learning_rates": rates.model_copy(update=frozen), "alternate": False}
         for name, value in new.items():
             object.__setattr__(self, name, value)  # the section is frozen

@@ -24,6 +24,25 @@ def check_extras(view: View) -> None:
         _opencv(view.file)
 
 
+def is_inverted(view: View, data: bytes | Exception, mask: bytes | Exception | None) -> bool | None:
+    """Whether a view's mask or alpha seems to be white beside the object: it is full along the border and mostly empty
+    in the middle. None: there is none that can be read; packing says why."""
+    try:
+        image = open_image(data, view.file)
+        if mask is not None and view.mask is not None:
+            alpha = _read_mask(mask, view.mask, view.file, (image.height, image.width))
+        elif image.mode == "RGBA":
+            alpha = np.asarray(decode(data, view.file).getchannel("A"))
+        else:
+            return None
+    except BadInput:
+        return None
+    y, x = (side // 4 for side in alpha.shape)
+    border = np.concatenate([alpha[[0, -1]].ravel(), alpha[:, [0, -1]].ravel()])
+    middle = alpha[y : len(alpha) - y, x : alpha.shape[1] - x]
+    return bool((border == 255).mean() > 0.95 and (middle == 0).mean() > 0.5)
+
+
 def pack_view(
     view: View,
     data: bytes | Exception,

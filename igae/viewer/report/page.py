@@ -82,7 +82,10 @@ def render(runs: Sequence[LoggedRun]) -> str:
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         folders={name: redact(str(run.folder)) for name, run in names.items()},
-        verdicts={name: verdict(next(reversed(run.measured.values()), {})) for name, run in names.items()},
+        verdicts={
+            name: verdict(next(reversed(run.measured.values()), {}), run.stage_metrics.get("warmup"))
+            for name, run in names.items()
+        },
         problems={name: found_problems(run) for name, run in names.items()},
         columns=columns,
         metrics=metrics,
