@@ -9,15 +9,14 @@
 A case is STAGE:RANKS:SCENES, with the scenes of all ranks together; STAGE:RANKS:SCENES:apart is the same without any
 exchange, which tells what is lost by it from what ranks lose by sharing a machine. `--weak` makes the cases of both
 stages for these numbers of ranks, with `--scenes` a rank. Each number of ranks, under each strategy, is a launch that
-measures its cases and those of one rank in turns. Steps are real ones: data from shards (random latents in the warm-
-up), an autoencoder of Stable Diffusion's size with random weights, planes and their optimizer as in the middle of a
-long training. Time is that of a round of steps, by their number, as the slowest rank sees it.
+measures its cases and those of one rank in turns. Steps are real ones: data from shards (random latents in the
+warm-up), an autoencoder of Stable Diffusion's size with random weights, planes and their optimizer as in the middle of
+a long training. Time is that of a round of steps, by their number, as the slowest rank sees it.
 """
 
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.ranks import free_port
 from benchmarks.training_step import ROOT, alone, model_of, prepare, recipe_of, write_data
 from igae.models import IGAE
 from igae.ranks import Channel, rank, world_size
@@ -123,10 +123,7 @@ def launch(
 
 def machines_of_one_gpu(ranks: int) -> list[tuple[list[str], dict[str, str]]]:
     """Arguments and variables of launches whose ranks NCCL takes for machines of their own: they share the GPU."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(probe.getsockname()[1])]
-    of_all = ["--num_machines", str(ranks), *meeting]
+    of_all = ["--num_machines", str(ranks), "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     return [([*of_all, "--machine_rank", str(i)], {"NCCL_HOSTID": f"rank-{i}"}) for i in range(ranks)]
 
 

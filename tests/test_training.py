@@ -154,6 +154,7 @@ def test_stages_one_by_one_equal_both_at_once(recipe_file: str, capsys: pytest.C
     short = ["train.warmup.epochs=0.5", "train.joint.epochs=0.5"]
     assert _run(recipe_file, "--stage", "joint", "experiment=steps", *short) == 2
     assert "no finished warm-up" in capsys.readouterr().err
+    assert not (Path(recipe_file).parent / "outputs" / "steps" / "config.yaml").exists()  # a refused start writes none
     assert _run(recipe_file, "--stage", "warmup", "experiment=steps", *short) == 0
     first = _newest(recipe_file, "steps")
     assert _run(recipe_file, "--stage", "warmup", "experiment=steps", *short) == 0  # nothing left to do

@@ -11,12 +11,11 @@ from igae.ranks import check_rank_variables, rank
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 evaluation failed, 2 wrong input."""
     parser = Parser(prog="igae evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", help="folder or URL of a checkpoint, a run or an export; may stand alone")
+    parser.add_argument("--checkpoint", metavar="MODEL", help="the same, as an option")
     parser.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help="default: as evaluation.scenes says")
     parser.add_argument("--output", metavar="FOLDER", help="of evaluation.json and evaluation.csv; default: RUN")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.root=SHARDS evaluation.scenes=null"
-    )
+    what = "folder or URL of a run, a checkpoint or an export; then settings, e.g. data.root=SHARDS"
+    parser.add_argument("overrides", nargs="*", metavar="MODEL|key=value", help=what)
     arguments = parser.parse_intermixed_args(argv)
     # --scenes takes all that follows it.
     names = [name for name in arguments.scenes if "=" not in name]

@@ -75,6 +75,7 @@ class Trainer(Job):
         """
         self.channel.agree({"--stage": only})
         progress, metrics = self.progress, dict[str, float]()
+        todo = self._stages_to_do(only)  # before the run's settings are written: it may refuse
         with open_run(self.recipe, self.channel), self.tracking(progress.total), self.signals:
             try:
                 self.channel.on_first_rank(self.writer.clean)
@@ -82,7 +83,7 @@ class Trainer(Job):
                 results = there.get(progress.stage)
                 if progress.finished and (results is None or results.get("step", progress.total) != progress.total):
                     metrics = self._conclude(progress.stage)  # a kill came between checkpoint and results
-                for name in self._stages_to_do(only):
+                for name in todo:
                     metrics = self._run_stage(name)
                     if not self.progress.finished:
                         break
